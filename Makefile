@@ -1,0 +1,42 @@
+# `make demo` and `make test` set up everything they need in .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+EXTRAS ?= test,torch,examples,plot
+
+.PHONY: demo test test-all lint bench clean
+
+demo: .venv/demo
+	$(BIN)/python examples/dense_equivalence.py $(ARGS)
+
+test: .venv/test
+	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+test-all: .venv/test
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: .venv/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: .venv/test
+	$(BIN)/python -m benchmarks $(ARGS)
+
+clean:
+	rm -rf .venv build dist *.egg-info
+
+.venv/pip:
+	$(PYTHON) -m venv .venv
+	touch $@
+
+.venv/demo: .venv/pip setup.cfg constraints.txt
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[examples]"
+	touch $@
+
+.venv/test: .venv/pip setup.cfg constraints.txt
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[$(EXTRAS)]"
+	touch $@
+
+.venv/dev: .venv/test
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@

@@ -1,0 +1,7 @@
+"""Batch normalization for Keras 3 on TensorFlow."""
+
+from keras_bn.layer import BatchNormalization
+from keras_bn.moments import Moments
+from keras_bn.version import __version__
+
+__all__ = ["BatchNormalization", "Moments", "__version__"]

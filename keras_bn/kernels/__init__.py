@@ -1,0 +1,13 @@
+"""The one entry to the kernels: everything above here calls these functions.
+
+This folder is the only place that names TensorFlow. In all of it
+
+- `x` is the input, `(batch, ..., channels)` or with the channels elsewhere;
+- `axes` are the channel axes, non-negative and ascending: usually one;
+- a statistic or parameter has one value per channel: the shape of `x` along `axes`.
+"""
+
+from keras_bn.kernels.compiled import compiled
+from keras_bn.kernels.plain import normalize_batch, normalize_with
+
+__all__ = ["compiled", "normalize_batch", "normalize_with"]

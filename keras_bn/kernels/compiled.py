@@ -1,0 +1,61 @@
+"""Running a function of tensors as one compiled TensorFlow function."""
+
+import functools
+
+import tensorflow as tf
+
+
+def compiled(function):
+    """Compile `function` with `tf.function` for eager calls; inline it in graphs.
+
+    An eager call then costs one dispatch instead of one for each op. Inside a graph
+    the Python function runs as it is, so that what is being traced (static sizes, an
+    XLA context) stays visible to it and nothing traced elsewhere is reused.
+
+    One trace serves every size of the input: only its rank, dtype and channel sizes
+    are fixed, as they are for a built layer.
+
+    Args:
+        function: `function(x, mask, *parameters, axes, **options)`. `x` is the input,
+            `mask` has its shape without the channel axes, `parameters` have one value
+            per channel; any but `x` may be None. `axes` and `options` must be
+            hashable and are fixed in the trace.
+
+    Returns:
+        A function with the same arguments and the same returns.
+    """
+
+    @functools.cache
+    def trace(specs, options):
+        # None is no input of a TensorFlow function, so it is put back in its place.
+        present = [spec for spec in specs if spec is not None]
+
+        def call(*tensors):
+            given = iter(tensors)
+            arguments = [None if spec is None else next(given) for spec in specs]
+            return function(*arguments, **dict(options))
+
+        return tf.function(call, input_signature=present, autograph=False)
+
+    @functools.wraps(function)
+    def call(x, mask, *parameters, axes, **options):
+        if not tf.executing_eagerly() or _replicas() > 1:
+            return function(x, mask, *parameters, axes=axes, **options)
+        sizes = [d if i in axes else None for i, d in enumerate(x.shape)]
+        specs = [tf.TensorSpec(sizes, x.dtype)]
+        specs.append(None if mask is None else _spec(mask, [None] * len(mask.shape)))
+        specs += [None if p is None else _spec(p, p.shape) for p in parameters]
+        given = [t for t in (x, mask, *parameters) if t is not None]
+        options["axes"] = axes
+        return trace(tuple(specs), tuple(sorted(options.items())))(*given)
+
+    return call
+
+
+def _spec(tensor, shape):
+    return tf.TensorSpec(shape, tensor.dtype)
+
+
+def _replicas():
+    """How many replicas are in step here: their collectives can't be compiled alone."""
+    return tf.distribute.get_strategy().num_replicas_in_sync

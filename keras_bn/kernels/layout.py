@@ -1,0 +1,97 @@
+"""Where the channels of an input are, and how its statistics line up with it."""
+
+import math
+
+import tensorflow as tf
+
+
+def at_least_float32(x):
+    """`x` in float32, or as it is when that is float64: half types can't hold sums."""
+    return x if x.dtype == tf.float64 else tf.cast(x, tf.float32)
+
+
+def broadcast(value, shape, axes):
+    """A value per channel, in the shape that broadcasts against an input.
+
+    Args:
+        value: tensor with the sizes of the input along `axes`.
+        shape: static shape of the input.
+        axes: the channel axes, non-negative and ascending.
+    """
+    first = min(axes)
+    if tuple(axes) == tuple(range(first, len(shape))):
+        return value
+    sizes = [shape[i] if i in axes else 1 for i in range(first, len(shape))]
+    return tf.reshape(value, sizes)
+
+
+class Layout:
+    """Moves between the shapes of the caller and those the arithmetic runs in.
+
+    Inside a kernel the input is `inner(x)`, and every statistic or parameter has the
+    shape that broadcasts against it, so that no formula mentions an axis. With the
+    channels last, in one axis or several, the inside is a matrix `(rows, channels)`;
+    otherwise it is the input as it came.
+
+    Args:
+        x: the input, with known sizes along `axes`.
+        axes: the channel axes, non-negative and ascending.
+    """
+
+    def __init__(self, x, axes):
+        rank = len(x.shape)
+        self._shape = x.shape
+        self._channels = [x.shape[axis] for axis in axes]
+        self._rows = [axis for axis in range(rank) if axis not in axes]
+        self._flat = tuple(axes) == tuple(range(rank - len(axes), rank))
+        if self._flat:
+            self._inner, self._summed = [1, math.prod(self._channels)], [0]
+        else:
+            self._inner = [x.shape[i] if i in axes else 1 for i in range(rank)]
+            self._summed = self._rows
+
+    def inner(self, x):
+        """`x` in the shape the arithmetic runs in."""
+        return tf.reshape(x, [-1, self._inner[-1]]) if self._flat else x
+
+    def outer(self, y, x):
+        """`y`, of the inner shape, in the shape of the input `x`."""
+        y = tf.reshape(y, tf.shape(x)) if self._flat else y
+        y.set_shape(self._shape)
+        return y
+
+    def parameter(self, value, dtype):
+        """A value per channel, or one number for all, in the inner shape."""
+        if isinstance(value, float):
+            return tf.fill(self._inner, tf.constant(value, dtype))
+        return tf.reshape(tf.cast(value, dtype), self._inner)
+
+    def statistic(self, value):
+        """A value per channel, from the inner shape back to the caller's."""
+        return tf.reshape(value, self._channels)
+
+    def mask(self, mask, x):
+        """The mask as it broadcasts against `inner(x)`; None stays None."""
+        if mask is None:
+            return None
+        sizes = tf.shape(x)
+        mask = tf.broadcast_to(mask, tf.gather(sizes, self._rows))
+        if self._flat:
+            return tf.reshape(mask, [-1, 1])
+        rank = len(self._shape)
+        return tf.reshape(
+            mask, [sizes[i] if i in self._rows else 1 for i in range(rank)]
+        )
+
+    def count(self, mask, x, dtype):
+        """How many elements stand behind each statistic: a scalar of `dtype`."""
+        if mask is not None:
+            return tf.reduce_sum(tf.cast(mask, dtype))
+        sizes = [self._shape[axis] for axis in self._rows]
+        if None not in sizes:
+            return tf.constant(math.prod(sizes), dtype)
+        return tf.cast(tf.reduce_prod(tf.gather(tf.shape(x), self._rows)), dtype)
+
+    def sum(self, x):
+        """The sum over everything that belongs to one channel, in the inner shape."""
+        return tf.reduce_sum(x, self._summed, keepdims=True)

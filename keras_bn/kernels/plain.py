@@ -1,0 +1,132 @@
+"""Two passes in plain ops: any rank, dtype, axis and mask; always right."""
+
+import tensorflow as tf
+
+from keras_bn.kernels import synced
+from keras_bn.kernels.layout import Layout, at_least_float32, broadcast
+from keras_bn.moments import Moments
+
+
+def normalize_with(x, mean, variance, gamma, beta, *, axes, epsilon):
+    r"""Normalize with given statistics: inference, or a frozen layer.
+
+    $$y = (x - \mu)\;\frac{\gamma}{\sqrt{\sigma^2 + \epsilon}} + \beta$$
+
+    The subtraction comes first: multiplied out, a large mean would cancel against
+    itself after rounding.
+
+    Args:
+        x: input of a float dtype.
+        mean, variance: statistics, one value per channel, float32 or float64.
+        gamma, beta: scale and offset, one value per channel, or None.
+        axes: the channel axes of `x`.
+        epsilon: added to the variance, non-negative.
+
+    Returns:
+        A tensor of the shape and dtype of `x`.
+    """
+    wide = at_least_float32(x)
+
+    def along(value):
+        return broadcast(tf.cast(value, wide.dtype), x.shape, axes)
+
+    scale = tf.math.rsqrt(along(variance) + epsilon)
+    if gamma is not None:
+        scale = along(gamma) * scale
+    y = (wide - along(mean)) * scale
+    if beta is not None:
+        y += along(beta)
+    return tf.cast(y, x.dtype)
+
+
+def normalize_batch(x, mask, gamma, beta, *, axes, epsilon, synchronized=False):
+    r"""Normalize with the statistics of the batch itself.
+
+    Forward, over the $n$ elements that count in a channel:
+
+    $$\bar x = \tfrac1n\sum x, \quad s^2 = \tfrac1n\sum (x-\bar x)^2, \quad
+      \hat x = \frac{x-\bar x}{\sqrt{s^2+\epsilon}}, \quad y = \gamma\hat x+\beta$$
+
+    Backward, for the upstream gradient $g$:
+
+    $$d\beta = \sum g, \quad d\gamma = \sum g\,\hat x, \quad
+      dx = \frac{\gamma}{\sqrt{s^2+\epsilon}}
+           \Bigl(g - \tfrac1n\,d\beta - \tfrac1n\,\hat x\,d\gamma\Bigr)$$
+
+    The closed form keeps only `x` alive between the passes, and is made of
+    differentiable ops itself, so that a gradient penalty can differentiate it again.
+
+    Elements that the mask leaves out are normalized like the others but belong to no
+    statistic: for them $dx = \gamma g/\sqrt{s^2+\epsilon}$, and where they are not
+    finite they add nothing to any sum.
+
+    Args:
+        x: input of a float dtype.
+        mask: bool tensor that broadcasts to the shape of `x` without its channel
+            axes, True where an element counts; or None.
+        gamma, beta: scale and offset, one value per channel, or None.
+        axes: the channel axes of `x`.
+        epsilon: added to the variance, non-negative.
+        synchronized: whether the statistics are those of all replicas together.
+
+    Returns:
+        `(y, Moments)`: the output, of the shape and dtype of `x`, and the moments of
+        the batch in float32 at least. The moments are constants to differentiation.
+
+    Source: Ioffe and Szegedy, "Batch Normalization", 2015.
+    """
+    layout = Layout(x, axes)
+    wide = at_least_float32(x).dtype
+    counted = layout.mask(mask, x)
+    count = layout.count(counted, x, wide)
+    synchronized = synchronized and synced.active()
+
+    @tf.custom_gradient
+    def normalize(x, gamma, beta):
+        dtype, x = x.dtype, tf.cast(x, wide)
+        n = tf.maximum(count, 1)
+        # The mean comes in two parts, `mean + rest`: what the sum of large numbers
+        # lost to rounding is found again among the small differences.
+        mean = layout.sum(_where(counted, x)) / n
+        centred = _where(counted, x - mean)
+        rest = layout.sum(centred) / n
+        variance = layout.sum(tf.square(centred)) / n - tf.square(rest)
+        # Not tf.maximum, which may turn NaN into 0.
+        variance = tf.where(variance < 0, tf.zeros_like(variance), variance)
+        moments = Moments(count, mean + rest, variance)
+        if synchronized:
+            moments = synced.merge(moments)
+            mean, rest = moments.mean, tf.zeros_like(rest)
+            n = tf.maximum(moments.count, 1)
+
+        rstd = tf.math.rsqrt(moments.variance + epsilon)
+        scale = gamma * rstd
+        y = (x - mean) * scale + (beta - rest * scale)
+
+        def gradient(upstream, *_):
+            g = tf.cast(upstream, wide)
+            centred = (x - mean) - rest
+            if counted is not None:
+                centred = _where(counted | tf.math.is_finite(centred), centred)
+            sum_g = d_beta = layout.sum(g)
+            sum_gx = layout.sum(g * centred)
+            d_gamma = sum_gx * rstd
+            if synchronized:
+                sum_g, sum_gx = synced.total(sum_g, sum_gx)
+            through = sum_g / n + centred * (tf.square(rstd) * sum_gx / n)
+            dx = scale * (g - _where(counted, through))
+            return tf.cast(dx, dtype), d_gamma, d_beta
+
+        return (tf.cast(y, dtype), *moments), gradient
+
+    gamma = layout.parameter(1.0 if gamma is None else gamma, wide)
+    beta = layout.parameter(0.0 if beta is None else beta, wide)
+    y, *moments = normalize(layout.inner(x), gamma, beta)
+    count, mean, variance = (tf.stop_gradient(m) for m in moments)
+    moments = Moments(count, layout.statistic(mean), layout.statistic(variance))
+    return layout.outer(y, x), moments
+
+
+def _where(mask, value):
+    """`value` where the mask counts it, else 0 (a product would keep NaN)."""
+    return value if mask is None else tf.where(mask, value, tf.zeros_like(value))

@@ -1,0 +1,105 @@
+"""Moments: how many elements a statistic rests on, their mean, their variance."""
+
+from typing import Any, NamedTuple
+
+from keras import ops
+
+
+class Moments(NamedTuple):
+    r"""Count, mean and population variance of a set of elements, per channel.
+
+    Every statistic in this package travels as `Moments`. A mask changes `count`;
+    an empty batch has `count == 0`; parts of a batch (replicas, or batches of a
+    data set) are merged, never averaged.
+
+    Args:
+        count: number of elements behind each statistic, a number,
+            tensor or array that broadcasts against `mean`.
+        mean: tensor or array, one value per channel.
+        variance: the *population* (biased) variance, of the shape of `mean`.
+
+    Where `count` is 0, `mean` and `variance` say nothing and may hold anything.
+
+    Example:
+
+    >>> import numpy as np
+    >>> from keras_bn import Moments
+    >>> first = Moments(np.array(2.0), np.array([1.0]), np.array([1.0]))   # 0, 2
+    >>> second = Moments(np.array(1.0), np.array([4.0]), np.array([0.0]))  # 4
+    >>> whole = first.merge(second)                                    # 0, 2, 4
+    >>> print(float(whole.count), whole.mean.numpy(), whole.variance.numpy().round(3))
+    3.0 [2.] [2.667]
+    """
+
+    # A field called `count` hides tuple.count, which nobody needs here.
+    count: Any  # type: ignore[assignment]
+    mean: Any
+    variance: Any
+
+    def merge(self, other: "Moments") -> "Moments":
+        r"""The moments of both sets of elements together.
+
+        With $\delta = \bar b - \bar a$ and $n = n_a + n_b$:
+
+        $$\bar x = \bar a + \delta\,\frac{n_b}{n}, \qquad
+        n\,\sigma^2 = n_a\sigma_a^2 + n_b\sigma_b^2 + \delta^2\,\frac{n_a n_b}{n}$$
+
+        The differences stay small where the means are large, so nothing cancels as
+        it does in E[x²] − E[x]². A side with `count == 0` takes no part, NaN or not.
+
+        Args:
+            other: moments of other elements of the same channels.
+
+        Returns:
+            `Moments` of the union, with the counts added.
+
+        Source: Chan, Golub and LeVeque, "Updating Formulae and a Pairwise Algorithm
+        for Computing Sample Variances", 1979.
+
+        >>> import numpy as np
+        >>> from keras_bn import Moments
+        >>> empty = Moments(0.0, np.array([np.nan]), np.array([np.nan]))
+        >>> one = Moments(1.0, np.array([3.0]), np.array([0.0]))
+        >>> print(empty.merge(one).mean.numpy())
+        [3.]
+        """
+        count_a = ops.cast(self.count, self.mean.dtype)
+        count_b = ops.cast(other.count, self.mean.dtype)
+        count = count_a + count_b
+        share = count_b / ops.where(count > 0, count, ops.ones_like(count))
+        has_a, has_b = count_a > 0, count_b > 0
+        both = ops.logical_and(has_a, has_b)
+        # Each side is silenced on its own, so that what an empty one holds
+        # (NaN, usually) never enters the arithmetic.
+        mean_a, variance_a = _where(has_a, self.mean), _where(has_a, self.variance)
+        mean_b, variance_b = _where(has_b, other.mean), _where(has_b, other.variance)
+        delta = _where(both, mean_b - mean_a)
+        mean = ops.where(has_a, mean_a + delta * share, mean_b)
+        variance = (
+            variance_a * (1.0 - share)
+            + variance_b * share
+            + delta * delta * (share * (1.0 - share))
+        )
+        return Moments(count, mean, variance)
+
+    def unbiased(self) -> "Moments":
+        r"""The same moments with the unbiased variance, $\sigma^2\,n/(n-1)$.
+
+        Returns:
+            `Moments` whose variance divides by `count − 1` instead of `count`. Where
+            `count` is 1 or less there is no unbiased estimate, and it is NaN.
+
+        >>> import numpy as np
+        >>> from keras_bn import Moments
+        >>> moments = Moments(np.array(3.0), np.array([2.0]), np.array([2.0]))
+        >>> print(moments.unbiased().variance.numpy())
+        [3.]
+        """
+        count = ops.cast(self.count, self.mean.dtype)
+        rest = ops.where(count > 1, count - 1.0, float("nan"))
+        return Moments(count, self.mean, self.variance * (count / rest))
+
+
+def _where(condition, value):
+    """`value` where `condition` holds, else 0 (a product would keep NaN)."""
+    return ops.where(condition, value, ops.zeros_like(value))
