@@ -1,0 +1,208 @@
+"""Bad input is refused early, in words that name the argument, rule and value."""
+
+import re
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from keras_bn import BatchNormalization
+
+
+def refuses(message, error=ValueError):
+    return pytest.raises(error, match=f"^{re.escape(message)}$")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"axis": 1.5}, "`axis` must be an int or a list of ints. Received: axis=1.5"),
+        ({"axis": "1"}, "`axis` must be an int or a list of ints. Received: axis='1'"),
+        (
+            {"axis": True},
+            "`axis` must be an int or a list of ints. Received: axis=True",
+        ),
+        (
+            {"axis": None},
+            "`axis` must be an int or a list of ints. Received: axis=None",
+        ),
+        ({"axis": []}, "`axis` must name at least one axis. Received: axis=[]"),
+        ({"axis": [1, 1]}, "`axis` must not repeat an axis. Received: axis=[1, 1]"),
+        (
+            {"momentum": 1.5},
+            "`momentum` must be between 0 and 1. Received: momentum=1.5",
+        ),
+        (
+            {"momentum": -0.1},
+            "`momentum` must be between 0 and 1. Received: momentum=-0.1",
+        ),
+        (
+            {"momentum": float("nan")},
+            "`momentum` must be between 0 and 1. Received: momentum=nan",
+        ),
+        (
+            {"epsilon": -1},
+            "`epsilon` must be a finite number, 0 or greater. Received: epsilon=-1",
+        ),
+        (
+            {"epsilon": float("inf")},
+            "`epsilon` must be a finite number, 0 or greater. Received: epsilon=inf",
+        ),
+        (
+            {"epsilon": float("nan")},
+            "`epsilon` must be a finite number, 0 or greater. Received: epsilon=nan",
+        ),
+    ],
+)
+def test_at_construction(arguments, message):
+    with refuses(message):
+        BatchNormalization(**arguments)
+
+
+def test_the_ends_of_the_ranges_are_accepted():
+    layer = BatchNormalization(axis=np.int64(1), momentum=0, epsilon=0)
+    assert (layer.axis, layer.momentum, layer.epsilon) == (1, 0.0, 0.0)
+    assert BatchNormalization(momentum=1).momentum == 1.0
+
+
+@pytest.mark.parametrize(
+    ("axis", "shape", "message"),
+    [
+        (
+            4,
+            (None, 3),
+            "`axis` must be between -2 and 1 for inputs of shape (None, 3). "
+            "Received: axis=4",
+        ),
+        (
+            [1, -5],
+            (2, 3, 4),
+            "`axis` must be between -3 and 2 for inputs of shape (2, 3, 4). "
+            "Received: axis=[1, -5]",
+        ),
+        (
+            [2, -1],
+            (2, 3, 4),
+            "`axis` must not repeat an axis of inputs of shape (2, 3, 4). "
+            "Received: axis=[2, -1]",
+        ),
+        (
+            [0, 1],
+            (2, 3),
+            "`axis` must leave an axis to take statistics over in inputs of shape "
+            "(2, 3). Received: axis=[0, 1]",
+        ),
+        (
+            -1,
+            (4, None),
+            "The size of the channel axis must be known. Received: axis=-1, "
+            "input shape (4, None)",
+        ),
+        (
+            -1,
+            (),
+            "BatchNormalization needs inputs of rank 2 or more, "
+            "(batch, ..., channels). Received: input shape ()",
+        ),
+        (
+            -1,
+            (5,),
+            "BatchNormalization needs inputs of rank 2 or more, "
+            "(batch, ..., channels). Received: input shape (5,)",
+        ),
+    ],
+)
+def test_at_build(axis, shape, message):
+    with refuses(message):
+        BatchNormalization(axis=axis).build(shape)
+
+
+@pytest.mark.parametrize("shape", [(), (5,)])
+def test_low_rank_inputs(shape):
+    with pytest.raises(ValueError, match="needs inputs of rank 2 or more"):
+        BatchNormalization()(np.zeros(shape, "float32"))
+
+
+def test_an_axis_out_of_range_in_compute_output_shape():
+    with refuses(
+        "`axis` must be between -2 and 1 for inputs of shape (2, 3). Received: axis=5"
+    ):
+        BatchNormalization(axis=5).compute_output_shape((2, 3))
+
+
+@pytest.mark.parametrize(
+    ("axis", "mask", "message"),
+    [
+        (
+            -1,
+            (4,),
+            "The mask must have the shape of the inputs without the channel axis: "
+            "(4, 5) for inputs of shape (4, 5, 3) with the channels on axis 2. "
+            "Received: mask of shape (4,)",
+        ),
+        (
+            -1,
+            (4, 5, 3),
+            "The mask must have the shape of the inputs without the channel axis: "
+            "(4, 5) for inputs of shape (4, 5, 3) with the channels on axis 2. "
+            "Received: mask of shape (4, 5, 3)",
+        ),
+        (
+            1,
+            (4, 5),
+            "The mask must have the shape of the inputs without the channel axis: "
+            "(4, 3) for inputs of shape (4, 5, 3) with the channels on axis 1. "
+            "Received: mask of shape (4, 5)",
+        ),
+        (
+            [1, 2],
+            (4, 5),
+            "The mask must have the shape of the inputs without the channel axis: "
+            "(4,) for inputs of shape (4, 5, 3) with the channels on axis [1, 2]. "
+            "Received: mask of shape (4, 5)",
+        ),
+    ],
+)
+@pytest.mark.parametrize("training", [True, False])
+def test_masks_of_the_wrong_shape(axis, mask, message, training):
+    layer = BatchNormalization(axis=axis)
+    layer.build((4, 5, 3))
+    with pytest.raises(ValueError, match=re.escape(message)):
+        layer(
+            np.zeros((4, 5, 3), "float32"), mask=np.ones(mask, bool), training=training
+        )
+
+
+@pytest.mark.parametrize(
+    ("inputs", "dtype"),
+    [
+        (tf.constant([["a", "b"]]), "string"),
+        (tf.constant([[1 + 2j, 3.0]], tf.complex64), "complex64"),
+    ],
+)
+def test_inputs_that_are_not_real_numbers(inputs, dtype):
+    message = f"Inputs must be real numbers. Received: inputs of dtype {dtype}"
+    with pytest.raises(TypeError, match=re.escape(message)):
+        BatchNormalization()(inputs)
+
+
+def test_weights_of_the_wrong_shape():
+    layer = BatchNormalization(name="bn")
+    layer.build((None, 3))
+    with refuses(
+        "Layer bn weight shape (3,) is not compatible with provided weight shape (4,)."
+    ):
+        layer.set_weights([np.ones(4)] * 4)
+    with pytest.raises(ValueError, match="weight list of length 2, but the layer was"):
+        layer.set_weights([np.ones(3)] * 2)
+
+
+def test_inputs_of_another_shape_than_built_for():
+    layer = BatchNormalization(name="bn")
+    layer.build((None, 3))
+    with pytest.raises(
+        ValueError, match="expected axis -1 of input shape to have value"
+    ):
+        layer(np.zeros((2, 4), "float32"))
+    with pytest.raises(ValueError, match="expected ndim=2, found ndim=3"):
+        layer(np.zeros((2, 2, 3), "float32"))

@@ -1,0 +1,154 @@
+"""Masks: what they leave out takes no part, on whichever axis the channels are."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from steps import MODES, Step, array, oracle_step, relative_error, set_parameters
+
+import keras_bn
+
+CASES = [
+    ((8, 5, 3), -1),
+    ((8, 3, 5), 1),
+    ((4, 3, 2, 5), 1),
+    ((4, 5, 3, 2), 2),
+    ((9, 3), 1),
+]
+
+
+def draw(shape, axis, seed=0):
+    rng = np.random.default_rng(seed)
+    rest = [n for a, n in enumerate(shape) if a != axis % len(shape)]
+    mask = rng.random(rest) < 0.6
+    return rng.normal(3, 2, shape), rng.normal(size=shape), mask
+
+
+def ours(shape, axis, dtype="float64", **arguments):
+    rng = np.random.default_rng(7)
+    layer = keras_bn.BatchNormalization(axis=axis, dtype=dtype, **arguments)
+    layer.build(shape)
+    gamma, beta = rng.normal(1, 0.3, (2, shape[axis]))
+    set_parameters(layer, gamma, beta)
+    return layer, gamma, beta
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("shape", "axis"), CASES)
+def test_masked_step_is_the_oracles(shape, axis, mode):
+    x, upstream, mask = draw(shape, axis)
+    layer, gamma, beta = ours(shape, axis)
+    got = Step(layer, mode, mask)(x, upstream)
+    axes = (axis % len(shape),)
+    want = oracle_step(layer, x, upstream, axes, gamma, beta, mask)
+    for name in want:
+        assert relative_error(got[name], want[name]) < 1e-12, name
+
+
+def test_channels_last_is_keras():
+    """To 1e-7, the epsilon that Keras adds to the count (ours is exact)."""
+    x, upstream, mask = draw((8, 5, 3), -1)
+    layer, gamma, beta = ours((8, 5, 3), -1)
+    theirs = keras.layers.BatchNormalization(dtype="float64")
+    theirs.build((8, 5, 3))
+    set_parameters(theirs, gamma, beta)
+    got = Step(layer, mask=mask)(x, upstream)
+    want = Step(theirs, mask=tf.constant(mask))(x, upstream)
+    for name in want:
+        assert relative_error(got[name], want[name]) < 1e-7, name
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("junk", [np.nan, np.inf, -np.inf, 1e38, 3e38])
+@pytest.mark.parametrize(("shape", "axis"), CASES)
+def test_masked_values_touch_nothing_else(shape, axis, junk, mode):
+    x, upstream, mask = draw(shape, axis)
+    spread = np.expand_dims(mask, axis) & np.ones(shape, bool)
+    upstream = np.where(spread, upstream, 0)
+    layer, _, _ = ours(shape, axis, dtype="float32")
+    step = Step(layer, mode, mask)
+    clean = step(x, upstream)
+    dirty = step(np.where(spread, x, junk), upstream)
+    for name in clean:
+        keep = spread if clean[name].shape == shape else ...
+        np.testing.assert_array_equal(dirty[name][keep], clean[name][keep], name)
+
+
+@pytest.mark.parametrize(("shape", "axis"), CASES)
+def test_masked_equals_compacted(shape, axis):
+    x, _, mask = draw(shape, axis)
+    layer, _, _ = ours(shape, axis, momentum=0.0)
+    layer(x, training=True, mask=mask)
+    compact, _, _ = ours((int(mask.sum()), shape[axis]), -1, momentum=0.0)
+    compact(np.moveaxis(x, axis, -1)[mask], training=True)
+    for name in ("moving_mean", "moving_variance"):
+        np.testing.assert_allclose(
+            array(getattr(layer, name)), array(getattr(compact, name)), rtol=1e-13
+        )
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_sizes_of_one_broadcast(mode):
+    x, upstream, _ = draw((8, 5, 3), -1)
+    mask = np.random.default_rng(1).random((8, 1)) < 0.5
+    layer, _, _ = ours((8, 5, 3), -1)
+    narrow = Step(layer, mode, mask)(x, upstream)
+    wide = Step(layer, mode, np.repeat(mask, 5, axis=1))(x, upstream)
+    for name in wide:
+        np.testing.assert_array_equal(narrow[name], wide[name])
+
+
+@pytest.mark.parametrize("dtype", ["bool", "int32", "float32"])
+def test_masks_of_any_dtype(dtype):
+    x, _, mask = draw((8, 5, 3), -1)
+    layer, _, _ = ours((8, 5, 3), -1)
+    layer(x, training=True, mask=mask.astype(dtype))
+    other, _, _ = ours((8, 5, 3), -1)
+    other(x, training=True, mask=mask)
+    np.testing.assert_array_equal(layer.moving_mean.numpy(), other.moving_mean.numpy())
+
+
+@pytest.mark.parametrize("training", [True, tf.constant(True)])
+def test_keras_hands_the_mask_on(training):
+    """From a Masking layer, through ours, to the next; `training` may be a tensor."""
+    x = np.random.default_rng(0).normal(3, 1, (4, 6, 2)).astype("float32")
+    x[:, 4:] = 0
+    masked = keras.layers.Masking()(x)
+    layer = keras_bn.BatchNormalization(momentum=0.0)
+    y = layer(masked, training=training)
+    np.testing.assert_allclose(
+        layer.moving_mean.numpy(), x[:, :4].mean((0, 1)), rtol=1e-5
+    )
+    np.testing.assert_array_equal(y._keras_mask, masked._keras_mask)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_fully_masked_batch_leaves_statistics_alone(mode):
+    x, upstream, mask = draw((8, 5, 3), -1)
+    layer, _, _ = ours((8, 5, 3), -1, dtype="float32")
+    got = Step(layer, mode, np.zeros_like(mask))(x, upstream)
+    np.testing.assert_array_equal(got["moving_mean"], np.zeros(3))
+    np.testing.assert_array_equal(got["moving_variance"], np.ones(3))
+    assert all(np.isfinite(value).all() for value in got.values())
+
+
+def test_inference_does_not_look_at_the_mask():
+    x, _, mask = draw((8, 5, 3), -1)
+    layer, _, _ = ours((8, 5, 3), -1)
+    np.testing.assert_array_equal(layer(x, mask=mask), layer(x))
+
+
+def test_unknown_sizes():
+    layer, _, _ = ours((8, 3, 5), 1)
+    shapes = [
+        tf.TensorSpec([None, 3, None], tf.float64),
+        tf.TensorSpec([None, None], bool),
+    ]
+
+    @tf.function(input_signature=shapes)
+    def run(x, mask):
+        return layer(x, training=True, mask=mask)
+
+    x, _, mask = draw((8, 3, 5), 1)
+    other, _, _ = ours((8, 3, 5), 1)
+    np.testing.assert_allclose(run(x, mask), other(x, training=True, mask=mask))
