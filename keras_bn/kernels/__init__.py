@@ -7,6 +7,14 @@ This folder is the only place that names TensorFlow. In all of it
 - a statistic or parameter has one value per channel: the shape of `x` along `axes`.
 """
 
+import keras
+
+if keras.backend.backend() != "tensorflow":
+    raise ImportError(
+        "keras_bn runs on Keras's TensorFlow backend. Received: KERAS_BACKEND="
+        f"{keras.backend.backend()!r}; set it to 'tensorflow' before importing keras."
+    )
+
 from keras_bn.kernels.compiled import compiled
 from keras_bn.kernels.plain import normalize_batch, normalize_with
 
