@@ -2,6 +2,7 @@
 
 from keras_bn.layer import BatchNormalization
 from keras_bn.moments import Moments
+from keras_bn.renorm import renorm_ramp
 from keras_bn.version import __version__
 
-__all__ = ["BatchNormalization", "Moments", "__version__"]
+__all__ = ["BatchNormalization", "Moments", "__version__", "renorm_ramp"]
