@@ -4,6 +4,8 @@ import functools
 
 import tensorflow as tf
 
+from keras_bn.kernels import dispatch
+
 
 def compiled(function):
     """Compile `function` with `tf.function` for eager calls; inline it in graphs.
@@ -12,8 +14,8 @@ def compiled(function):
     the Python function runs as it is, so that what is being traced (static sizes, an
     XLA context) stays visible to it and nothing traced elsewhere is reused.
 
-    One trace serves every size of the input: only its rank, dtype and channel sizes
-    are fixed, as they are for a built layer.
+    One trace serves every size of the input that wants the same kernel: only its
+    rank, dtype and channel sizes are fixed, as they are for a built layer.
 
     Args:
         function: `function(x, mask, *parameters, axes, **options)`. `x` is the input,
@@ -26,14 +28,15 @@ def compiled(function):
     """
 
     @functools.cache
-    def trace(specs, options):
+    def trace(specs, options, large):
         # None is no input of a TensorFlow function, so it is put back in its place.
         present = [spec for spec in specs if spec is not None]
 
         def call(*tensors):
             given = iter(tensors)
             arguments = [None if spec is None else next(given) for spec in specs]
-            return function(*arguments, **dict(options))
+            with dispatch.assuming(large):
+                return function(*arguments, **dict(options))
 
         return tf.function(call, input_signature=present, autograph=False)
 
@@ -47,7 +50,8 @@ def compiled(function):
         specs += [None if p is None else _spec(p, p.shape) for p in parameters]
         given = [t for t in (x, mask, *parameters) if t is not None]
         options["axes"] = axes
-        return trace(tuple(specs), tuple(sorted(options.items())))(*given)
+        options = tuple(sorted(options.items()))
+        return trace(tuple(specs), options, dispatch.is_large(x.shape))(*given)
 
     return call
 
