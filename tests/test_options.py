@@ -541,7 +541,7 @@ def combinations():
         }
 
 
-@pytest.mark.parametrize("arguments", combinations(), ids=name_of)
+@pytest.mark.parametrize("arguments", list(combinations()), ids=name_of)
 def test_every_combination(arguments, tmp_path):
     """Eager = graph = XLA; config and file round trips, resumed in the middle."""
     data = list(batches(8, (11, 3), dtype="float64"))
