@@ -1,31 +1,40 @@
-"""Running a function in a process of its own."""
+"""Running a script in a process of its own."""
 
-import inspect
+import pathlib
 import subprocess
 import sys
-import textwrap
+
+HIDE = """
+sys.modules[{name!r}] = None
+try:
+    import {name}
+except ImportError:
+    pass
+else:
+    raise AssertionError("{name} is importable")
+"""
 
 
-def run_alone(function, *arguments, without=None):
-    """Call `function` in a new process, which knows nothing but its source.
+def run_alone(script, *arguments, without=None):
+    """Run a script of this folder in a new process, from elsewhere.
 
     Args:
-        function: a function that imports all it needs.
+        script: its file name.
         *arguments: passed on as strings.
         without: name of a package that can't be imported there, installed or not.
 
     Returns:
-        What it printed. Raises AssertionError with its error output if it failed.
+        The lines it printed. Raises AssertionError with its error output if it failed.
     """
-    source = textwrap.dedent(inspect.getsource(function))
-    code = f"import sys\n{source}\n{function.__name__}(*sys.argv[1:])"
-    if without is not None:
-        code = f"import sys\nsys.modules[{without!r}] = None\n{code}"
+    code = "import runpy, sys"
+    code += "" if without is None else HIDE.format(name=without)
+    code += "\ndel sys.argv[0]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    script = pathlib.Path(__file__).with_name(script)
     done = subprocess.run(
-        [sys.executable, "-c", code, *map(str, arguments)],
+        [sys.executable, "-c", code, *map(str, (script, *arguments))],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
-    return done.stdout
+    return done.stdout.splitlines()
