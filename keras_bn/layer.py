@@ -344,12 +344,17 @@ class BatchNormalization(keras.layers.Layer):
             "unbiased": self.unbiased,
             "debias": self.debias,
             "freeze_statistics": self.freeze_statistics,
+            # Keras's reader of .h5 files throws away an `axis` of several.
+            **({"axes": self.axis} if isinstance(self.axis, list) else {}),
         }
 
     @classmethod
     def from_config(cls, config):
         clipping = keras.saving.deserialize_keras_object(config.get("renorm_clipping"))
-        return super().from_config({**config, "renorm_clipping": clipping})
+        config = {**config, "renorm_clipping": clipping}
+        if "axes" in config:
+            config["axis"] = config.pop("axes")
+        return super().from_config(config)
 
     @property
     def _rule(self):

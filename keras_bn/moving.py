@@ -140,7 +140,6 @@ def advance(old, new, usable, updates, rule: Rule):
         whole = _geometric_sum(momentum, ops.maximum(before + total, 1))
         newest = 1.0 / whole
         kept = _geometric_sum(momentum, before) / whole
-        updates = updates + ops.cast(total, updates.dtype)
     else:
         newest, kept = 1.0 - momentum, 1.0
     if several:
@@ -149,6 +148,8 @@ def advance(old, new, usable, updates, rule: Rule):
         value = old * (kept * _power(momentum, total)) + addend
     else:
         value = old * (kept * momentum) + newest * new
+    if updates is not None:
+        updates = updates + ops.cast(total, updates.dtype)
     return ops.where(total > 0, value, old), updates
 
 
@@ -161,10 +162,10 @@ def _geometric_sum(momentum, t):
         return t
     if momentum == 0.0:
         return ops.minimum(t, 1)
-    log = ops.cast(math.log(momentum), t.dtype)
+    log = ops.convert_to_tensor(math.log(momentum), t.dtype)
     return ops.expm1(log * t) / ops.expm1(log)
 
 
 def _power(momentum, exponent):
     """m^exponent."""
-    return ops.power(ops.cast(momentum, exponent.dtype), exponent)
+    return ops.power(ops.convert_to_tensor(momentum, exponent.dtype), exponent)

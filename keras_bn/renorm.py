@@ -49,8 +49,8 @@ def bounds(clipping, updates, dtype) -> Bounds:
         bound = clipping.get(key)
         bound = unbounded[key] if bound is None else bound
         if isinstance(bound, LearningRateSchedule):
-            bound = bound(ops.max(updates))
-        return ops.cast(bound, dtype)
+            return ops.cast(bound(ops.max(updates)), dtype)
+        return ops.convert_to_tensor(bound, dtype)
 
     return Bounds(*(value(key) for key in KEYS))
 
@@ -75,7 +75,7 @@ def correction(old: Statistics, batch: Moments, limits: Bounds, epsilon):
     Batch-Normalized Models", 2017; Keras's definition of the standard deviations.
     """
     stddev = ops.sqrt(batch.variance + epsilon)
-    floor = ops.sqrt(ops.cast(epsilon, stddev.dtype))
+    floor = ops.sqrt(ops.convert_to_tensor(epsilon, stddev.dtype))
     reference = ops.maximum(ops.cast(old.renorm_stddev, stddev.dtype), floor)
     r = stddev / reference
     d = (batch.mean - ops.cast(old.renorm_mean, stddev.dtype)) / reference

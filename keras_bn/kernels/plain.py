@@ -106,10 +106,11 @@ def normalize_batch(
         rest = layout.sum(_where(counted, centred)) / n
         centred -= layout.spread(rest)
         variance = layout.sum(_where(counted, tf.square(centred))) / n
-        moments = Moments(count, first + rest, variance)
+        moments = Moments(count, first, variance)
         if synchronized:
-            moments = synced.merge(moments)
-            centred, n = x - moments.mean, tf.maximum(moments.count, 1)
+            moments, rest = synced.merge(moments, rest)
+            centred, n = (x - moments.mean) - rest, tf.maximum(moments.count, 1)
+        moments = moments._replace(mean=moments.mean + rest)
 
         rstd = tf.math.rsqrt(moments.variance + epsilon)
         scale = gamma * rstd

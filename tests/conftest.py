@@ -1,0 +1,42 @@
+"""What several test files share."""
+
+import importlib
+import os
+
+import pytest
+
+
+def require(package):
+    """Import an optional package, or skip the test; in CI its absence is a failure.
+
+    Args:
+        package: name of the package to import.
+
+    Returns:
+        The imported module.
+    """
+    try:
+        return importlib.import_module(package)
+    except ModuleNotFoundError as error:
+        if error.name != package:
+            raise
+        reason = f"needs {package}, which is not installed"
+    if os.environ.get("CI", "").lower() in ("1", "true"):
+        pytest.fail(f"{reason}; in CI nothing is skipped")
+    pytest.skip(reason)
+
+
+def pytest_terminal_summary(terminalreporter):
+    """The comparison with Keras's layer, row by row, where it was run."""
+    rows = [
+        value
+        for report in terminalreporter.getreports("passed")
+        + terminalreporter.getreports("failed")
+        if report.when == "call"
+        for name, value in report.user_properties
+        if name == "comparison"
+    ]
+    if rows:
+        terminalreporter.section("keras.layers.BatchNormalization | keras_bn")
+        for row, theirs, ours in sorted(rows):
+            terminalreporter.write_line(f"{row:40} | {theirs:60} | {ours}")
