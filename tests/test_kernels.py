@@ -179,7 +179,10 @@ def test_half_types_keep_float32_statistics(way, dtype):
     x, upstream, gamma, beta = draw((512, 4), axes, mean=20)
     x, upstream = (array(tf.cast(t, dtype)) for t in (x, upstream))
     cast = tf.cast(x, dtype), tf.cast(upstream, dtype), gamma, beta
-    got, want = step(WAYS[way], *cast, axes), oracle_step(x, upstream, gamma, beta, axes)
+    got, want = (
+        step(WAYS[way], *cast, axes),
+        oracle_step(x, upstream, gamma, beta, axes),
+    )
     reference = step((run_keras, "graph"), *cast, axes)
     for name in want:
         allowed = max(2 * relative_error(reference[name], want[name]), 3e-6)
