@@ -101,6 +101,19 @@ def test_make_demo_runs_dense_equivalence():
     assert "python examples/dense_equivalence.py" in result.stdout.splitlines()[-1]
 
 
+def test_torch_equivalence(tmp_path):
+    pytest.importorskip("torch", reason="the example compares with PyTorch")
+    result = run("torch_equivalence.py", "--epochs", 1, "--out", tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+    assert result.stdout.splitlines()[-1] == "Verdict: equivalent"
+    models = ["784-64-BN-ReLU-10-softmax", "784-256-BN-ReLU-128-BN-ReLU-10"]
+    runs = [(model, dtype) for model in models for dtype in ("float32", "float64")]
+    read_table(tmp_path, "PyTorch", 1, runs)
+    assert_is_a_drawing(tmp_path / "curves_1.png")
+    assert_is_a_drawing(tmp_path / "curves_2.png")
+
+
 def short(folder):
     return ["--epochs", "1", "--batch-size", "96", "--out", str(folder)]
 
@@ -113,6 +126,23 @@ def test_a_wrong_layer_is_not_equivalent(example, tmp_path, capsys):
     table = json.loads((tmp_path / "table.json").read_text())
     assert table["equivalent"] is False
     assert [one["equivalent"] for one in table["runs"]] == [False, False]
+
+
+def test_a_wrong_layer_is_not_equivalent_to_torch(
+    example, tmp_path, capsys, monkeypatch
+):
+    pytest.importorskip("torch", reason="the example compares with PyTorch")
+
+    class Wrong(keras_bn.BatchNormalization):
+        def __init__(self, *, momentum=0.99, **kwargs):
+            super().__init__(momentum=1 - momentum, **kwargs)
+
+    torch_equivalence = example("torch_equivalence")
+    model = "784-64-BN-ReLU-10-softmax"
+    one = {model: torch_equivalence.MODELS[model]}
+    monkeypatch.setattr(torch_equivalence, "MODELS", one)
+    assert torch_equivalence.main(short(tmp_path), ours=Wrong) == 1
+    assert capsys.readouterr().out.splitlines()[-1] == "Verdict: NOT equivalent"
 
 
 def write_mnist(path, **changes):
