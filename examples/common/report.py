@@ -168,7 +168,7 @@ def _cells(snapshot):
         f"{snapshot.loss:.6f}",
         f"{snapshot.accuracy:.2%}",
         f"{snapshot.val_accuracy:.2%}",
-        f"{snapshot.seconds:.2f} s",
+        f"{snapshot.seconds:.2f}"[:4].rstrip(".") + " s",
     )
 
 

@@ -194,7 +194,7 @@ def side_by_side(title, dtype, make_reference, make_ours, data, arguments, watch
     sides = [make_reference(), make_ours()]
     if dtype == "float32":
         sides += [make_reference() for _ in range(REORDERED)]
-    x_train, x_val = data.x_train.astype(dtype), data.x_val.astype(dtype)
+    x_train, x_val = (x.astype(dtype, copy=False) for x in (data.x_train, data.x_val))
     batch_size, epochs = arguments.batch_size, arguments.epochs
     batches = len(x_train) // batch_size
     run = Run(title, dtype, sides[0].name)
