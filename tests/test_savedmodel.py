@@ -73,7 +73,15 @@ class Trainer(tf.Module):
         return {"y": y, "dx": dx}
 
 
-TRAINED = ("2-D", "channels first", "two axes", "neither", "float64", "mixed_float16")
+TRAINED = (
+    "2-D",
+    "channels first",
+    "two axes",
+    "neither",
+    "mixed_float16",
+    "renorm ramp",
+    "ghost batches",
+)
 
 
 @pytest.fixture(scope="module")
