@@ -2,6 +2,7 @@
 
 from keras_bn.layer import BatchNormalization
 from keras_bn.moments import Moments
+from keras_bn.tools.convert import from_keras, to_keras
 from keras_bn.version import __version__
 
-__all__ = ["BatchNormalization", "Moments", "__version__"]
+__all__ = ["BatchNormalization", "Moments", "__version__", "from_keras", "to_keras"]
