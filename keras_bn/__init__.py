@@ -2,7 +2,17 @@
 
 from keras_bn.layer import BatchNormalization
 from keras_bn.moments import Moments
+from keras_bn.renorm import renorm_ramp
 from keras_bn.tools.convert import from_keras, to_keras
+from keras_bn.tools.load import load_model
 from keras_bn.version import __version__
 
-__all__ = ["BatchNormalization", "Moments", "__version__", "from_keras", "to_keras"]
+__all__ = [
+    "BatchNormalization",
+    "Moments",
+    "__version__",
+    "from_keras",
+    "load_model",
+    "renorm_ramp",
+    "to_keras",
+]

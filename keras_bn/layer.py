@@ -5,20 +5,59 @@ import operator
 from typing import Any
 
 import keras
+import numpy as np
 from keras import constraints, initializers, ops, regularizers
 
-from keras_bn import kernels, moving
+from keras_bn import kernels, moving, renorm
 
 
 @kernels.compiled
 def _train(
-    x, mask, gamma, beta, mean, variance, *, axes, epsilon, momentum, synchronized
+    x,
+    mask,
+    gamma,
+    beta,
+    mean,
+    variance,
+    updates,
+    *renorm_state,
+    axes,
+    epsilon,
+    synchronized,
+    virtual_batch_size,
+    rule,
+    renorm_momentum,
 ):
-    """One training step: the output and the new moving mean and variance."""
+    """One training step: the output and the new state, in the order it was given."""
+    if renorm_state:
+        # The correction is one more step on the output: not in a half type.
+        x = ops.cast(x, keras.backend.result_type(x.dtype, "float32"))
     y, batch = kernels.normalize_batch(
-        x, mask, gamma, beta, axes=axes, epsilon=epsilon, synchronized=synchronized
+        x,
+        mask,
+        gamma,
+        beta,
+        axes=axes,
+        epsilon=epsilon,
+        synchronized=synchronized,
+        group_size=virtual_batch_size,
     )
-    return y, *moving.exponential(mean, variance, batch, momentum)
+    old = moving.Statistics(mean, variance, updates)
+    if not renorm_state:
+        return y, *_present(moving.update(old, batch, rule))
+    old_renorm = renorm.Statistics(*renorm_state[:3])
+    limits = renorm.Bounds(*renorm_state[3:])
+    r, d = renorm.correction(old_renorm, batch, limits, epsilon)
+    # gamma (x̂ r + d) + beta, from y = gamma x̂ + beta: at r = 1 and d = 0 it is y
+    # itself, to the bit.
+    offset = d if gamma is None else gamma * d
+    if beta is not None:
+        offset += beta * (1.0 - r)
+    y = kernels.affine(y, r, offset, axes=axes)
+    new, new_renorm = renorm.update(
+        old, old_renorm, batch, rule, renorm_momentum, epsilon
+    )
+    return y, *_present(new), *new_renorm
 
 
 @kernels.compiled
@@ -27,6 +66,10 @@ def _infer(x, mask, gamma, beta, mean, variance, *, axes, epsilon):
     return kernels.normalize_with(
         x, mean, variance, gamma, beta, axes=axes, epsilon=epsilon
     )
+
+
+def _present(values):
+    return [value for value in values if value is not None]
 
 
 @keras.saving.register_keras_serializable(package="keras_bn")
@@ -51,7 +94,8 @@ class BatchNormalization(keras.layers.Layer):
     Args:
         axis: int, the channel axis; or a list of ints, for statistics per index over
             several axes, with weights of those axes' sizes in the input's order.
-        momentum: float in [0, 1], weight of the old value in the moving statistics.
+        momentum: float in [0, 1], weight of the old value in the moving statistics;
+            None for the plain mean over all batches.
         epsilon: float, not negative, added to the variance.
         center: whether to add `beta`.
         scale: whether to multiply by `gamma`.
@@ -60,12 +104,24 @@ class BatchNormalization(keras.layers.Layer):
             moving statistics.
         beta_regularizer, gamma_regularizer: optional regularizers.
         beta_constraint, gamma_constraint: optional constraints.
-        renorm, renorm_clipping, renorm_momentum: batch renormalization. Not
-            implemented yet; `renorm=True` is refused.
+        renorm: whether to use batch renormalization (Ioffe, 2017), with Keras's
+            weights and numbers.
+        renorm_clipping: dict with any of the keys `"rmax"`, `"rmin"`, `"dmax"`:
+            floats, or `LearningRateSchedule`s of the update count such as
+            `keras_bn.renorm_ramp()` gives. Missing bounds are inf, 0, inf.
+        renorm_momentum: float in [0, 1], momentum of the statistics that training is
+            corrected toward.
         synchronized: whether to share the batch statistics of all replicas under a
             `tf.distribute` strategy.
-        virtual_batch_size, unbiased, debias, freeze_statistics: options beyond
-            Keras's. Not implemented yet; refused unless left at their defaults.
+        virtual_batch_size: int, the size of ghost batches: in training, a batch of
+            `n` is cut in order into `max(1, n // virtual_batch_size)` groups, the
+            last taking the remainder, each normalized by itself. None for none.
+        unbiased: whether the moving variance takes in the unbiased variance of a
+            batch, as PyTorch's does. The output never uses it.
+        debias: whether the moving statistics are the weighted mean of the batches
+            seen alone, without the pull of their initial values.
+        freeze_statistics: whether training uses the moving statistics and leaves
+            them alone, while gamma and beta still train. May be set on a live layer.
         **kwargs: arguments of `keras.layers.Layer`, such as `name` and `dtype`.
 
     Call arguments:
@@ -83,10 +139,10 @@ class BatchNormalization(keras.layers.Layer):
         ValueError: for arguments out of range, unknown channel sizes, inputs of rank
             0 or 1, and masks of the wrong shape; each names what was received.
         TypeError: for inputs that are not real numbers.
-        NotImplementedError: for the options named above.
 
     Source: Ioffe and Szegedy, "Batch Normalization: Accelerating Deep Network
-    Training by Reducing Internal Covariate Shift", 2015.
+    Training by Reducing Internal Covariate Shift", 2015. Ghost batches: Hoffer, Hubara
+    and Soudry, "Train longer, generalize better", 2017.
 
     Example:
 
@@ -128,16 +184,8 @@ class BatchNormalization(keras.layers.Layer):
         **kwargs,
     ):
         super().__init__(**kwargs)
-        _refuse_unfinished(
-            renorm=renorm,
-            renorm_clipping=renorm_clipping,
-            virtual_batch_size=virtual_batch_size,
-            unbiased=unbiased,
-            debias=debias,
-            freeze_statistics=freeze_statistics,
-        )
         self.axis = _check_axis(axis)
-        self.momentum = _check_momentum(momentum)
+        self.momentum = None if momentum is None else _check_momentum(momentum)
         self.epsilon = _check_epsilon(epsilon)
         self.center = center
         self.scale = scale
@@ -150,10 +198,12 @@ class BatchNormalization(keras.layers.Layer):
         self.beta_constraint = constraints.get(beta_constraint)
         self.gamma_constraint = constraints.get(gamma_constraint)
         self.renorm = renorm
-        self.renorm_clipping = renorm_clipping
-        self.renorm_momentum = renorm_momentum
+        self.renorm_clipping = _check_clipping(renorm, renorm_clipping)
+        self.renorm_momentum = _check_momentum(renorm_momentum, "renorm_momentum")
         self.synchronized = synchronized
-        self.virtual_batch_size = virtual_batch_size
+        self.virtual_batch_size = _check_group_size(
+            virtual_batch_size, synchronized=synchronized, renorm=renorm
+        )
         self.unbiased = unbiased
         self.debias = debias
         self.freeze_statistics = freeze_statistics
@@ -162,9 +212,18 @@ class BatchNormalization(keras.layers.Layer):
         self.beta: Any = None
         self.moving_mean: Any = None
         self.moving_variance: Any = None
+        self.moving_stddev: Any = None
+        self.renorm_mean: Any = None
+        self.renorm_stddev: Any = None
+        self.updates: Any = None
 
     def build(self, input_shape):
         self._axes = _channel_axes(self.axis, input_shape)
+        if self.virtual_batch_size is not None and 0 in self._axes:
+            raise ValueError(
+                "`virtual_batch_size` cuts the batch along axis 0, which must not be a "
+                f"channel axis then. Received: axis={self.axis}"
+            )
         shape = tuple(input_shape[axis] for axis in self._axes)
 
         def add(name, initializer, **options):
@@ -200,6 +259,23 @@ class BatchNormalization(keras.layers.Layer):
         self.moving_variance = add(
             "moving_variance", self.moving_variance_initializer, **statistic
         )
+        if self.renorm:
+            stddev_initializer = _root_of(self.moving_variance_initializer)
+            self.moving_stddev = add("moving_stddev", stddev_initializer, **statistic)
+            self.renorm_mean = add(
+                "renorm_mean", self.moving_mean_initializer, **statistic
+            )
+            self.renorm_stddev = add("renorm_stddev", stddev_initializer, **statistic)
+        if self._rule.counts or self._scheduled:
+            self.updates = self.add_weight(
+                shape=(2, *shape),
+                name="updates",
+                initializer="zeros",
+                dtype="int64",
+                trainable=False,
+                autocast=False,
+                aggregation="only_first_replica",
+            )
         axes = self.axis if isinstance(self.axis, list) else [self.axis]
         self.input_spec = keras.InputSpec(
             ndim=len(input_shape), axes={axis: input_shape[axis] for axis in axes}
@@ -212,37 +288,31 @@ class BatchNormalization(keras.layers.Layer):
             mask = getattr(inputs, "_keras_mask", None)
         x = _to_float(inputs, self.compute_dtype)
         mask = _check_mask(mask, x, self._axes)
-        mean, variance = self.moving_mean.value, self.moving_variance.value
-        gamma = None if self.gamma is None else self.gamma.value
-        beta = None if self.beta is None else self.beta.value
-        tensors = (x, mask, gamma, beta, mean, variance)
-        options = {"axes": self._axes, "epsilon": self.epsilon}
+        if not self.trainable or self.freeze_statistics:
+            training = False
 
         def train():
-            return _train(
-                *tensors,
-                **options,
-                momentum=self.momentum,
-                synchronized=self.synchronized,
-            )
+            return self._train(x, mask)
 
         def infer():
-            return _infer(*tensors, **options), mean, variance
+            return self._infer(x), *(variable.value for variable in self._state)
 
-        if not self.trainable:
-            training = False
         if ops.is_tensor(training):
-            y, mean, variance = ops.cond(ops.cast(training, "bool"), train, infer)
+            y, *state = ops.cond(ops.cast(training, "bool"), train, infer)
         else:
-            y, mean, variance = train() if training else infer()
+            y, *state = train() if training else infer()
         if ops.is_tensor(training) or training:
-            self.moving_mean.assign(mean)
-            self.moving_variance.assign(variance)
+            for variable, new in zip(self._state, state, strict=True):
+                variable.assign(new)
         return ops.cast(y, self.compute_dtype)
 
     def compute_output_shape(self, input_shape):
         _channel_axes(self.axis, input_shape, sizes_known=False)
         return input_shape
+
+    def load_own_variables(self, store):
+        self._check_stored(store)
+        super().load_own_variables(store)
 
     def get_config(self):
         return {
@@ -265,22 +335,100 @@ class BatchNormalization(keras.layers.Layer):
             "beta_constraint": constraints.serialize(self.beta_constraint),
             "gamma_constraint": constraints.serialize(self.gamma_constraint),
             "renorm": self.renorm,
-            "renorm_clipping": self.renorm_clipping,
+            "renorm_clipping": keras.saving.serialize_keras_object(
+                self.renorm_clipping
+            ),
             "renorm_momentum": self.renorm_momentum,
             "synchronized": self.synchronized,
             "virtual_batch_size": self.virtual_batch_size,
             "unbiased": self.unbiased,
             "debias": self.debias,
             "freeze_statistics": self.freeze_statistics,
+            # Keras's reader of .h5 files throws away an `axis` of several.
+            **({"axes": self.axis} if isinstance(self.axis, list) else {}),
         }
 
+    @classmethod
+    def from_config(cls, config):
+        clipping = keras.saving.deserialize_keras_object(config.get("renorm_clipping"))
+        config = {**config, "renorm_clipping": clipping}
+        if "axes" in config:
+            config["axis"] = config.pop("axes")
+        return super().from_config(config)
 
-def _refuse_unfinished(**options):
-    for name, value in options.items():
-        if value is not None and value is not False:
-            raise NotImplementedError(
-                f"`{name}` is not implemented yet in keras_bn.BatchNormalization. "
-                f"Received: {name}={value!r}"
+    @property
+    def _rule(self):
+        return moving.Rule(self.momentum, self.debias, self.unbiased)
+
+    @property
+    def _scheduled(self):
+        """Whether a bound of renormalization follows the update count."""
+        bounds = (self.renorm_clipping or {}).values()
+        return self.renorm and any(callable(bound) for bound in bounds)
+
+    @property
+    def _state(self):
+        """The variables that training moves, in the order that `_train` gives them."""
+        return _present(
+            [
+                self.moving_mean,
+                self.moving_variance,
+                self.updates,
+                self.moving_stddev,
+                self.renorm_mean,
+                self.renorm_stddev,
+            ]
+        )
+
+    @property
+    def _affine(self):
+        return [None if w is None else w.value for w in (self.gamma, self.beta)]
+
+    def _train(self, x, mask):
+        moving_state = [self.moving_mean.value, self.moving_variance.value]
+        updates = None if self.updates is None else self.updates.value
+        renorm_state = []
+        if self.renorm:
+            variables = (self.moving_stddev, self.renorm_mean, self.renorm_stddev)
+            renorm_state += [variable.value for variable in variables]
+            renorm_state += renorm.bounds(
+                self.renorm_clipping, updates, self.moving_mean.dtype
+            )
+        return _train(
+            x,
+            mask,
+            *self._affine,
+            *moving_state,
+            updates,
+            *renorm_state,
+            axes=self._axes,
+            epsilon=self.epsilon,
+            synchronized=self.synchronized,
+            virtual_batch_size=self.virtual_batch_size,
+            rule=self._rule,
+            renorm_momentum=self.renorm_momentum,
+        )
+
+    def _infer(self, x):
+        statistics = self.moving_mean.value, self.moving_variance.value
+        return _infer(
+            x, None, *self._affine, *statistics, axes=self._axes, epsilon=self.epsilon
+        )
+
+    def _check_stored(self, store):
+        """Refuse a stored moving variance that no training can have left behind."""
+        names = [variable.name for variable in self.variables]
+        key = str(names.index("moving_variance"))
+        if key not in store.keys():  # noqa: SIM118 (a store is not a dict)
+            return
+        variance = np.asarray(store[key])
+        bad = np.argwhere(~(np.isfinite(variance) & (variance >= 0)))
+        if len(bad):
+            channel = tuple(int(i) for i in bad[0])
+            raise ValueError(
+                f"Layer {self.name!r} can't load a moving variance that is negative or "
+                f"not finite. Received: {variance[channel]} in channel "
+                f"{channel[0] if len(channel) == 1 else channel}"
             )
 
 
@@ -302,16 +450,54 @@ def _check_axis(axis):
     return axes if len(axes) > 1 else axes[0]
 
 
-def _check_momentum(momentum):
-    if momentum is None:
-        raise NotImplementedError(
-            "`momentum=None` is not implemented yet in keras_bn.BatchNormalization."
-        )
+def _check_momentum(momentum, name="momentum"):
     if not 0.0 <= (number := float(momentum)) <= 1.0:
         raise ValueError(
-            f"`momentum` must be between 0 and 1. Received: momentum={momentum!r}"
+            f"`{name}` must be between 0 and 1. Received: {name}={momentum!r}"
         )
     return number
+
+
+def _check_clipping(renorm_used, clipping):
+    if not renorm_used:
+        return clipping
+    clipping = dict(clipping or {})
+    if unknown := set(clipping) - set(renorm.KEYS):
+        raise ValueError(
+            f"`renorm_clipping` takes the keys {list(renorm.KEYS)}. "
+            f"Received: {sorted(unknown)}"
+        )
+    rmax, rmin, dmax = (
+        None if callable(clipping.get(key)) else clipping.get(key)
+        for key in renorm.KEYS
+    )
+    if rmax is not None and rmin is not None and rmax < rmin:
+        raise ValueError(
+            "`rmax` in `renorm_clipping` must not be less than `rmin`. "
+            f"Received: rmax={rmax}, rmin={rmin}"
+        )
+    if dmax is not None and dmax < 0:
+        raise ValueError(
+            f"`dmax` in `renorm_clipping` must be 0 or greater. Received: dmax={dmax}"
+        )
+    return clipping
+
+
+def _check_group_size(size, **excluded):
+    if size is None:
+        return None
+    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+        raise ValueError(
+            "`virtual_batch_size` must be a positive int or None. "
+            f"Received: virtual_batch_size={size!r}"
+        )
+    for name, value in excluded.items():
+        if value:
+            raise ValueError(
+                f"`virtual_batch_size` and `{name}` exclude each other. "
+                f"Received: virtual_batch_size={size}, {name}={value}"
+            )
+    return size
 
 
 def _check_epsilon(epsilon):
@@ -355,6 +541,15 @@ def _channel_axes(axis, input_shape, sizes_known=True):
             f"input shape {shape}"
         )
     return tuple(positive)
+
+
+def _root_of(initializer):
+    """An initializer that draws the square root of what `initializer` draws."""
+
+    def draw(shape, dtype=None):
+        return ops.sqrt(initializer(shape, dtype=dtype))
+
+    return draw
 
 
 def _to_float(inputs, compute_dtype):

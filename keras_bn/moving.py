@@ -1,42 +1,167 @@
-"""How a moving statistic takes in the Moments of a batch."""
+"""How moving statistics take in the Moments of a batch."""
+
+import math
+from typing import Any, NamedTuple
 
 from keras import ops
 
 from keras_bn.moments import Moments
 
 
-def exponential(mean, variance, batch: Moments, momentum: float):
-    r"""One exponential step of the moving statistics toward those of a batch.
+class Rule(NamedTuple):
+    """What one update does.
+
+    Args:
+        momentum: weight of the old value, in [0, 1]; None for the plain mean over
+            all batches.
+        debias: whether the initial values lose their weight with the first update.
+        unbiased: whether the moving variance takes in `count / (count - 1)` times the
+            population variance.
+    """
+
+    momentum: float | None = 0.99
+    debias: bool = False
+    unbiased: bool = False
+
+    @property
+    def counts(self) -> bool:
+        """Whether the rule needs to know how many updates came before."""
+        return self.debias or self.momentum is None
+
+
+class Statistics(NamedTuple):
+    """Moving statistics, one value per channel each.
+
+    Args:
+        mean: the moving mean.
+        variance: the moving variance.
+        updates: how many updates the mean and the variance have taken, of shape
+            `(2, *mean.shape)`; None where nobody counts. They are counted apart for
+            each channel, for a bad batch may skip one and not another.
+    """
+
+    mean: Any
+    variance: Any
+    updates: Any = None
+
+
+def update(
+    old: Statistics, batch: Moments, rule: Rule, spread=lambda variance: variance
+) -> Statistics:
+    r"""Moving statistics after a batch, or after several groups of one in order.
 
     $$\mu \leftarrow m\,\mu + (1-m)\,\bar x, \qquad
       \sigma^2 \leftarrow m\,\sigma^2 + (1-m)\,s^2$$
 
+    With `debias`, $1-m$ is replaced by $(1-m)/(1-m^t)$ at update $t$, which makes the
+    statistics the weighted mean of the batches alone; with `momentum=None`, by $1/t$.
+
     A channel whose batch moments are not finite, or rest on no element at all, keeps
-    both old values to the bit: one bad batch must not cost a trained model.
+    its old values to the bit: one bad batch must not cost a trained model. So does a
+    moving variance that wants the unbiased variance of a single element.
 
     Args:
-        mean: present moving mean, one value per channel.
-        variance: present moving variance, of the same shape.
-        batch: `Moments` of the batch, in any float dtype.
-        momentum: weight of the old value, in [0, 1].
+        old: the present `Statistics`.
+        batch: `Moments` of the batch, in any float dtype; or of the groups it was cut
+            into, along one more leading axis: the result is then that of one update
+            per group, in closed form.
+        rule: the `Rule` of the update.
+        spread: what the second statistic keeps of a variance, if not itself.
 
     Returns:
-        The new `(mean, variance)`, in the dtype of the old ones.
+        The new `Statistics`, in the dtypes of the old ones.
 
-    Source: Ioffe and Szegedy, 2015; Keras's `momentum`, which is 1 − PyTorch's.
+    Source: Ioffe and Szegedy, 2015; Keras's `momentum`, which is 1 − PyTorch's. The
+    debiased weights: Kingma and Ba, "Adam", 2015, section 3.
 
     >>> import numpy as np
-    >>> from keras_bn.moments import Moments
     >>> batch = Moments(8.0, np.array([1.0, np.nan]), np.array([4.0, 4.0]))
-    >>> mean, variance = exponential(np.zeros(2), np.ones(2), batch, momentum=0.5)
-    >>> print(mean.numpy(), variance.numpy())
+    >>> new = update(Statistics(np.zeros(2), np.ones(2)), batch, Rule(momentum=0.5))
+    >>> print(new.mean.numpy(), new.variance.numpy())
     [0.5 0. ] [2.5 1. ]
     """
+    usable, known = usable_parts(batch, rule)
+    batch = batch.unbiased() if rule.unbiased else batch
+    updates = (None, None) if old.updates is None else old.updates
+    mean, mean_updates = advance(old.mean, batch.mean, usable, updates[0], rule)
+    variance, variance_updates = advance(
+        old.variance, spread(batch.variance), known, updates[1], rule
+    )
+    if old.updates is None:
+        return Statistics(mean, variance)
+    return Statistics(mean, variance, ops.stack([mean_updates, variance_updates]))
+
+
+def usable_parts(batch: Moments, rule: Rule):
+    """Per channel, whether the batch's mean and its variance may be taken in.
+
+    Args:
+        batch: `Moments` of the batch.
+        rule: the `Rule` of the update.
+
+    Returns:
+        Two bool tensors of the shape of `batch.mean`.
+    """
     finite = ops.logical_and(ops.isfinite(batch.mean), ops.isfinite(batch.variance))
-    usable = ops.logical_and(finite, batch.count > 0)
+    mean = ops.logical_and(finite, batch.count > 0)
+    return mean, ops.logical_and(mean, batch.count > 1) if rule.unbiased else mean
 
-    def step(old, new):
-        new = ops.cast(new, old.dtype)
-        return ops.where(usable, old * momentum + new * (1.0 - momentum), old)
 
-    return step(mean, batch.mean), step(variance, batch.variance)
+def advance(old, new, usable, updates, rule: Rule):
+    """One moving statistic and its update count, after one new value or several.
+
+    Args:
+        old: the present values, of shape `(channels,)`, usually.
+        new: the new values: of the shape of `old`, or with a leading axis of several
+            values that come in order.
+        usable: bools of the shape of `new`; the others are passed over.
+        updates: how many came before, of the shape of `old`; None if not counted.
+        rule: the `Rule` of the update.
+
+    Returns:
+        `(values, updates)`, of the shapes and dtypes of `old` and `updates`.
+    """
+    dtype = old.dtype
+    # The plain mean weighs all the same, as a momentum of 1 does.
+    momentum = 1.0 if rule.momentum is None else rule.momentum
+    several = len(new.shape) > len(old.shape)
+    new = ops.where(usable, ops.cast(new, dtype), ops.zeros((), dtype))
+    taken = ops.cast(usable, dtype)
+    total = ops.sum(taken, axis=0) if several else taken
+    # How much of each new value is left after those that follow it.
+    later = total - ops.cumsum(taken, axis=0) if several else None
+
+    if rule.counts:
+        before = ops.cast(updates, dtype)
+        whole = _geometric_sum(momentum, ops.maximum(before + total, 1))
+        newest = 1.0 / whole
+        kept = _geometric_sum(momentum, before) / whole
+    else:
+        newest, kept = 1.0 - momentum, 1.0
+    if several:
+        # Each value has lost weight to those that follow it.
+        addend = ops.sum(newest * _power(momentum, later) * new, axis=0)
+        value = old * (kept * _power(momentum, total)) + addend
+    else:
+        value = old * (kept * momentum) + newest * new
+    if updates is not None:
+        updates = updates + ops.cast(total, updates.dtype)
+    return ops.where(total > 0, value, old), updates
+
+
+def _geometric_sum(momentum, t):
+    """1 + m + ... + m^(t−1), the weight of `t` values of which the newest has 1.
+
+    Through expm1, so that nothing cancels at momenta near 1 and one value weighs 1.
+    """
+    if momentum == 1.0:
+        return t
+    if momentum == 0.0:
+        return ops.minimum(t, 1)
+    log = ops.convert_to_tensor(math.log(momentum), t.dtype)
+    return ops.expm1(log * t) / ops.expm1(log)
+
+
+def _power(momentum, exponent):
+    """m^exponent."""
+    return ops.power(ops.convert_to_tensor(momentum, exponent.dtype), exponent)

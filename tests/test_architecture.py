@@ -16,7 +16,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 ORDER = [
     {"version"},
     {"moments"},
-    {"kernels", "moving", "renorm"},
+    {"kernels", "moving"},
+    {"renorm"},
     {"layer"},
     {"tools", "diagnosis", "verify", "bench"},
     {"cli"},

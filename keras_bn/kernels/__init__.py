@@ -16,6 +16,6 @@ if keras.backend.backend() != "tensorflow":
     )
 
 from keras_bn.kernels.compiled import compiled
-from keras_bn.kernels.plain import normalize_batch, normalize_with
+from keras_bn.kernels.plain import affine, normalize_batch, normalize_with
 
-__all__ = ["compiled", "normalize_batch", "normalize_with"]
+__all__ = ["affine", "compiled", "normalize_batch", "normalize_with"]

@@ -68,7 +68,7 @@ class Layout:
 
     def statistic(self, value):
         """A value per channel, from the inner shape back to the caller's."""
-        return tf.reshape(value, self._channels)
+        return value if value.shape.rank == 0 else tf.reshape(value, self._channels)
 
     def mask(self, mask, x):
         """The mask as it broadcasts against `inner(x)`; None stays None."""
@@ -95,3 +95,57 @@ class Layout:
     def sum(self, x):
         """The sum over everything that belongs to one channel, in the inner shape."""
         return tf.reduce_sum(x, self._summed, keepdims=True)
+
+    def spread(self, value):
+        """A statistic as it broadcasts against the input: as it is."""
+        return value
+
+    def total(self, value):
+        """The sum of a statistic over the groups of the batch: here is only one."""
+        return value
+
+
+class Grouped(Layout):
+    """The layout of a batch cut in order into groups, each with its own statistics.
+
+    A batch of `n` gives `max(1, n // size)` groups of `size`, the last taking the
+    remainder. Statistics have the groups along the leading axis of the inner shape,
+    where the input has its batch.
+
+    Args:
+        x: the input, with known sizes along `axes` and the batch in axis 0.
+        axes: the channel axes, non-negative and ascending, without axis 0.
+        size: how many samples make a group.
+    """
+
+    def __init__(self, x, axes, size):
+        super().__init__(x, axes)
+        self._axes, self._flat = axes, False
+        self._inner = [d if i in axes else 1 for i, d in enumerate(x.shape)]
+        self._summed = self._rows[1:]
+        batch = tf.shape(x)[0]
+        self._groups = tf.maximum(1, batch // size)
+        self._group = tf.minimum(tf.range(batch) // size, self._groups - 1)
+
+    def count(self, mask, x, dtype):
+        """How many elements stand behind the statistics of each group."""
+        if mask is None:
+            mask = self.mask(True, x)
+        return self.sum(tf.cast(mask, dtype))
+
+    def statistic(self, value):
+        """A value per group and channel, with the groups along the leading axis."""
+        return tf.reshape(value, [self._groups, *(value.shape[a] for a in self._axes)])
+
+    def sum(self, x):
+        """The sum over what belongs to one channel of one group."""
+        samples = tf.reduce_sum(x, self._summed, keepdims=True)
+        return tf.math.unsorted_segment_sum(samples, self._group, self._groups)
+
+    def spread(self, value):
+        """The statistics of each sample's own group."""
+        return tf.gather(value, self._group)
+
+    def total(self, value):
+        """The sum of a statistic over the groups."""
+        return tf.reduce_sum(value, 0, keepdims=True)

@@ -3,7 +3,7 @@
 import tensorflow as tf
 
 from keras_bn.kernels import synced
-from keras_bn.kernels.layout import Layout, at_least_float32, broadcast
+from keras_bn.kernels.layout import Grouped, Layout, at_least_float32, broadcast
 from keras_bn.moments import Moments
 
 
@@ -39,7 +39,14 @@ def normalize_with(x, mean, variance, gamma, beta, *, axes, epsilon):
     return tf.cast(y, x.dtype)
 
 
-def normalize_batch(x, mask, gamma, beta, *, axes, epsilon, synchronized=False):
+def affine(x, scale, offset, *, axes):
+    """`x * scale + offset`, with one value per channel each."""
+    return x * broadcast(scale, x.shape, axes) + broadcast(offset, x.shape, axes)
+
+
+def normalize_batch(
+    x, mask, gamma, beta, *, axes, epsilon, synchronized=False, group_size=None
+):
     r"""Normalize with the statistics of the batch itself.
 
     Forward, over the $n$ elements that count in a channel:
@@ -68,14 +75,17 @@ def normalize_batch(x, mask, gamma, beta, *, axes, epsilon, synchronized=False):
         axes: the channel axes of `x`.
         epsilon: added to the variance, non-negative.
         synchronized: whether the statistics are those of all replicas together.
+        group_size: size of the groups that the batch is cut into, each normalized by
+            itself; None for the batch as one.
 
     Returns:
         `(y, Moments)`: the output, of the shape and dtype of `x`, and the moments of
-        the batch in float32 at least. The moments are constants to differentiation.
+        the batch in float32 at least; of each group, along one more leading axis,
+        when it is cut. The moments are constants to differentiation.
 
     Source: Ioffe and Szegedy, "Batch Normalization", 2015.
     """
-    layout = Layout(x, axes)
+    layout = Layout(x, axes) if group_size is None else Grouped(x, axes, group_size)
     wide = at_least_float32(x).dtype
     counted = layout.mask(mask, x)
     count = layout.count(counted, x, wide)
@@ -88,7 +98,7 @@ def normalize_batch(x, mask, gamma, beta, *, axes, epsilon, synchronized=False):
         # The mean comes in two parts, `mean + rest`: what the sum of large numbers
         # lost to rounding is found again among the small differences.
         mean = layout.sum(_where(counted, x)) / n
-        centred = _where(counted, x - mean)
+        centred = _where(counted, x - layout.spread(mean))
         rest = layout.sum(centred) / n
         variance = layout.sum(tf.square(centred)) / n - tf.square(rest)
         # Not tf.maximum, which may turn NaN into 0.
@@ -101,20 +111,21 @@ def normalize_batch(x, mask, gamma, beta, *, axes, epsilon, synchronized=False):
 
         rstd = tf.math.rsqrt(moments.variance + epsilon)
         scale = gamma * rstd
-        y = (x - mean) * scale + (beta - rest * scale)
+        shift = beta - rest * scale
+        y = (x - layout.spread(mean)) * layout.spread(scale) + layout.spread(shift)
 
         def gradient(upstream, *_):
             g = tf.cast(upstream, wide)
-            centred = (x - mean) - rest
+            centred = (x - layout.spread(mean)) - layout.spread(rest)
             if counted is not None:
                 centred = _where(counted | tf.math.is_finite(centred), centred)
-            sum_g = d_beta = layout.sum(g)
-            sum_gx = layout.sum(g * centred)
-            d_gamma = sum_gx * rstd
+            sum_g, sum_gx = layout.sum(g), layout.sum(g * centred)
+            d_gamma, d_beta = layout.total(sum_gx * rstd), layout.total(sum_g)
             if synchronized:
                 sum_g, sum_gx = synced.total(sum_g, sum_gx)
-            through = sum_g / n + centred * (tf.square(rstd) * sum_gx / n)
-            dx = scale * (g - _where(counted, through))
+            slope = layout.spread(tf.square(rstd) * sum_gx / n)
+            through = layout.spread(sum_g / n) + centred * slope
+            dx = layout.spread(scale) * (g - _where(counted, through))
             return tf.cast(dx, dtype), d_gamma, d_beta
 
         return (tf.cast(y, dtype), *moments), gradient
@@ -122,8 +133,7 @@ def normalize_batch(x, mask, gamma, beta, *, axes, epsilon, synchronized=False):
     gamma = layout.parameter(1.0 if gamma is None else gamma, wide)
     beta = layout.parameter(0.0 if beta is None else beta, wide)
     y, *moments = normalize(layout.inner(x), gamma, beta)
-    count, mean, variance = (tf.stop_gradient(m) for m in moments)
-    moments = Moments(count, layout.statistic(mean), layout.statistic(variance))
+    moments = Moments(*(layout.statistic(tf.stop_gradient(m)) for m in moments))
     return layout.outer(y, x), moments
 
 

@@ -3,7 +3,7 @@
 import keras
 
 from keras_bn.layer import BatchNormalization
-from keras_bn.tools.graph import Copier, is_graph, walk
+from keras_bn.tools.graph import Copier, copy_variables, is_graph, walk
 
 # What a layer of ours may be set to that Keras's has no argument for, and the value
 # that says the same as not having it.
@@ -104,7 +104,7 @@ def is_ours(layer):
 def _convert(model, wants, make, in_place):
     if not isinstance(model, keras.layers.Layer):
         raise TypeError(f"Expected a Keras layer or model. Received: {model!r}")
-    copier = Copier(wants, make)
+    copier = Copier(wants, make, fill=copy_variables)
     if not in_place:
         return copier.copy(model)
     if is_graph(model) or wants(model):

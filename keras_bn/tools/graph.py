@@ -3,6 +3,7 @@
 import contextlib
 import tempfile
 import warnings
+from typing import Any
 
 import keras
 from keras import tree
@@ -278,9 +279,7 @@ def _copy_state(old, new, elsewhere=()):
     old.save_own_variables(store)
     if store:
         new.load_own_variables(store)
-    for mine, theirs in zip(_own_variables(old), _own_variables(new), strict=True):
-        if mine.trainable != theirs.trainable:
-            theirs.trainable = mine.trainable
+    _copy_flags(old, new)
     for mine, theirs in zip(old._seed_generators, new._seed_generators, strict=True):
         theirs.state.assign(mine.state)
     if hasattr(old, "save_assets"):
@@ -293,36 +292,53 @@ def _copy_state(old, new, elsewhere=()):
             _copy_state(mine, theirs, elsewhere)
 
 
-def _own_variables(layer):
-    return layer._trainable_variables + layer._non_trainable_variables
+def copy_variables(old, new):
+    """Give `new` the weights of `old`, in order, whatever they are."""
+    for mine, theirs in zip(old.variables, new.variables, strict=True):
+        theirs.assign(mine)
+    _copy_flags(old, new)
+
+
+def _copy_flags(old, new):
+    def own(layer):
+        return layer._trainable_variables + layer._non_trainable_variables
+
+    for mine, theirs in zip(own(old), own(new), strict=True):
+        if mine.trainable != theirs.trainable:
+            theirs.trainable = mine.trainable
+
+
+def compile_alike(new, old):
+    """Compile `new` as `old` is, with an optimizer and metrics of its own.
+
+    Returns:
+        Whether `new` is compiled now: not if `old` isn't, or does it its own way.
+    """
+    if not getattr(old, "compiled", False):
+        return False
+    if type(old).compile is not Trainer.compile:
+        warnings.warn(
+            f"'{old.name}' has a compile() of its own; compile the copy yourself.",
+            stacklevel=5,
+        )
+        return False
+    settings = dict(old._compile_config.config)
+    optimizer = old.optimizer
+    settings["optimizer"] = type(optimizer).from_config(optimizer.get_config())
+    for key in ("metrics", "weighted_metrics"):
+        settings[key] = tree.map_structure(_remake_metric, settings[key])
+    new.compile(**settings)
+    return True
 
 
 def _copy_compilation(old, new, variables):
     """Compile `new` as `old` is, with the state that the optimizer has reached."""
-    if not getattr(old, "compiled", False):
+    optimizer: Any = getattr(old, "optimizer", None)
+    if not compile_alike(new, old) or not optimizer.built:
         return
-    if type(old).compile is not Trainer.compile:
-        warnings.warn(
-            f"'{old.name}' has a compile() of its own; compile the copy yourself.",
-            stacklevel=4,
-        )
-        return
-    settings = dict(old._compile_config.config)
-    settings["optimizer"] = optimizer = _remake_optimizer(old.optimizer)
-    for key in ("metrics", "weighted_metrics"):
-        settings[key] = tree.map_structure(_remake_metric, settings[key])
-    trained = getattr(old.optimizer, "_trainable_variables", [])
-    state = [variable.numpy() for variable in old.optimizer.variables]
-    built = old.optimizer.built
-    new.compile(**settings)
-    if built and all(id(v) in variables for v in trained):
-        optimizer.build([variables[id(v)] for v in trained])
-        for value, variable in zip(state, optimizer.variables, strict=True):
-            variable.assign(value)
-
-
-def _remake_optimizer(optimizer):
-    return type(optimizer).from_config(optimizer.get_config())
+    new.optimizer.build([variables[id(v)] for v in optimizer._trainable_variables])
+    for mine, theirs in zip(optimizer.variables, new.optimizer.variables, strict=True):
+        theirs.assign(mine)
 
 
 def _remake_metric(metric):

@@ -290,15 +290,42 @@ def test_subclasses_of_keras_layer_stay():
         ({"debias": True}, "debias=True"),
         ({"freeze_statistics": True}, "freeze_statistics=True"),
         ({"momentum": None}, "momentum=None"),
+        (
+            {"renorm": True, "renorm_clipping": keras_bn.renorm_ramp()},
+            r"renorm_clipping\['rmax'\]",
+        ),
     ],
 )
 def test_to_keras_names_what_keras_lacks(options, named):
-    try:
-        layer = OURS(**options, name="norm")
-    except NotImplementedError:
-        pytest.skip("the layer does not have this option yet")
+    layer = OURS(**options, name="norm")
     with pytest.raises(ValueError, match=f"{named}.*'norm'"):
         keras_bn.to_keras(layer)
+
+
+def test_renorm_is_carried_both_ways():
+    model = randomized(
+        keras.Sequential(
+            [keras.Input((4,)), KERAS(renorm=True, renorm_clipping={"rmax": 2.0})]
+        )
+    )
+    ours = keras_bn.from_keras(model)
+    x, y = np.random.default_rng(0).normal(size=(2, 16, 4))
+    for each in model, ours:
+        each.compile("sgd", "mse")
+        each.train_on_batch(x, y)
+    back = keras_bn.to_keras(ours)
+    for a, b, c in zip(model.variables, ours.variables, back.variables, strict=True):
+        np.testing.assert_allclose(b.numpy(), a.numpy(), rtol=1e-5, atol=1e-5)
+        np.testing.assert_array_equal(b.numpy(), c.numpy())
+
+
+def test_a_model_with_lost_statistics_can_be_converted():
+    layer = KERAS()
+    layer.build((None, 2))
+    layer.moving_variance.assign([np.nan, -1.0])
+    np.testing.assert_array_equal(
+        keras_bn.from_keras(layer).moving_variance.numpy(), [np.nan, -1.0]
+    )
 
 
 def test_bad_arguments():

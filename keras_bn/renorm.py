@@ -1,0 +1,231 @@
+"""Batch renormalization: the correction, its moving statistics and its ramp."""
+
+from typing import Any, NamedTuple
+
+import keras
+from keras import ops
+from keras.optimizers.schedules import LearningRateSchedule
+
+from keras_bn import moving
+from keras_bn.moments import Moments
+
+KEYS = ("rmax", "rmin", "dmax")
+
+
+class Statistics(NamedTuple):
+    """The moving statistics that renormalization adds, one value per channel each.
+
+    Args:
+        stddev: moving standard deviation, the square root of the moving variance.
+        renorm_mean: the mean that training is corrected toward.
+        renorm_stddev: the standard deviation that training is corrected toward.
+    """
+
+    stddev: Any
+    renorm_mean: Any
+    renorm_stddev: Any
+
+
+class Bounds(NamedTuple):
+    """How far the correction may go: rmin ≤ r ≤ rmax, −dmax ≤ d ≤ dmax."""
+
+    rmax: Any
+    rmin: Any
+    dmax: Any
+
+
+def bounds(clipping, updates, dtype) -> Bounds:
+    """The bounds in force after so many updates.
+
+    Args:
+        clipping: dict with any of the keys `rmax`, `rmin`, `dmax`: floats, or
+            `LearningRateSchedule`s of the update count. What is missing is unbounded.
+        updates: int tensor, how many updates came before; None without schedules.
+        dtype: float dtype of the result.
+    """
+    unbounded = {"rmax": float("inf"), "rmin": 0.0, "dmax": float("inf")}
+
+    def value(key):
+        bound = clipping.get(key)
+        bound = unbounded[key] if bound is None else bound
+        if isinstance(bound, LearningRateSchedule):
+            return ops.cast(bound(ops.max(updates)), dtype)
+        return ops.convert_to_tensor(bound, dtype)
+
+    return Bounds(*(value(key) for key in KEYS))
+
+
+def correction(old: Statistics, batch: Moments, limits: Bounds, epsilon):
+    r"""The factor and offset that tie a batch to the moving statistics.
+
+    $$r = \operatorname{clip}\frac{\sqrt{s^2+\epsilon}}{\sigma_r}, \qquad
+      d = \operatorname{clip}\frac{\bar x - \mu_r}{\sigma_r}, \qquad
+      y = \gamma\,(\hat x\,r + d) + \beta$$
+
+    Args:
+        old: the present `Statistics`.
+        batch: `Moments` of the batch.
+        limits: the `Bounds` of r and d.
+        epsilon: added to the variance; `renorm_stddev` is at least its root.
+
+    Returns:
+        `(r, d)`, one value per channel each, constants to differentiation.
+
+    Source: Ioffe, "Batch Renormalization: Towards Reducing Minibatch Dependence in
+    Batch-Normalized Models", 2017; Keras's definition of the standard deviations.
+    """
+    stddev = ops.sqrt(batch.variance + epsilon)
+    floor = ops.sqrt(ops.convert_to_tensor(epsilon, stddev.dtype))
+    reference = ops.maximum(ops.cast(old.renorm_stddev, stddev.dtype), floor)
+    r = stddev / reference
+    d = (batch.mean - ops.cast(old.renorm_mean, stddev.dtype)) / reference
+    r = ops.minimum(ops.maximum(r, limits.rmin), limits.rmax)
+    d = ops.clip(d, -limits.dmax, limits.dmax)
+    return ops.stop_gradient(r), ops.stop_gradient(d)
+
+
+def update(
+    old_moving: moving.Statistics,
+    old: Statistics,
+    batch: Moments,
+    rule: moving.Rule,
+    renorm_momentum,
+    epsilon,
+):
+    """All moving statistics after a batch.
+
+    The moving standard deviation takes the step, and the moving variance follows from
+    it, as in Keras. A channel whose batch moments are not usable keeps everything.
+
+    Args:
+        old_moving: the present moving mean, variance and update count.
+        old: the present `Statistics` of renormalization.
+        batch: `Moments` of the batch.
+        rule: how the moving mean and standard deviation take it in.
+        renorm_momentum: weight of the old value in the statistics that training is
+            corrected toward.
+        epsilon: added to the variance under the root.
+
+    Returns:
+        The new `(moving.Statistics, Statistics)`.
+    """
+
+    def deviation(variance):
+        return ops.sqrt(variance + epsilon)
+
+    new = moving.update(
+        old_moving._replace(variance=old.stddev), batch, rule, deviation
+    )
+    reference = moving.update(
+        moving.Statistics(old.renorm_mean, old.renorm_stddev),
+        batch,
+        moving.Rule(renorm_momentum),
+        deviation,
+    )
+    stddev = new.variance
+    _, known = moving.usable_parts(batch, rule)
+    variance = ops.relu(stddev * stddev - epsilon)
+    variance = ops.where(known, variance, old_moving.variance)
+    return (
+        new._replace(variance=variance),
+        Statistics(stddev, reference.mean, reference.variance),
+    )
+
+
+@keras.saving.register_keras_serializable(package="keras_bn")
+class LinearRamp(LearningRateSchedule):
+    """A bound that moves in a straight line between two update counts.
+
+    Args:
+        start: value up to `begin`.
+        stop: value from `end` on.
+        begin, end: update counts between which it moves.
+        inverse: whether the bound is one over that value.
+
+    Returns:
+        Called with an update count, the bound: a float32 scalar.
+
+    >>> from keras_bn.renorm import LinearRamp
+    >>> ramp = LinearRamp(1.0, 3.0, begin=5000, end=40000)
+    >>> [float(ramp(count)) for count in (0, 5000, 22500, 40000, 10**6)]
+    [1.0, 1.0, 2.0, 3.0, 3.0]
+    """
+
+    def __init__(self, start, stop, begin, end, inverse=False):
+        super().__init__()
+        if not 0 <= begin <= end:
+            raise ValueError(
+                "`begin` and `end` must be update counts with 0 <= begin <= end. "
+                f"Received: begin={begin!r}, end={end!r}"
+            )
+        self.start, self.stop = float(start), float(stop)
+        self.begin, self.end = begin, end
+        self.inverse = inverse
+
+    def __call__(self, step):
+        passed = ops.cast(step, "float32") - float(self.begin)
+        share = ops.clip(passed / max(float(self.end - self.begin), 1.0), 0.0, 1.0)
+        value = self.start * (1.0 - share) + self.stop * share
+        return 1.0 / value if self.inverse else value
+
+    def get_config(self):
+        return {
+            "start": self.start,
+            "stop": self.stop,
+            "begin": self.begin,
+            "end": self.end,
+            "inverse": self.inverse,
+        }
+
+
+def renorm_ramp(
+    rmax=3.0,
+    dmax=5.0,
+    *,
+    begin=5_000,
+    rmax_end=40_000,
+    dmax_end=25_000,
+    scale=1.0,
+):
+    """The clipping schedule of the Batch Renormalization paper.
+
+    Training starts as plain batch normalization (r = 1, d = 0); from `begin` on, the
+    bounds loosen in straight lines: r_max from 1 to `rmax`, r_min as its inverse, and
+    d_max from 0 to `dmax`.
+
+    Args:
+        rmax: where r_max ends, at least 1.
+        dmax: where d_max ends, at least 0.
+        begin: update count at which both start to move.
+        rmax_end: update count at which r_max arrives.
+        dmax_end: update count at which d_max arrives.
+        scale: factor on all three counts, for shorter or longer trainings.
+
+    Returns:
+        A dict for the argument `renorm_clipping` of `BatchNormalization`.
+
+    Raises:
+        ValueError: for bounds or counts out of range.
+
+    Source: Ioffe, "Batch Renormalization", 2017, section 4.
+
+    >>> import keras_bn
+    >>> clipping = keras_bn.renorm_ramp(scale=0.01)
+    >>> float(clipping["rmax"](50)), float(clipping["rmax"](400))
+    (1.0, 3.0)
+    >>> layer = keras_bn.BatchNormalization(renorm=True, renorm_clipping=clipping)
+    """
+    if rmax < 1:
+        raise ValueError(f"`rmax` must be 1 or greater. Received: rmax={rmax!r}")
+    if dmax < 0:
+        raise ValueError(f"`dmax` must be 0 or greater. Received: dmax={dmax!r}")
+    if not scale > 0:
+        raise ValueError(f"`scale` must be greater than 0. Received: scale={scale!r}")
+    begin, rmax_end, dmax_end = (
+        round(count * scale) for count in (begin, rmax_end, dmax_end)
+    )
+    return {
+        "rmax": LinearRamp(1.0, rmax, begin, rmax_end),
+        "rmin": LinearRamp(1.0, rmax, begin, rmax_end, inverse=True),
+        "dmax": LinearRamp(0.0, dmax, begin, dmax_end),
+    }

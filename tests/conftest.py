@@ -1,0 +1,26 @@
+"""What several test files share."""
+
+import importlib
+import os
+
+import pytest
+
+
+def require(package):
+    """Import an optional package, or skip the test; in CI its absence is a failure.
+
+    Args:
+        package: name of the package to import.
+
+    Returns:
+        The imported module.
+    """
+    try:
+        return importlib.import_module(package)
+    except ModuleNotFoundError as error:
+        if error.name != package:
+            raise
+        reason = f"needs {package}, which is not installed"
+    if os.environ.get("CI", "").lower() in ("1", "true"):
+        pytest.fail(f"{reason}; in CI nothing is skipped")
+    pytest.skip(reason)

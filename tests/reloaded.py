@@ -1,0 +1,74 @@
+"""Reloading SavedModels and comparing them, to the bit, with arrays beside them.
+
+Imports nothing from keras_bn: as a script it runs where that can't be imported.
+"""
+
+import pathlib
+import sys
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+LOADERS = {
+    "tf.saved_model.load": tf.saved_model.load,
+    "TFSMLayer": keras.layers.TFSMLayer,
+}
+
+
+def arrays_beside(path):
+    return np.load(pathlib.Path(path) / "arrays.npz")
+
+
+def compare_exported(path):
+    """Reload an exported model in both ways; yield what was compared."""
+    arrays = arrays_beside(path)
+    for name, load in LOADERS.items():
+        reloaded = load(str(path))
+        serve = getattr(reloaded, "serve", reloaded)
+        for key in sorted(arrays):
+            if key.startswith("x"):
+                y = serve(tf.constant(arrays[key], tf.float32))
+                want = arrays[key.replace("x", "y")]
+                np.testing.assert_array_equal(tf.cast(y, tf.float64), want)
+                yield f"{name} {key}"
+
+
+def gradients(forward, parameters, x, upstream):
+    """Gradients of `forward`, and of a penalty on the first, taken from outside it."""
+    with tf.GradientTape() as outer:
+        outer.watch(x)
+        with tf.GradientTape() as inner:
+            inner.watch(x)
+            y = forward(x)
+        upstream = tf.cast(upstream, y.dtype)
+        dx, *first = inner.gradient(y, [x, *parameters], upstream)
+        penalty = tf.reduce_sum(tf.square(dx))
+    return [dx, *first, outer.gradient(penalty, x)]
+
+
+def compare_trainer(path):
+    """Reload a trainer and let it do the same again; yield what was compared."""
+    arrays = arrays_beside(path)
+    x, upstream = (tf.constant(arrays[n], tf.float32) for n in ("x", "upstream"))
+    trainer = tf.saved_model.load(str(path))
+
+    def results():
+        yield "applied", trainer.signatures["apply"](x)["output_0"]
+        outside = gradients(trainer.forward, trainer.parameters, x, upstream)
+        yield from ((f"gradient{i}", g) for i, g in enumerate(outside))
+        yield from trainer.signatures["train"](x=x, upstream=upstream).items()
+        variables = [*trainer.parameters, *trainer.statistics]
+        yield from ((f"variable{i}", v) for i, v in enumerate(variables))
+
+    for name, got in results():
+        np.testing.assert_array_equal(tf.cast(got, tf.float64), arrays[name], name)
+        yield name
+
+
+if __name__ == "__main__":
+    exported, trainers = map(pathlib.Path, sys.argv[1:])
+    for path in exported.iterdir():
+        print(*compare_exported(path), sep="\n")
+    for path in trainers.iterdir():
+        print(*compare_trainer(path), sep="\n")
