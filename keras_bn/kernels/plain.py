@@ -103,11 +103,11 @@ def normalize_batch(
         variance = layout.sum(tf.square(centred)) / n - tf.square(rest)
         # Not tf.maximum, which may turn NaN into 0.
         variance = tf.where(variance < 0, tf.zeros_like(variance), variance)
-        moments = Moments(count, mean + rest, variance)
+        moments = Moments(count, mean, variance)
         if synchronized:
-            moments = synced.merge(moments)
-            mean, rest = moments.mean, tf.zeros_like(rest)
-            n = tf.maximum(moments.count, 1)
+            moments, rest = synced.merge(moments, rest)
+            mean, n = moments.mean, tf.maximum(moments.count, 1)
+        moments = moments._replace(mean=mean + rest)
 
         rstd = tf.math.rsqrt(moments.variance + epsilon)
         scale = gamma * rstd
