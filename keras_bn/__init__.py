@@ -4,6 +4,7 @@ from keras_bn.layer import BatchNormalization
 from keras_bn.moments import Moments
 from keras_bn.renorm import renorm_ramp
 from keras_bn.tools.convert import from_keras, to_keras
+from keras_bn.tools.fold import fold, plan_fold
 from keras_bn.tools.load import load_model
 from keras_bn.version import __version__
 
@@ -11,8 +12,10 @@ __all__ = [
     "BatchNormalization",
     "Moments",
     "__version__",
+    "fold",
     "from_keras",
     "load_model",
+    "plan_fold",
     "renorm_ramp",
     "to_keras",
 ]

@@ -164,7 +164,7 @@ class Copier:
         for node in nodes(model):
             args, kwargs = node.arguments.fill_in(tensors)
             if id(node.operation) in self._skip:
-                outputs = args[0]
+                outputs = args[0] if args else kwargs["inputs"]
             else:
                 outputs = self(node.operation)(*args, **kwargs)
             outputs = tree.flatten(outputs)
@@ -173,6 +173,13 @@ class Copier:
         new = type(model)(inputs, outputs, name=model.name)
         new._trainable = model._trainable
         return new
+
+
+def view(model):
+    """A graph model as a Functional one, of the same layers and tensors."""
+    if isinstance(model, keras.Sequential):
+        return keras.Model(model.inputs, model.outputs)
+    return model
 
 
 def nodes(model):
@@ -188,6 +195,12 @@ def nodes(model):
     by_depth = model._nodes_by_depth
     calls = [n for depth in sorted(by_depth, reverse=True) for n in by_depth[depth]]
     return [n for n in calls if n.operation and not n.is_input]
+
+
+def input_of(node):
+    """The tensor that a call is about: its first, or the one called `inputs`."""
+    arguments = node.arguments
+    return arguments.args[0] if arguments.args else arguments.kwargs["inputs"]
 
 
 def _remake(layer):
@@ -268,11 +281,11 @@ def _copy_state(old, new, elsewhere=()):
 
     Sublayers with an `id` in `elsewhere` are left out.
     """
-    if len(old.variables) != len(new.variables):
+    if len(_own(old)) != len(_own(new)) or len(old._layers) != len(new._layers):
         raise ValueError(
             f"Cannot copy '{old.name}': a {type(old).__name__} made from its config "
-            f"has {len(new.variables)} variables instead of {len(old.variables)}. Its "
-            "sublayers and weights must follow from its config and build()."
+            "has other weights or sublayers. They must follow from the config and the "
+            "shapes given to build()."
         )
     new._trainable = old._trainable
     store: dict = {}
@@ -300,12 +313,14 @@ def copy_variables(old, new):
 
 
 def _copy_flags(old, new):
-    def own(layer):
-        return layer._trainable_variables + layer._non_trainable_variables
-
-    for mine, theirs in zip(own(old), own(new), strict=True):
+    for mine, theirs in zip(_own(old), _own(new), strict=True):
         if mine.trainable != theirs.trainable:
             theirs.trainable = mine.trainable
+
+
+def _own(layer):
+    """A layer's own variables, without those of its sublayers."""
+    return layer._trainable_variables + layer._non_trainable_variables
 
 
 def compile_alike(new, old):
