@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 EXTRAS ?= test,torch,examples,plot
 
-.PHONY: demo test test-all lint bench clean
+.PHONY: demo test test-all fuzz lint bench clean
 
 demo: .venv/demo
 	$(BIN)/python examples/dense_equivalence.py $(ARGS)
@@ -18,6 +18,9 @@ lint: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+fuzz: .venv/test
+	$(BIN)/python tests/fuzz.py $(ARGS)
 
 bench: .venv/test
 	$(BIN)/python -m benchmarks $(ARGS)

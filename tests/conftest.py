@@ -24,3 +24,19 @@ def require(package):
     if os.environ.get("CI", "").lower() in ("1", "true"):
         pytest.fail(f"{reason}; in CI nothing is skipped")
     pytest.skip(reason)
+
+
+def pytest_terminal_summary(terminalreporter):
+    """The comparison with Keras's layer, row by row, where it was run."""
+    rows = [
+        value
+        for report in terminalreporter.getreports("passed")
+        + terminalreporter.getreports("failed")
+        if report.when == "call"
+        for name, value in report.user_properties
+        if name == "comparison"
+    ]
+    if rows:
+        terminalreporter.section("keras.layers.BatchNormalization | keras_bn")
+        for row, theirs, ours in sorted(rows):
+            terminalreporter.write_line(f"{row:40} | {theirs:60} | {ours}")

@@ -1,5 +1,7 @@
 """One training step of a layer, in any mode, as arrays; the oracle's beside it."""
 
+import functools
+
 import numpy as np
 import oracle
 import tensorflow as tf
@@ -11,6 +13,8 @@ def in_mode(function, mode):
     """`function` run eagerly, as a `tf.function`, or compiled by XLA."""
     if mode == "eager":
         return function
+    # A partial, or TensorFlow takes every new test for a retrace of one function.
+    function = functools.partial(function)
     return tf.function(function, jit_compile=mode == "xla", autograph=False)
 
 

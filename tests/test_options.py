@@ -8,6 +8,7 @@ import numpy as np
 import oracle
 import pytest
 import tensorflow as tf
+from cases import groups
 from steps import MODES, Step, array, in_mode, relative_error, set_parameters
 
 import keras_bn
@@ -360,13 +361,6 @@ def test_freeze_statistics():
 # Ghost batches
 
 
-def groups_of(n, size):
-    """Slices of the groups, in order: the definition, written out."""
-    count = max(1, n // size)
-    bounds = [i * size for i in range(count)] + [n]
-    return [slice(a, b) for a, b in itertools.pairwise(bounds)]
-
-
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("n", [1, 3, 4, 7, 8, 11, 16])
 @pytest.mark.parametrize(
@@ -385,7 +379,7 @@ def test_ghost_batches_are_separate_calls(n, rest, axis, mode):
     got = Step(ghost, mode)(x, upstream)
     parts = []
     statistics = np.zeros_like(gamma), np.ones_like(gamma)
-    for group in groups_of(n, 4):
+    for group in groups(n, 4):
         # Step starts from 0 and 1: the update is linear in what it starts from.
         part = Step(plain)(x[group], upstream[group])
         parts.append(part)
@@ -443,7 +437,7 @@ def test_ghost_batches_with_masks(mode):
     got = Step(ghost, mode, mask)(x, upstream)
     one, zero = np.ones(3), np.zeros(3)
     mean, variance = zero, one
-    for group in groups_of(9, 3)[1:]:
+    for group in groups(9, 3)[1:]:
         part = x[group], mask[group]
         want = oracle.forward(part[0], one, zero, (2,), 1e-3, part[1])
         np.testing.assert_allclose(got["y"][group], want, rtol=1e-10, atol=1e-11)
@@ -602,7 +596,7 @@ def test_gradients_of_options_against_differences(arguments, mode):
         def loss(x):
             parts = [
                 oracle.forward(x[g], initial[0], initial[1], (1,), 1e-3)
-                for g in groups_of(7, 3)
+                for g in groups(7, 3)
             ]
             return (upstream * np.concatenate(parts)).sum()
 
