@@ -6,16 +6,19 @@ from keras_bn.renorm import renorm_ramp
 from keras_bn.tools.convert import from_keras, to_keras
 from keras_bn.tools.fold import fold, plan_fold
 from keras_bn.tools.load import load_model
+from keras_bn.tools.recalibrate import Recalibrate, recalibrate
 from keras_bn.version import __version__
 
 __all__ = [
     "BatchNormalization",
     "Moments",
+    "Recalibrate",
     "__version__",
     "fold",
     "from_keras",
     "load_model",
     "plan_fold",
+    "recalibrate",
     "renorm_ramp",
     "to_keras",
 ]

@@ -126,12 +126,12 @@ class Copier:
         if not isinstance(layer, keras.layers.Layer):
             return type(layer).from_config(layer.get_config())
         if self._wants(layer):
-            return _build_alike(self._make(layer), layer)
+            return build_alike(self._make(layer), layer)
         if isinstance(layer, keras.Sequential):
             return self._sequential(layer)
         if isinstance(layer, Functional):
             return self._functional(layer)
-        new = _build_alike(_remake(layer), layer)
+        new = build_alike(_remake(layer), layer)
         for inner, present in zip(list(layer._layers), list(new._layers), strict=False):
             if self._holds_wanted(inner):
                 _replace(new, present, self(inner))
@@ -230,7 +230,7 @@ def _remake(layer):
 _OF_LAMBDA = {"function", "output_shape", "mask", "arguments"}
 
 
-def _build_alike(new, old):
+def build_alike(new, old):
     """Build `new` for the inputs that `old` was built for; returns `new`."""
     if not isinstance(old, keras.layers.Layer) or not old.built or new.built:
         return new
@@ -321,6 +321,42 @@ def _copy_flags(old, new):
 def _own(layer):
     """A layer's own variables, without those of its sublayers."""
     return layer._trainable_variables + layer._non_trainable_variables
+
+
+@contextlib.contextmanager
+def intercepted(calls):
+    """Let other functions stand for the `call` of layers for a while.
+
+    Args:
+        calls: pairs of a layer and the function that is called instead.
+    """
+    calls = list(calls)
+    for layer, call in calls:
+        vars(layer)["call"] = call
+    try:
+        yield
+    finally:
+        for layer, _ in calls:
+            vars(layer).pop("call", None)
+
+
+@contextlib.contextmanager
+def state_kept(model):
+    """Put back whatever runs of the model change in it: random and recurrent state."""
+    variables = [
+        variable
+        for _, layer in walk(model)
+        for variable in (
+            *layer._non_trainable_variables,
+            *(generator.state for generator in layer._seed_generators),
+        )
+    ]
+    before = [keras.ops.convert_to_numpy(variable) for variable in variables]
+    try:
+        yield
+    finally:
+        for variable, value in zip(variables, before, strict=True):
+            variable.assign(value)
 
 
 def compile_alike(new, old):
