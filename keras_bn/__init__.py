@@ -5,6 +5,7 @@ from keras_bn.moments import Moments
 from keras_bn.renorm import renorm_ramp
 from keras_bn.tools.convert import from_keras, to_keras
 from keras_bn.tools.fold import fold, plan_fold
+from keras_bn.tools.freeze import freeze, unfreeze
 from keras_bn.tools.load import load_model
 from keras_bn.tools.recalibrate import Recalibrate, recalibrate
 from keras_bn.version import __version__
@@ -15,10 +16,12 @@ __all__ = [
     "Recalibrate",
     "__version__",
     "fold",
+    "freeze",
     "from_keras",
     "load_model",
     "plan_fold",
     "recalibrate",
     "renorm_ramp",
     "to_keras",
+    "unfreeze",
 ]

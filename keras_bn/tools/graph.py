@@ -359,6 +359,13 @@ def state_kept(model):
             variable.assign(value)
 
 
+def forget_training(model):
+    """Have a model, and the models in it, trace their training step anew."""
+    for _, layer in walk(model):
+        if isinstance(layer, keras.Model):
+            layer.train_function = None
+
+
 def compile_alike(new, old):
     """Compile `new` as `old` is, with an optimizer and metrics of its own.
 

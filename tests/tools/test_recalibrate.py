@@ -1,5 +1,9 @@
 """recalibrate: the data's statistics, and nothing else."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import keras
 import numpy as np
 import pytest
@@ -467,3 +471,11 @@ def test_callback(when, swap):
     model.evaluate(x, x, callbacks=callbacks[-2:-1], verbose=0)
     with pytest.raises(ValueError, match="'epoch' or 'end'"):
         keras_bn.Recalibrate(x, when="often")
+
+
+def test_replicas():
+    script = Path(__file__).with_name("two_replicas.py")
+    done = subprocess.run(
+        [sys.executable, script], capture_output=True, text=True, check=False
+    )
+    assert done.stdout.splitlines()[-1:] == ["all hold"], done.stderr[-2000:]
