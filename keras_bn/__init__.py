@@ -8,6 +8,7 @@ from keras_bn.tools.fold import fold, plan_fold
 from keras_bn.tools.freeze import freeze, unfreeze
 from keras_bn.tools.load import load_model
 from keras_bn.tools.recalibrate import Recalibrate, recalibrate
+from keras_bn.tools.torch import from_torch, to_torch
 from keras_bn.version import __version__
 
 __all__ = [
@@ -18,10 +19,12 @@ __all__ = [
     "fold",
     "freeze",
     "from_keras",
+    "from_torch",
     "load_model",
     "plan_fold",
     "recalibrate",
     "renorm_ramp",
     "to_keras",
+    "to_torch",
     "unfreeze",
 ]

@@ -3,6 +3,7 @@
 import keras
 import numpy as np
 import pytest
+from conftest import require
 from keras import layers
 from zoo import GRAPHS, Subclassed, inputs_of, randomized
 
@@ -341,8 +342,8 @@ def test_tflite_contains_no_trace_of_it(tmp_path):
 
 
 def test_onnx_contains_no_trace_of_it():
-    tf2onnx = pytest.importorskip("tf2onnx")
-    runtime = pytest.importorskip("onnxruntime")
+    tf2onnx = require("tf2onnx")
+    runtime = require("onnxruntime")
     import tensorflow as tf
 
     model = image_model()

@@ -5,6 +5,7 @@ import zipfile
 import keras
 import numpy as np
 import pytest
+from conftest import require
 from keras import layers
 from zoo import convolutional, inputs_of, randomized, sequential, wrapped
 
@@ -52,7 +53,7 @@ def keras_2_model(k):
 @pytest.mark.parametrize("suffix", [".keras", ".h5"])
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_files_of_keras_2(suffix, tmp_path):
-    tf_keras = pytest.importorskip("tf_keras", reason="tf_keras writes the file")
+    tf_keras = require("tf_keras")
     model = keras_2_model(tf_keras)
     x = np.random.default_rng(0).normal(size=(8, 6, 6, 3)).astype("float32")
     model.compile("adam", "mse")
