@@ -15,7 +15,8 @@ if keras.backend.backend() != "tensorflow":
         f"{keras.backend.backend()!r}; set it to 'tensorflow' before importing keras."
     )
 
+from keras_bn.kernels.batch import normalize_batch
 from keras_bn.kernels.compiled import compiled
-from keras_bn.kernels.plain import affine, normalize_batch, normalize_with
+from keras_bn.kernels.plain import affine, normalize_with
 
 __all__ = ["affine", "compiled", "normalize_batch", "normalize_with"]

@@ -2,7 +2,7 @@
 
 import tensorflow as tf
 
-from keras_bn.kernels import synced
+from keras_bn.kernels import dispatch, synced
 from keras_bn.kernels.layout import Grouped, Layout, at_least_float32, broadcast
 from keras_bn.moments import Moments
 
@@ -85,7 +85,11 @@ def normalize_batch(
 
     Source: Ioffe and Szegedy, "Batch Normalization", 2015.
     """
-    layout = Layout(x, axes) if group_size is None else Grouped(x, axes, group_size)
+    xla = dispatch.in_xla()
+    if group_size is None:
+        layout = Layout(x, axes, flat=xla)
+    else:
+        layout = Grouped(x, axes, group_size)
     wide = at_least_float32(x).dtype
     counted = layout.mask(mask, x)
     count = layout.count(counted, x, wide)
@@ -95,37 +99,40 @@ def normalize_batch(
     def normalize(x, gamma, beta):
         dtype, x = x.dtype, tf.cast(x, wide)
         n = tf.maximum(count, 1)
-        # The mean comes in two parts, `mean + rest`: what the sum of large numbers
+        # The mean comes in two parts, `first + rest`: what the sum of large numbers
         # lost to rounding is found again among the small differences.
-        mean = layout.sum(_where(counted, x)) / n
-        centred = _where(counted, x - layout.spread(mean))
-        rest = layout.sum(centred) / n
-        variance = layout.sum(tf.square(centred)) / n - tf.square(rest)
-        # Not tf.maximum, which may turn NaN into 0.
-        variance = tf.where(variance < 0, tf.zeros_like(variance), variance)
-        moments = Moments(count, mean, variance)
+        first = layout.sum(_where(counted, x)) / n
+        centred = x - layout.spread(first)
+        rest = layout.sum(_where(counted, centred)) / n
+        centred -= layout.spread(rest)
+        variance = layout.sum(_where(counted, tf.square(centred))) / n
+        moments = Moments(count, first, variance)
         if synchronized:
             moments, rest = synced.merge(moments, rest)
-            mean, n = moments.mean, tf.maximum(moments.count, 1)
-        moments = moments._replace(mean=mean + rest)
+            centred, n = (x - moments.mean) - rest, tf.maximum(moments.count, 1)
+        moments = moments._replace(mean=moments.mean + rest)
 
         rstd = tf.math.rsqrt(moments.variance + epsilon)
         scale = gamma * rstd
-        shift = beta - rest * scale
-        y = (x - layout.spread(mean)) * layout.spread(scale) + layout.spread(shift)
+        y = centred * layout.spread(scale) + beta
+        if xla:
+            # Changes nothing, but has two operands of full size: XLA then computes y
+            # once, not again in each of its uses and, in a chain, in all of theirs.
+            y = tf.where(x == x, y, x)
 
         def gradient(upstream, *_):
             g = tf.cast(upstream, wide)
-            centred = (x - layout.spread(mean)) - layout.spread(rest)
+            finite = centred
             if counted is not None:
-                centred = _where(counted | tf.math.is_finite(centred), centred)
-            sum_g, sum_gx = layout.sum(g), layout.sum(g * centred)
+                finite = _where(counted | tf.math.is_finite(centred), centred)
+            sum_g, sum_gx = layout.sum(g), layout.sum(g * finite)
             d_gamma, d_beta = layout.total(sum_gx * rstd), layout.total(sum_g)
             if synchronized:
                 sum_g, sum_gx = synced.total(sum_g, sum_gx)
-            slope = layout.spread(tf.square(rstd) * sum_gx / n)
-            through = layout.spread(sum_g / n) + centred * slope
-            dx = layout.spread(scale) * (g - _where(counted, through))
+            share = scale / n
+            slope = tf.square(rstd) * sum_gx * share
+            through = finite * layout.spread(slope) + layout.spread(sum_g * share)
+            dx = layout.spread(scale) * g - _where(counted, through)
             return tf.cast(dx, dtype), d_gamma, d_beta
 
         return (tf.cast(y, dtype), *moments), gradient
