@@ -80,6 +80,17 @@ def load_model(path, **kwargs):
     return model
 
 
+def holds_ours(path):
+    """Whether the layers that a model file names are ours already."""
+    path = Path(os.fspath(path))
+    if _kind(path) == ".keras":
+        with zipfile.ZipFile(path) as archive:
+            return _NAME.encode() in archive.read("config.json")
+    with h5py.File(path) as file:
+        config = file.attrs.get("model_config", "")
+    return _NAME in (config.decode() if isinstance(config, bytes) else config)
+
+
 def _kind(path):
     """`.keras` or `.h5`, by the file's content; raises for anything else."""
     if not path.exists():
