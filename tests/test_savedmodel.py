@@ -5,7 +5,13 @@ import pytest
 import tensorflow as tf
 from alone import run_alone
 from forms import FORMS, conv_model, examples, model_of
-from reloaded import LOADERS, compare_exported, compare_trainer, gradients
+from reloaded import (
+    LOADERS,
+    compare_exported,
+    compare_trainer,
+    gradients,
+    second_gradient,
+)
 
 BATCHES = (1, 5, 13)  # none of them seen before the export
 
@@ -73,7 +79,8 @@ class Trainer(tf.Module):
         return {"y": y, "dx": dx}
 
 
-TRAINED = ("2-D", "channels first", "mixed_float16", "renorm ramp", "ghost batches")
+TRAINED = ("2-D", "large", "channels first", "mixed_float16", "renorm ramp")
+FUSED = ("large",)
 
 
 @pytest.fixture(scope="module")
@@ -87,25 +94,36 @@ def trainers(tmp_path_factory):
         signatures = {"train": trainer.train, "apply": trainer.apply}
         tf.saved_model.save(trainer, folder / form, signatures)
 
-        x, upstream = examples(shape, batch=7), examples(shape, batch=7, seed=2)
-        x, upstream = tf.constant(x), tf.constant(upstream)
+        x, upstream = (tf.constant(examples(shape, 7, seed)) for seed in (1, 2))
         before = [s.numpy() for s in trainer.statistics]
-        arrays = {"applied": trainer.apply(x)}
         parameters = [p.value for p in trainer.parameters]
-        first = gradients(trainer.forward, parameters, x, upstream)
-        arrays |= {f"gradient{i}": g for i, g in enumerate(first)}
+        arrays = {"x": x, "upstream": upstream, "applied": trainer.apply(x)}
+        outside = gradients(trainer.forward, parameters, x, upstream)
+        arrays |= {f"gradient{i}": g for i, g in enumerate(outside)}
         arrays |= trainer.train(x, upstream)
         variables = [*trainer.parameters, *trainer.statistics]
-        arrays |= {f"variable{i}": v for i, v in enumerate(variables)}
+        arrays |= {f"variable{i}": v.numpy() for i, v in enumerate(variables)}
+        second = second_gradient(trainer.forward, x, upstream)
+        if form not in FUSED:
+            arrays["second"] = second
         for old, new in zip(before, trainer.statistics, strict=True):
             assert (new.numpy() != old).all()
-        save_arrays(folder / form, x=x, upstream=upstream, **arrays)
+        save_arrays(folder / form, **arrays)
     return folder
 
 
-@pytest.mark.parametrize("form", ["2-D", "renorm ramp"])
+@pytest.mark.parametrize("form", ["2-D", "large", "renorm ramp"])
 def test_saved_training_signature_takes_the_same_step(form, trainers):
     assert {"dx", "gradient1"} <= set(compare_trainer(trainers / form))
+
+
+@pytest.mark.parametrize("form", FUSED)
+def test_second_gradient_from_outside_is_refused_aloud(form, trainers):
+    """TensorFlow saves a custom gradient, but not the custom gradient of that."""
+    trainer = tf.saved_model.load(str(trainers / form))
+    x = tf.constant(examples(FORMS[form][1]))
+    with pytest.raises((LookupError, TypeError), match="No gradient|out of scope"):
+        second_gradient(trainer.forward, x, x)
 
 
 def test_the_package_is_not_needed_to_serve_or_to_train(exported, trainers):

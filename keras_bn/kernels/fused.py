@@ -43,7 +43,9 @@ def normalize_batch(x, gamma, beta, *, axes, epsilon):
         )
 
         def gradient(upstream, *_):
-            return differentiate(upstream, x, gamma, *saved)
+            # Copies belong to the graph of the backward pass, from where alone the
+            # second derivative of a function differentiated from outside sees them.
+            return differentiate(*map(tf.identity, (upstream, x, gamma, *saved)))
 
         return (_from_rank_4(y, x, axis), mean, variance), gradient
 
@@ -61,6 +63,7 @@ def normalize_batch(x, gamma, beta, *, axes, epsilon):
         )
 
         def gradient(*upstreams):
+            beta = tf.zeros_like(gamma)  # without part in any gradient
             with tf.GradientTape() as outer:
                 outer.watch([upstream, x, gamma])
                 with tf.GradientTape() as inner:
