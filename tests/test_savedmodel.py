@@ -122,7 +122,7 @@ def test_second_gradient_from_outside_is_refused_aloud(form, trainers):
     """TensorFlow saves a custom gradient, but not the custom gradient of that."""
     trainer = tf.saved_model.load(str(trainers / form))
     x = tf.constant(examples(FORMS[form][1]))
-    with pytest.raises((LookupError, TypeError), match="No gradient|out of scope"):
+    with pytest.raises((LookupError, TypeError), match=r"No gradient|out of scope"):
         second_gradient(trainer.forward, x, x)
 
 
