@@ -50,8 +50,8 @@ def compiled(function):
         specs += [None if p is None else _spec(p, p.shape) for p in parameters]
         given = [t for t in (x, mask, *parameters) if t is not None]
         options["axes"] = axes
-        options = tuple(sorted(options.items()))
-        return trace(tuple(specs), options, dispatch.is_large(x.shape))(*given)
+        fixed = tuple(sorted(options.items()))
+        return trace(tuple(specs), fixed, dispatch.is_large(x.shape))(*given)
 
     return call
 
