@@ -4,6 +4,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from steps import MODES, Step, oracle_step, relative_error, set_parameters
 
 import keras_bn
 from keras_bn.kernels import batch, compiled, dispatch, fused, plain
@@ -106,6 +107,23 @@ def test_the_layer_takes_the_kernel_of_the_table(kernels, mode, shape, options, 
     (run if mode == "eager" else tf.function(run, autograph=False))()
     # The fused kernel traces the plain one too, for what it leaves to it.
     assert kernels[0] == kernel
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("shape", "axis"), [((8, 32, 32, 32), -1), ((4096, 40), 1)])
+def test_large_steps_of_the_layer_against_the_oracle(mode, shape, axis):
+    rng = np.random.default_rng(0)
+    layer = keras_bn.BatchNormalization(axis=axis)
+    layer.build(shape)
+    axes = (axis % len(shape),)
+    gamma, beta = rng.normal(1, 0.3, shape[axis]), rng.normal(size=shape[axis])
+    set_parameters(layer, gamma, beta)
+    x, upstream = rng.normal(1, 2, shape), rng.normal(size=shape)
+    x, upstream = x.astype("float32"), upstream.astype("float32")
+    got = Step(layer, mode)(x, upstream)
+    want = oracle_step(layer, x, upstream, axes, gamma, beta)
+    for name, value in want.items():
+        assert relative_error(got[name], value) < 1e-5, name
 
 
 def test_xla_is_seen_from_inside(kernels):

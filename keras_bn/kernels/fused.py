@@ -32,8 +32,8 @@ def normalize_batch(x, gamma, beta, *, axes, epsilon):
     """
     (axis,) = axes
     channels = x.shape[axis]
-    gamma = tf.ones([channels]) if gamma is None else tf.cast(gamma, tf.float32)
-    beta = tf.zeros([channels]) if beta is None else tf.cast(beta, tf.float32)
+    gamma = tf.ones([channels]) if gamma is None else _float32(gamma)
+    beta = tf.zeros([channels]) if beta is None else _float32(beta)
     count = count_of(x, channels, tf.float32)
 
     def slowly(x, gamma, beta):
@@ -109,6 +109,11 @@ def normalize_batch(x, gamma, beta, *, axes, epsilon):
 
     y, mean, variance = normalize(x, gamma, beta)
     return y, Moments(*(tf.stop_gradient(m) for m in (count, mean, variance)))
+
+
+def _float32(parameter):
+    """A parameter as a tensor: custom gradients treat variables apart."""
+    return tf.cast(tf.convert_to_tensor(parameter), tf.float32)
 
 
 def _any_large(mean, variance, epsilon):
