@@ -8,7 +8,6 @@ verdict; the exit status is 0 if they are equivalent.
 
 from common import arguments, plots, report, results, training  # isort: skip
 
-import copy
 import functools
 import itertools
 import sys
@@ -44,13 +43,6 @@ MODELS = {
     "784-256-BN-ReLU-128-BN-ReLU-10": ([256, 128], False),
 }
 
-# Whether ours is unbiased too, and what the verdict then rests on.
-VARIANCE = {
-    True: "Both sides take the unbiased variance into their moving one.",
-    False: "PyTorch's running variance takes in the unbiased variance, ours that of "
-    "the population: compared, and evaluated with, by their known factor (n - 1) / n.",
-}
-
 
 def main(argv=None, ours=keras_bn.BatchNormalization):
     """Run the example.
@@ -73,21 +65,20 @@ def main(argv=None, ours=keras_bn.BatchNormalization):
             shown.judgement(runs)
             everything += runs
         results.save(given.out / "table.json", everything, given)
-        shown.say(VARIANCE[takes_unbiased(ours)])
+        shown.say("Both sides take the unbiased variance into their moving one.")
         shown.written("Table and curves", given.out)
         return shown.verdict(all(run.equivalent() for run in everything))
 
 
 def compare(title, widths, softmax, ours, data, given, shown):
     """Train one of the models on both sides; returns its two `Run`."""
-    layer = functools.partial(ours, momentum=KERAS_MOMENTUM, epsilon=EPSILON)
-    batch_size = given.batch_size
-    if takes_unbiased(ours):
-        layer, batch_size = functools.partial(layer, unbiased=True), None
+    layer = functools.partial(
+        ours, momentum=KERAS_MOMENTUM, epsilon=EPSILON, unbiased=True
+    )
     weights = keras_model(widths, softmax, layer).get_weights()
 
     def torch_side():
-        return TorchSide(torch_model(widths, softmax), weights, batch_size)
+        return TorchSide(torch_model(widths, softmax), weights)
 
     def keras_side():
         model = keras_model(widths, softmax, layer)
@@ -139,14 +130,12 @@ class TorchSide:
     Args:
         model: a `torch.nn.Sequential` of Linear, BatchNorm1d and others.
         weights: initial weights, as Keras's `get_weights` gives them.
-        batch_size: of all batches, if the running variances are to be compared with
-            population ones; None if both sides are unbiased.
     """
 
     name = "PyTorch"
 
-    def __init__(self, model, weights, batch_size):
-        self.model, self._batch_size, self._steps = model, batch_size, 0
+    def __init__(self, model, weights):
+        self.model, self._steps = model, 0
         with torch.no_grad():
             for (_, tensor), array in zip(_tensors(model), weights, strict=True):
                 tensor.copy_(torch.from_numpy(array))
@@ -184,8 +173,9 @@ class TorchSide:
         self._adam.step()
 
     def outputs(self, x):
+        self.model.eval()
         with torch.no_grad():
-            return self._compared()(torch.from_numpy(x)).numpy()
+            return self.model(torch.from_numpy(x)).numpy()
 
     def weights(self):
         return self._arrays(trainable=True)
@@ -196,26 +186,9 @@ class TorchSide:
     def _arrays(self, trainable):
         return {
             name: tensor.detach().numpy().copy()
-            for name, tensor in _tensors(self._compared())
+            for name, tensor in _tensors(self.model)
             if tensor.requires_grad == trainable
         }
-
-    def _compared(self):
-        """The model in evaluation, its running variances as the other side's are.
-
-        PyTorch's take in $n/(n-1)$ times the population variance of every batch,
-        starting from 1 as Keras's do. With batches of one size $n$, what they took
-        in is that much too large, and what is left of the 1 is not.
-        """
-        model = copy.deepcopy(self.model).eval()
-        if self._batch_size is not None:
-            factor = (self._batch_size - 1) / self._batch_size
-            left = (1 - TORCH_MOMENTUM) ** self._steps
-            for module in model:
-                if isinstance(module, torch.nn.BatchNorm1d):
-                    variance = module.running_var
-                    variance.copy_(left + (variance - left) * factor)
-        return model
 
 
 def _tensors(model):
@@ -227,15 +200,6 @@ def _tensors(model):
         elif isinstance(module, torch.nn.BatchNorm1d):
             for name in ("weight", "bias", "running_mean", "running_var"):
                 yield f"{index}.{name}", getattr(module, name)
-
-
-def takes_unbiased(layer):
-    """Whether the layer can take PyTorch's unbiased variance into its own."""
-    try:
-        layer(unbiased=True)
-    except NotImplementedError:
-        return False
-    return True
 
 
 if __name__ == "__main__":

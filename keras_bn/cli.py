@@ -10,6 +10,7 @@ import logging
 import os
 from pathlib import Path
 
+from keras_bn.tools.commands import ADD
 from keras_bn.version import __version__
 
 
@@ -32,7 +33,7 @@ def main(argv=None) -> int:
         "--version", action="version", version=f"keras_bn {__version__}"
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for add in (_add_verify,):
+    for add in (_add_verify, *ADD):
         add(commands)
     arguments = parser.parse_args(argv)
     _silence_tensorflow()

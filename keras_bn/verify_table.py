@@ -10,17 +10,17 @@ from keras_bn.verify import DRAWS, FLOAT64_LIMIT, LEAST_ERROR, MEAN
 
 RULE = """\
 Each row shows the quantity nearest to its limit, of these: the output, the
-gradients with respect to input, gamma and beta, the new moving mean and variance,
-and the output in inference. Errors are ours and Keras's against the same
-arithmetic in float64 NumPy on the same rounded inputs: max |difference| /
-max |value|, the largest of {draws} random draws. Inputs have standard deviation 1,
+gradients with respect to input, gamma and beta, the new moving mean and
+variance, and the output in inference. Errors are ours and Keras's against the
+same arithmetic in float64 NumPy on the same rounded inputs: max |difference| /
+max |value|, the mean over {draws} random draws. Inputs have standard deviation 1,
 and mean {mean:g} where the row names no other.
 
 PASS: in float64, our result differs from Keras's and from NumPy's by {float64:.0e} at
-most. In other dtypes, our error is at most twice Keras's, which counts as no less
-than {float32:.1e} (float32), {float16:.1e} (float16), {bfloat16:.1e} (bfloat16); and
-as no less than {float32:.1e} √n in sums over the n elements of a channel of inputs
-in half precision.
+most. In other dtypes, our error is at most twice Keras's, which counts as no
+less than {float32:.1e} (float32), {float16:.1e} (float16), {bfloat16:.1e} (bfloat16);
+and, where inputs in half precision are summed over the n elements of a channel,
+as no less than {float32:.1e} √n.
 """.format(draws=DRAWS, mean=MEAN, float64=FLOAT64_LIMIT, **LEAST_ERROR)
 
 _STYLES = {"PASS": "green", "FAIL": "bold red", "skip": "yellow"}

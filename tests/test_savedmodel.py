@@ -73,7 +73,7 @@ class Trainer(tf.Module):
         return {"y": y, "dx": dx}
 
 
-TRAINED = ("2-D", "channels first", "two axes", "neither", "float64", "mixed_float16")
+TRAINED = ("2-D", "channels first", "mixed_float16", "renorm ramp", "ghost batches")
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +103,7 @@ def trainers(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("form", TRAINED)
+@pytest.mark.parametrize("form", ["2-D", "renorm ramp"])
 def test_saved_training_signature_takes_the_same_step(form, trainers):
     assert {"dx", "gradient1"} <= set(compare_trainer(trainers / form))
 

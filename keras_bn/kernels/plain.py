@@ -1,5 +1,7 @@
 """Two passes in plain ops: any rank, dtype, axis and mask; always right."""
 
+from typing import Any
+
 import tensorflow as tf
 
 from keras_bn.kernels import dispatch, synced
@@ -33,7 +35,9 @@ def normalize_with(x, mean, variance, gamma, beta, *, axes, epsilon):
     scale = tf.math.rsqrt(along(variance) + epsilon)
     if gamma is not None:
         scale = along(gamma) * scale
-    y = (wide - along(mean)) * scale
+    # `+ -`: an added constant is folded into the convolution before it by what deploys
+    # models, a subtracted one is not. The bits are the same.
+    y = (wide + -along(mean)) * scale
     if beta is not None:
         y += along(beta)
     return tf.cast(y, x.dtype)
@@ -94,6 +98,7 @@ def normalize_batch(
     counted = layout.mask(mask, x)
     count = layout.count(counted, x, wide)
     synchronized = synchronized and synced.active()
+    moments: Any = None
 
     def average(x):
         """The mean over what counts in each channel."""
@@ -103,6 +108,10 @@ def normalize_batch(
 
     @tf.custom_gradient
     def normalize(x, gamma, beta):
+        # The moments leave on their own: a custom gradient ties its results into one
+        # node, and where a weight's update hung on the moments, the optimizer of
+        # graphs took the way from y to it for an order in time, then cut the knot.
+        nonlocal moments
         dtype, x = x.dtype, tf.cast(x, wide)
         # The mean comes in two parts, `first + rest`: what the sum of large numbers
         # lost to rounding is found again among the small differences.
@@ -125,7 +134,7 @@ def normalize_batch(
             # once, not again in each of its uses and, in a chain, in all of theirs.
             y = tf.where(x == x, y, x)
 
-        def gradient(upstream, *_):
+        def gradient(upstream):
             g = tf.cast(upstream, wide)
             finite = centred
             if counted is not None:
@@ -143,11 +152,11 @@ def normalize_batch(
             dx = layout.spread(scale) * g - _where(counted, through)
             return tf.cast(dx, dtype), d_gamma, d_beta
 
-        return (tf.cast(y, dtype), *moments), gradient
+        return tf.cast(y, dtype), gradient
 
     gamma = layout.parameter(1.0 if gamma is None else gamma, wide)
     beta = layout.parameter(0.0 if beta is None else beta, wide)
-    y, *moments = normalize(layout.inner(x), gamma, beta)
+    y = normalize(layout.inner(x), gamma, beta)
     moments = Moments(*(layout.statistic(tf.stop_gradient(m)) for m in moments))
     return layout.outer(y, x), moments
 
