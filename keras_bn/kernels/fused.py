@@ -7,9 +7,13 @@ from keras_bn.kernels.layout import count_of
 from keras_bn.moments import Moments
 
 # From here on, a mean in standard deviations is too large for the op: it sums x as it
-# is, and the error of that sum grows with the mean. Below, the op is at most twice as
-# far off as Keras's layer, or within 3e-6; the plain kernel is right at any mean.
+# is, and the error of that sum grows with the mean. The plain kernel is right at any.
 LARGE_MEAN = 8.0
+
+# The op adds up rows one after another, half of them in each of two threads, and from
+# here on loses more than twice what pairwise sums do: the rows are then cut into
+# FOLDS, each a column of its own, and their moments merged.
+FOLD_FROM, FOLDS = 1024, 16
 
 
 def normalize_batch(x, gamma, beta, *, axes, epsilon):
@@ -47,17 +51,15 @@ def normalize_batch(x, gamma, beta, *, axes, epsilon):
 
     @tf.custom_gradient
     def normalize(x, gamma, beta):
-        y, mean, variance, *saved = tf.raw_ops.FusedBatchNormV3(
-            x=_to_rank_4(x, axis),
-            scale=gamma,
-            offset=beta,
-            mean=[],
-            variance=[],
-            epsilon=epsilon,
-            is_training=True,
-        )
-        # The op gives the unbiased variance, and the biased one of a single element.
-        variance *= tf.maximum(count - 1, 1) / tf.maximum(count, 1)
+        inner = _to_rank_4(x, axis)
+        elements = inner.shape.num_elements()
+        if elements is not None and elements // channels < FOLD_FROM:
+            y, mean, variance, *saved = _op(inner, gamma, beta, epsilon)
+            variance = _biased(variance, count)
+        else:
+            mean, variance = _folded_moments(inner, epsilon)
+            y, _, _, _, _, other = _op(inner, gamma, beta, epsilon, mean, variance)
+            saved = mean, variance, other
 
         def fast():
             return _from_rank_4(y, x, axis), mean, variance
@@ -109,6 +111,44 @@ def normalize_batch(x, gamma, beta, *, axes, epsilon):
 
     y, mean, variance = normalize(x, gamma, beta)
     return y, Moments(*(tf.stop_gradient(m) for m in (count, mean, variance)))
+
+
+def _op(x, gamma, beta, epsilon, mean=None, variance=None):
+    """The fused op, with the given statistics or with those of the batch."""
+    return tf.raw_ops.FusedBatchNormV3(
+        x=x,
+        scale=gamma,
+        offset=beta,
+        mean=[] if mean is None else mean,
+        variance=[] if variance is None else variance,
+        epsilon=epsilon,
+        is_training=mean is None,
+    )
+
+
+def _biased(variance, count):
+    """The population variance; what the op gives is unbiased, but for one element."""
+    return variance * (tf.maximum(count - 1, 1) / tf.maximum(count, 1))
+
+
+def _folded_moments(x, epsilon):
+    """Mean and variance of each channel, merged from those of parts of the rows.
+
+    The parts are equal: as many of them as the largest power of two that divides the
+    number of rows, up to `FOLDS`.
+    """
+    channels = x.shape[-1]
+    rows = tf.size(x) // channels
+    folds = tf.maximum(tf.minimum(tf.bitwise.bitwise_and(rows, -rows), FOLDS), 1)
+    width = folds * channels
+    parts = tf.reshape(x, [rows // folds, 1, 1, width])
+    _, mean, variance, *_ = _op(parts, tf.ones([width]), tf.zeros([width]), epsilon)
+    variance = _biased(variance, tf.cast(rows // folds, tf.float32))
+    mean = tf.reshape(mean, [-1, channels])
+    variance = tf.reshape(variance, [-1, channels])
+    whole = mean[0] + tf.reduce_mean(mean - mean[0], 0)
+    between = tf.reduce_mean(tf.math.squared_difference(mean, whole), 0)
+    return whole, tf.reduce_mean(variance, 0) + between
 
 
 def _float32(parameter):
