@@ -74,8 +74,6 @@ def compare_trainer(path):
 
 
 if __name__ == "__main__":
-    exported, trainers = map(pathlib.Path, sys.argv[1:])
-    for path in exported.iterdir():
-        print(*compare_exported(path), sep="\n")
-    for path in trainers.iterdir():
-        print(*compare_trainer(path), sep="\n")
+    for path in sys.argv[1:]:
+        trainer = "upstream" in arrays_beside(path)
+        print(*(compare_trainer if trainer else compare_exported)(path), sep="\n")

@@ -13,7 +13,18 @@ from reloaded import (
     second_gradient,
 )
 
-BATCHES = (1, 5, 13)  # none of them seen before the export
+BATCHES = (1, 13)  # neither seen before the export
+EXPORTED = (
+    "2-D",
+    "channels first",
+    "large",
+    "two axes",
+    "no scale",
+    "no center",
+    "float64",
+    "float16",
+    "mixed_float16",
+)
 
 
 def save_arrays(folder, **arrays):
@@ -33,7 +44,7 @@ def trained_conv_model():
 def exported(tmp_path_factory):
     """A folder for every exported model, with inputs and outputs."""
     folder = tmp_path_factory.mktemp("exported")
-    models = {form: model_of(form) for form in FORMS}
+    models = {form: model_of(form) for form in EXPORTED}
     for name, model in {**models, "conv": trained_conv_model()}.items():
         model.export(folder / name, verbose=False)
         inputs = {n: examples(model.input_shape[1:], batch=n) for n in BATCHES}
@@ -43,7 +54,7 @@ def exported(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("name", [*FORMS, "conv"])
+@pytest.mark.parametrize("name", [*EXPORTED, "conv"])
 def test_exported_model_gives_the_same(name, exported):
     assert len(list(compare_exported(exported / name))) == 2 * len(BATCHES)
 
@@ -80,7 +91,8 @@ class Trainer(tf.Module):
 
 
 TRAINED = ("2-D", "large", "channels first", "mixed_float16", "renorm ramp")
-FUSED = ("large",)
+DIFFERENTIATED_TWICE = ("2-D", "large")
+FUSED = "large"
 
 
 @pytest.fixture(scope="module")
@@ -103,33 +115,32 @@ def trainers(tmp_path_factory):
         arrays |= trainer.train(x, upstream)
         variables = [*trainer.parameters, *trainer.statistics]
         arrays |= {f"variable{i}": v.numpy() for i, v in enumerate(variables)}
-        second = second_gradient(trainer.forward, x, upstream)
-        if form not in FUSED:
-            arrays["second"] = second
+        if form in DIFFERENTIATED_TWICE:
+            second = second_gradient(trainer.forward, x, upstream)
+            arrays |= {} if form == FUSED else {"second": second}
         for old, new in zip(before, trainer.statistics, strict=True):
             assert (new.numpy() != old).all()
         save_arrays(folder / form, **arrays)
     return folder
 
 
-@pytest.mark.parametrize("form", ["2-D", "large", "renorm ramp"])
-def test_saved_training_signature_takes_the_same_step(form, trainers):
-    assert {"dx", "gradient1"} <= set(compare_trainer(trainers / form))
+def test_saved_training_signature_takes_the_same_step(trainers):
+    assert {"dx", "gradient1", "second"} <= set(compare_trainer(trainers / "2-D"))
 
 
-@pytest.mark.parametrize("form", FUSED)
-def test_second_gradient_from_outside_is_refused_aloud(form, trainers):
+def test_second_gradient_from_outside_is_refused_aloud(trainers):
     """TensorFlow saves a custom gradient, but not the custom gradient of that."""
-    trainer = tf.saved_model.load(str(trainers / form))
-    x = tf.constant(examples(FORMS[form][1]))
+    trainer = tf.saved_model.load(str(trainers / FUSED))
+    x = tf.constant(examples(FORMS[FUSED][1]))
     with pytest.raises((LookupError, TypeError), match=r"No gradient|out of scope"):
         second_gradient(trainer.forward, x, x)
 
 
 def test_the_package_is_not_needed_to_serve_or_to_train(exported, trainers):
-    compared = run_alone("reloaded.py", exported, trainers, without="keras_bn")
-    per_model = [f"{how} x{n}" for how in LOADERS for n in BATCHES]
-    for line in per_model:
-        assert compared.count(line) == len(FORMS) + 1
+    served = ("2-D", "large", "two axes", "mixed_float16", "conv")
+    paths = [exported / name for name in served] + [trainers / f for f in TRAINED]
+    compared = run_alone("reloaded.py", *paths, without="keras_bn")
+    for line in (f"{how} x{n}" for how in LOADERS for n in BATCHES):
+        assert compared.count(line) == len(served)
     for line in ("applied", "gradient0", "gradient1", "y", "dx", "variable1"):
         assert compared.count(line) == len(TRAINED)
