@@ -42,13 +42,13 @@ def diagnose(model, data, *, steps=None, batch_size=None, verbose=0):
 
     >>> import keras, keras_bn, numpy as np
     >>> model = keras.Sequential(
-    ...     [keras.Input((2,)), keras_bn.BatchNormalization(name="bn")]
+    ...     [keras.Input((2,)), keras_bn.BatchNormalization(name="bn")], name="model"
     ... )
     >>> x = np.random.default_rng(0).normal(5.0, 1.0, (200, 2))
     >>> for finding in keras_bn.diagnose(model, x).findings:
     ...     print(finding.kind, finding.layer, finding.remedy)
     never-updated bn keras_bn.recalibrate(model, data)
-    train-inference-gap sequential keras_bn.recalibrate(model, data)
+    train-inference-gap model keras_bn.recalibrate(model, data)
     >>> _ = keras_bn.recalibrate(model, x, verbose=0)
     >>> keras_bn.diagnose(model, x).findings
     []
