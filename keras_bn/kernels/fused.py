@@ -77,8 +77,8 @@ def normalize_batch(x, gamma, beta, *, axes, epsilon):
         def gradient(upstream, *_):
             # Copies belong to the graph of the backward pass, from where alone the
             # second derivative of a function differentiated from outside sees them.
-            own = tuple(tf.identity(t) for t in (upstream, x, gamma))
-            return differentiate(*own, large, saved)
+            copy = tf.identity
+            return differentiate(copy(upstream), copy(x), copy(gamma), large, saved)
 
         return (fast() if large is None else tf.cond(large, slow, fast)), gradient
 
