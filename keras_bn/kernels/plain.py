@@ -64,7 +64,7 @@ def normalize_batch(
       dx = \frac{\gamma}{\sqrt{s^2+\epsilon}}
            \Bigl(g - \tfrac1n\,d\beta - \tfrac1n\,\hat x\,d\gamma\Bigr)$$
 
-    The closed form keeps only `x` alive between the passes, and is made of
+    The closed form keeps only $x-\bar x$ alive between the passes, and is made of
     differentiable ops itself, so that a gradient penalty can differentiate it again.
 
     Elements that the mask leaves out are normalized like the others but belong to no
