@@ -44,6 +44,7 @@ def normalize_batch(x, gamma, beta, *, axes, epsilon):
         return plain.normalize_batch(x, None, gamma, beta, axes=axes, epsilon=epsilon)
 
     def slow_gradients(x, gamma, upstream):
+        beta = tf.zeros_like(gamma)  # without part in any gradient
         with tf.GradientTape() as tape:
             tape.watch([x, gamma, beta])
             y, _ = slowly(x, gamma, beta)
@@ -53,7 +54,9 @@ def normalize_batch(x, gamma, beta, *, axes, epsilon):
     def normalize(x, gamma, beta):
         inner = _to_rank_4(x, axis)
         elements = inner.shape.num_elements()
-        if elements is not None and elements // channels < FOLD_FROM:
+        few = elements is not None and elements // channels < FOLD_FROM
+        # What cuDNN saves for the backward pass is its own.
+        if few or dispatch.on_gpu():
             y, mean, variance, *saved = _op(inner, gamma, beta, epsilon)
             variance = _biased(variance, count)
         else:
@@ -72,7 +75,10 @@ def normalize_batch(x, gamma, beta, *, axes, epsilon):
         large = None if dispatch.on_gpu() else _any_large(mean, variance, epsilon)
 
         def gradient(upstream, *_):
-            return differentiate(upstream, x, gamma, large, saved)
+            # Copies belong to the graph of the backward pass, from where alone the
+            # second derivative of a function differentiated from outside sees them.
+            copy = tf.identity
+            return differentiate(copy(upstream), copy(x), copy(gamma), large, saved)
 
         return (fast() if large is None else tf.cond(large, slow, fast)), gradient
 
