@@ -15,7 +15,7 @@ PASSES = 9
 
 
 def copy_rate(elements: int, seconds: float = 1.0) -> float:
-    """Bytes per second of `a + 2 b` into fresh memory, in graph mode, all threads."""
+    """Bytes per second of `a + b` into a tensor of its own, in graph mode."""
     a, b = tf.random.normal([elements]), tf.random.normal([elements])
     triad = tf.function(lambda a, b: tf.raw_ops.AddV2(x=a, y=b), autograph=False)
     timing = bench.interleave({"triad": lambda: triad(a, b)}, seconds)["triad"]
