@@ -76,6 +76,12 @@ def _agreed(old, new, batch, rule):
 
 
 @kernels.compiled
+def _normalize(x, mask, gamma, beta, *, axes, epsilon):
+    """The output under the batch's own statistics, and these."""
+    return kernels.normalize_batch(x, mask, gamma, beta, axes=axes, epsilon=epsilon)
+
+
+@kernels.compiled
 def _infer(x, mask, gamma, beta, mean, variance, *, axes, epsilon):
     """The output under the moving statistics; the mask has no part in it."""
     return kernels.normalize_with(
@@ -319,6 +325,33 @@ class BatchNormalization(keras.layers.Layer):
             for variable, new in zip(self._state, state, strict=True):
                 variable.assign(new)
         return y
+
+    def normalize_batch(self, inputs, mask=None):
+        """Normalize a batch by its own statistics, whatever the layer would do.
+
+        Nothing moves, and no option of the training has a part in it. What looks at
+        statistics from outside (recalibration, diagnosis) builds on this.
+
+        Args:
+            inputs, mask: as in a call of the layer.
+
+        Returns:
+            `(outputs, Moments)`: the outputs, and the moments of the batch.
+
+        >>> import numpy as np
+        >>> import keras_bn
+        >>> layer = keras_bn.BatchNormalization()
+        >>> layer.build((None, 1))
+        >>> y, moments = layer.normalize_batch(np.array([[1.0], [3.0]], "float32"))
+        >>> print(np.round(y.numpy().T, 2), moments.mean.numpy())
+        [[-1.  1.]] [2.]
+        """
+        x = _to_float(inputs, self.compute_dtype)
+        mask = _check_mask(mask, x, self._axes)
+        y, moments = _normalize(
+            x, mask, *self._affine, axes=self._axes, epsilon=self.epsilon
+        )
+        return ops.cast(y, self.compute_dtype), moments
 
     def compute_output_shape(self, input_shape):
         _channel_axes(self.axis, input_shape, sizes_known=False)

@@ -102,7 +102,7 @@ def usable_parts(batch: Moments, rule: Rule):
     Returns:
         Two bool tensors of the shape of `batch.mean`.
     """
-    finite = ops.logical_and(ops.isfinite(batch.mean), ops.isfinite(batch.variance))
+    finite = ops.isfinite(batch.mean + batch.variance)
     mean = ops.logical_and(finite, batch.count > 0)
     return mean, ops.logical_and(mean, batch.count > 1) if rule.unbiased else mean
 
@@ -125,6 +125,10 @@ def advance(old, new, usable, updates, rule: Rule):
     # The plain mean weighs all the same, as a momentum of 1 does.
     momentum = 1.0 if rule.momentum is None else rule.momentum
     several = len(new.shape) > len(old.shape)
+    if not several and updates is None:
+        new = ops.cast(new, dtype)
+        value = old * momentum + new * (1.0 - momentum)
+        return ops.where(usable, value, old), updates
     new = ops.where(usable, ops.cast(new, dtype), ops.zeros((), dtype))
     taken = ops.cast(usable, dtype)
     total = ops.sum(taken, axis=0) if several else taken

@@ -65,6 +65,7 @@ FORMS = {
     "2-D": ({}, (6,)),
     "channels first": ({"axis": 1, "momentum": 0.9}, (3, 4, 5)),
     "channels last": ({"epsilon": 1e-5}, (4, 5, 3)),
+    "large": ({}, (16, 16, 16)),
     "two axes": ({"axis": [1, 2]}, (3, 4, 5)),
     "no scale": ({"scale": False}, (6,)),
     "no center": ({"center": False}, (6,)),
@@ -72,6 +73,17 @@ FORMS = {
     "frozen": ({"trainable": False}, (6,)),
     "synchronized": ({"synchronized": True}, (6,)),
     "own classes": (OWN_CLASSES, (6,)),
+    "renorm": ({"renorm": True, "renorm_clipping": {"rmax": 2.0}}, (6,)),
+    "renorm ramp": (
+        {"renorm": True, "renorm_clipping": keras_bn.renorm_ramp(scale=2e-4)},
+        (6,),
+    ),
+    "ghost batches": (
+        {"virtual_batch_size": 3, "debias": True, "unbiased": True},
+        (3, 4, 5),
+    ),
+    "plain mean": ({"momentum": None}, (6,)),
+    "frozen statistics": ({"freeze_statistics": True}, (6,)),
     **{
         dtype: ({"dtype": dtype}, (6,))
         for dtype in ("float64", "float16", "bfloat16", "mixed_float16")
@@ -87,14 +99,18 @@ def examples(shape, batch=8, seed=1):
 def randomize(layer, seed=0):
     """Set weights that no initializer gives, to values that every dtype holds."""
     rng = np.random.default_rng(seed)
-    layer.set_weights([rng.integers(2, 32, w.shape) / 16 for w in layer.weights])
+    for weight in layer.weights:
+        if not weight.dtype.startswith("int"):
+            weight.assign(rng.integers(2, 32, weight.shape) / 16)
 
 
 def model_of(form, batch_normalization=keras_bn.BatchNormalization):
-    """A model of nothing but the layer, its weights set at random."""
+    """A model of nothing but the layer, after two batches, from random weights."""
     arguments, shape = FORMS[form]
     model = keras.Sequential([keras.Input(shape), batch_normalization(**arguments)])
     randomize(model.layers[0])
+    for seed in (1, 2):
+        model(examples(shape, seed=seed), training=True)
     return model
 
 

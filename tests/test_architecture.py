@@ -20,6 +20,7 @@ ORDER = [
     {"renorm"},
     {"layer"},
     {"tools", "diagnosis", "verify", "bench"},
+    {"verify_table"},
     {"cli"},
     {"__main__"},
 ]

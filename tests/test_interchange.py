@@ -15,8 +15,14 @@ from forms import (
 
 import keras_bn
 
-# Keras's layer has no statistics per index over several axes.
-SHARED = [form for form, (arguments, _) in FORMS.items() if form != "two axes"]
+BEYOND_KERAS = {
+    "two axes",
+    "renorm ramp",
+    "ghost batches",
+    "plain mean",
+    "frozen statistics",
+}
+SHARED = [form for form in FORMS if form not in BEYOND_KERAS]
 WAYS = {
     "to keras_bn": (keras.layers.BatchNormalization, keras_bn.BatchNormalization),
     "to Keras": (keras_bn.BatchNormalization, keras.layers.BatchNormalization),

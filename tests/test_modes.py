@@ -179,3 +179,31 @@ def test_inside_a_subclassed_model_and_a_wrapper():
     before = model.bn.layer.moving_mean.numpy()
     model(x)
     np.testing.assert_array_equal(model.bn.layer.moving_mean.numpy(), before)
+
+
+def test_many_layers_are_no_retraces(caplog):
+    """Each layer has a trace of its own; TensorFlow must not warn of retracing."""
+    for channels in range(1, 12):
+        keras_bn.BatchNormalization()(np.ones((2, channels), "float32"), training=True)
+    assert "retracing" not in caplog.text
+
+
+@pytest.mark.parametrize("shape", [(None, 56, 56, 64), (None, 64)])
+@pytest.mark.parametrize("mode", ["eager", "graph"])
+def test_an_empty_batch_through_whichever_kernel(shape, mode):
+    layer = keras_bn.BatchNormalization()
+    layer.build(shape)
+
+    def run(x):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y = layer(x, training=True)
+        return tape.gradient(y, [x, layer.gamma.value, layer.beta.value])
+
+    if mode == "graph":
+        run = tf.function(run, input_signature=[tf.TensorSpec(shape)])
+    dx, d_gamma, d_beta = run(tf.zeros((0, *shape[1:])))
+    assert dx.shape == (0, *shape[1:])
+    np.testing.assert_array_equal(d_gamma, np.zeros(64))
+    np.testing.assert_array_equal(d_beta, np.zeros(64))
+    np.testing.assert_array_equal(layer.moving_variance.numpy(), np.ones(64))

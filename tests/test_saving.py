@@ -39,14 +39,6 @@ OTHER = {
     "dtype": "mixed_float16",
     "trainable": False,
 }
-NOT_YET = {
-    "renorm",
-    "renorm_clipping",
-    "virtual_batch_size",
-    "unbiased",
-    "debias",
-    "freeze_statistics",
-}
 
 
 def through_json(thing):
@@ -60,17 +52,7 @@ def test_every_argument_is_among_those_tried():
     assert set(parameters) - {"kwargs"} == set(OTHER) - {"name", "dtype", "trainable"}
 
 
-@pytest.mark.parametrize(
-    "argument",
-    [
-        pytest.param(
-            a, marks=pytest.mark.xfail(raises=NotImplementedError, strict=True)
-        )
-        if a in NOT_YET
-        else a
-        for a in OTHER
-    ],
-)
+@pytest.mark.parametrize("argument", OTHER)
 def test_config_keeps_every_argument(argument):
     layer = keras_bn.BatchNormalization(**{argument: OTHER[argument]})
     config = layer.get_config()

@@ -15,8 +15,9 @@ if keras.backend.backend() != "tensorflow":
         f"{keras.backend.backend()!r}; set it to 'tensorflow' before importing keras."
     )
 
+from keras_bn.kernels.batch import normalize_batch
 from keras_bn.kernels.compiled import compiled
-from keras_bn.kernels.plain import affine, normalize_batch, normalize_with
+from keras_bn.kernels.plain import affine, normalize_with
 from keras_bn.kernels.synced import active as replicated
 from keras_bn.kernels.synced import agree, choose
 

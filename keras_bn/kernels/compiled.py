@@ -4,6 +4,8 @@ import functools
 
 import tensorflow as tf
 
+from keras_bn.kernels import dispatch
+
 
 def compiled(function):
     """Compile `function` with `tf.function` for eager calls; inline it in graphs.
@@ -12,8 +14,8 @@ def compiled(function):
     the Python function runs as it is, so that what is being traced (static sizes, an
     XLA context) stays visible to it and nothing traced elsewhere is reused.
 
-    One trace serves every size of the input: only its rank, dtype and channel sizes
-    are fixed, as they are for a built layer.
+    One trace serves every size of the input that wants the same kernel: only its
+    rank, dtype and channel sizes are fixed, as they are for a built layer.
 
     Args:
         function: `function(x, mask, *parameters, axes, **options)`. `x` is the input,
@@ -26,30 +28,36 @@ def compiled(function):
     """
 
     @functools.cache
-    def trace(specs, options):
-        # None is no input of a TensorFlow function, so it is put back in its place.
+    def trace(specs, options, large):
+        # A partial has no code of its own: TensorFlow would take the functions of
+        # many layers for retraces of one, and warn.
+        run = functools.partial(_run, function, specs, options, large)
         present = [spec for spec in specs if spec is not None]
-
-        def call(*tensors):
-            given = iter(tensors)
-            arguments = [None if spec is None else next(given) for spec in specs]
-            return function(*arguments, **dict(options))
-
-        return tf.function(call, input_signature=present, autograph=False)
+        return tf.function(run, input_signature=present, autograph=False)
 
     @functools.wraps(function)
     def call(x, mask, *parameters, axes, **options):
         if not tf.executing_eagerly() or _replicas() > 1:
-            return function(x, mask, *parameters, axes=axes, **options)
+            # A variable would be read anew wherever it is used.
+            read = (None if p is None else tf.convert_to_tensor(p) for p in parameters)
+            return function(x, mask, *read, axes=axes, **options)
         sizes = [d if i in axes else None for i, d in enumerate(x.shape)]
         specs = [tf.TensorSpec(sizes, x.dtype)]
         specs.append(None if mask is None else _spec(mask, [None] * len(mask.shape)))
         specs += [None if p is None else _spec(p, p.shape) for p in parameters]
         given = [t for t in (x, mask, *parameters) if t is not None]
-        options["axes"] = axes
-        return trace(tuple(specs), tuple(sorted(options.items())))(*given)
+        fixed = tuple(sorted({**options, "axes": axes}.items()))
+        return trace(tuple(specs), fixed, dispatch.is_large(x.shape))(*given)
 
     return call
+
+
+def _run(function, specs, options, large, *tensors):
+    """`function` of the tensors; None, which is none, is put back in its place."""
+    given = iter(tensors)
+    arguments = [None if spec is None else next(given) for spec in specs]
+    with dispatch.assuming(large):
+        return function(*arguments, **dict(options))
 
 
 def _spec(tensor, shape):

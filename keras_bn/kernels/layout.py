@@ -25,30 +25,41 @@ def broadcast(value, shape, axes):
     return tf.reshape(value, sizes)
 
 
+def count_of(x, channels, dtype):
+    """How many elements of `x` belong to each of its channels: a scalar of `dtype`."""
+    if x.shape.is_fully_defined():
+        return tf.constant(x.shape.num_elements() // channels, dtype)
+    return tf.cast(tf.size(x, tf.int64) // channels, dtype)
+
+
 class Layout:
     """Moves between the shapes of the caller and those the arithmetic runs in.
 
-    Inside a kernel the input is `inner(x)`, and every statistic or parameter has the
+    Inside a kernel the input is `inner(x)`, and every statistic or parameter has a
     shape that broadcasts against it, so that no formula mentions an axis. With the
-    channels last, in one axis or several, the inside is a matrix `(rows, channels)`;
-    otherwise it is the input as it came.
+    channels last, in one axis or several, statistics are as they come; otherwise they
+    have sizes of 1 in between.
 
     Args:
         x: the input, with known sizes along `axes`.
         axes: the channel axes, non-negative and ascending.
+        flat: whether the inside is a matrix `(rows, channels)`, if the channels are
+            last: XLA reduces it much faster than more axes.
     """
 
-    def __init__(self, x, axes):
+    def __init__(self, x, axes, flat=False):
         rank = len(x.shape)
         self._shape = x.shape
         self._channels = [x.shape[axis] for axis in axes]
         self._rows = [axis for axis in range(rank) if axis not in axes]
-        self._flat = tuple(axes) == tuple(range(rank - len(axes), rank))
+        last = tuple(axes) == tuple(range(rank - len(axes), rank))
+        self._flat = flat and last and rank > 2
+        self._summed, self._keepdims = self._rows, not last
+        self._inner = self._channels
         if self._flat:
-            self._inner, self._summed = [1, math.prod(self._channels)], [0]
-        else:
+            self._inner, self._summed = [math.prod(self._channels)], [0]
+        elif not last:
             self._inner = [x.shape[i] if i in axes else 1 for i in range(rank)]
-            self._summed = self._rows
 
     def inner(self, x):
         """`x` in the shape the arithmetic runs in."""
@@ -64,11 +75,14 @@ class Layout:
         """A value per channel, or one number for all, in the inner shape."""
         if isinstance(value, float):
             return tf.fill(self._inner, tf.constant(value, dtype))
-        return tf.reshape(tf.cast(value, dtype), self._inner)
+        value = tf.cast(value, dtype)
+        return value if value.shape == self._inner else tf.reshape(value, self._inner)
 
     def statistic(self, value):
         """A value per channel, from the inner shape back to the caller's."""
-        return value if value.shape.rank == 0 else tf.reshape(value, self._channels)
+        if value.shape.rank == 0 or value.shape == self._channels:
+            return value
+        return tf.reshape(value, self._channels)
 
     def mask(self, mask, x):
         """The mask as it broadcasts against `inner(x)`; None stays None."""
@@ -87,14 +101,15 @@ class Layout:
         """How many elements stand behind each statistic: a scalar of `dtype`."""
         if mask is not None:
             return tf.reduce_sum(tf.cast(mask, dtype))
-        sizes = [self._shape[axis] for axis in self._rows]
-        if None not in sizes:
-            return tf.constant(math.prod(sizes), dtype)
-        return tf.cast(tf.reduce_prod(tf.gather(tf.shape(x), self._rows)), dtype)
+        return count_of(x, math.prod(self._channels), dtype)
 
     def sum(self, x):
         """The sum over everything that belongs to one channel, in the inner shape."""
-        return tf.reduce_sum(x, self._summed, keepdims=True)
+        return tf.reduce_sum(x, self._summed, keepdims=self._keepdims)
+
+    def mean(self, x):
+        """The mean of all that belongs to one channel; NaN of nothing."""
+        return tf.reduce_mean(x, self._summed, keepdims=self._keepdims)
 
     def spread(self, value):
         """A statistic as it broadcasts against the input: as it is."""

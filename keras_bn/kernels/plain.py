@@ -1,8 +1,10 @@
 """Two passes in plain ops: any rank, dtype, axis and mask; always right."""
 
+from typing import Any
+
 import tensorflow as tf
 
-from keras_bn.kernels import synced
+from keras_bn.kernels import dispatch, synced
 from keras_bn.kernels.layout import Grouped, Layout, at_least_float32, broadcast
 from keras_bn.moments import Moments
 
@@ -33,7 +35,9 @@ def normalize_with(x, mean, variance, gamma, beta, *, axes, epsilon):
     scale = tf.math.rsqrt(along(variance) + epsilon)
     if gamma is not None:
         scale = along(gamma) * scale
-    y = (wide - along(mean)) * scale
+    # `+ -`: an added constant is folded into the convolution before it by what deploys
+    # models, a subtracted one is not. The bits are the same.
+    y = (wide + -along(mean)) * scale
     if beta is not None:
         y += along(beta)
     return tf.cast(y, x.dtype)
@@ -85,54 +89,74 @@ def normalize_batch(
 
     Source: Ioffe and Szegedy, "Batch Normalization", 2015.
     """
-    layout = Layout(x, axes) if group_size is None else Grouped(x, axes, group_size)
+    xla = dispatch.in_xla()
+    if group_size is None:
+        layout = Layout(x, axes, flat=xla)
+    else:
+        layout = Grouped(x, axes, group_size)
     wide = at_least_float32(x).dtype
     counted = layout.mask(mask, x)
     count = layout.count(counted, x, wide)
     synchronized = synchronized and synced.active()
+    moments: Any = None
+
+    def average(x):
+        """The mean over what counts in each channel."""
+        if counted is None and group_size is None:
+            return layout.mean(x)
+        return layout.sum(_where(counted, x)) / tf.maximum(count, 1)
 
     @tf.custom_gradient
     def normalize(x, gamma, beta):
+        # The moments leave on their own: a custom gradient ties its results into one
+        # node, and where a weight's update hung on the moments, the optimizer of
+        # graphs took the way from y to it for an order in time, then cut the knot.
+        nonlocal moments
         dtype, x = x.dtype, tf.cast(x, wide)
-        n = tf.maximum(count, 1)
-        # The mean comes in two parts, `mean + rest`: what the sum of large numbers
+        # The mean comes in two parts, `first + rest`: what the sum of large numbers
         # lost to rounding is found again among the small differences.
-        mean = layout.sum(_where(counted, x)) / n
-        centred = _where(counted, x - layout.spread(mean))
-        rest = layout.sum(centred) / n
-        variance = layout.sum(tf.square(centred)) / n - tf.square(rest)
-        # Not tf.maximum, which may turn NaN into 0.
-        variance = tf.where(variance < 0, tf.zeros_like(variance), variance)
-        moments = Moments(count, mean, variance)
+        first = average(x)
+        centred = x - layout.spread(first)
+        rest = average(centred)
+        centred -= layout.spread(rest)
+        variance = average(tf.square(centred))
+        moments = Moments(count, first, variance)
         if synchronized:
             moments, rest = synced.merge(moments, rest)
-            mean, n = moments.mean, tf.maximum(moments.count, 1)
-        moments = moments._replace(mean=mean + rest)
+            centred = (x - moments.mean) - rest
+        moments = moments._replace(mean=moments.mean + rest)
 
         rstd = tf.math.rsqrt(moments.variance + epsilon)
         scale = gamma * rstd
-        shift = beta - rest * scale
-        y = (x - layout.spread(mean)) * layout.spread(scale) + layout.spread(shift)
+        y = centred * layout.spread(scale) + beta
+        if xla:
+            # Changes nothing, but has two operands of full size: XLA then computes y
+            # once, not again in each of its uses and, in a chain, in all of theirs.
+            y = tf.where(x == x, y, x)
 
-        def gradient(upstream, *_):
+        def gradient(upstream):
             g = tf.cast(upstream, wide)
-            centred = (x - layout.spread(mean)) - layout.spread(rest)
+            finite = centred
             if counted is not None:
-                centred = _where(counted | tf.math.is_finite(centred), centred)
-            sum_g, sum_gx = layout.sum(g), layout.sum(g * centred)
-            d_gamma, d_beta = layout.total(sum_gx * rstd), layout.total(sum_g)
+                finite = _where(counted | tf.math.is_finite(centred), centred)
+            sum_g, sum_gx = layout.sum(g), layout.sum(g * finite)
+            # In an empty batch rstd is NaN and the sum 0.
+            normalized = tf.math.multiply_no_nan
+            d_gamma = layout.total(normalized(rstd, sum_gx))
+            d_beta = layout.total(sum_g)
             if synchronized:
                 sum_g, sum_gx = synced.total(sum_g, sum_gx)
-            slope = layout.spread(tf.square(rstd) * sum_gx / n)
-            through = layout.spread(sum_g / n) + centred * slope
-            dx = layout.spread(scale) * (g - _where(counted, through))
+            share = scale / tf.maximum(moments.count, 1)
+            slope = normalized(rstd, sum_gx) * (rstd * share)
+            through = finite * layout.spread(slope) + layout.spread(sum_g * share)
+            dx = layout.spread(scale) * g - _where(counted, through)
             return tf.cast(dx, dtype), d_gamma, d_beta
 
-        return (tf.cast(y, dtype), *moments), gradient
+        return tf.cast(y, dtype), gradient
 
     gamma = layout.parameter(1.0 if gamma is None else gamma, wide)
     beta = layout.parameter(0.0 if beta is None else beta, wide)
-    y, *moments = normalize(layout.inner(x), gamma, beta)
+    y = normalize(layout.inner(x), gamma, beta)
     moments = Moments(*(layout.statistic(tf.stop_gradient(m)) for m in moments))
     return layout.outer(y, x), moments
 

@@ -1,0 +1,6 @@
+"""`python -m keras_bn`: the command line."""
+
+from keras_bn.cli import main
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,70 @@
+"""The ways TensorFlow runs a function: eagerly, as a graph, compiled by XLA."""
+
+import tensorflow as tf
+
+MODES = ("eager", "tf.function", "jit_compile")
+TENSORFLOW_VERSION = tf.__version__
+
+
+def in_mode(function, mode):
+    """`function`, to be run in one of the `MODES`.
+
+    Args:
+        function: takes and returns tensors.
+        mode: "eager", "tf.function", or "jit_compile" for
+            `tf.function(jit_compile=True)`.
+
+    Returns:
+        A function of the same arguments.
+
+    Raises:
+        ValueError: for any other mode.
+    """
+    if mode not in MODES:
+        raise ValueError(f"`mode` must be one of {MODES}. Received: mode={mode!r}")
+    if mode == "eager":
+        return function
+    return tf.function(function, jit_compile=mode == "jit_compile", autograph=False)
+
+
+def with_gradients(function, variables, mode):
+    """`function` and its vector-Jacobian products, to be run in one of the `MODES`.
+
+    Args:
+        function: takes one tensor `x` and returns one tensor.
+        variables: Keras variables that `function` reads.
+        mode: as for `in_mode`.
+
+    Returns:
+        A function of `x` and an upstream gradient of the shape and dtype of the
+        output. It returns the output and a list: the gradients of
+        `sum(upstream * output)` with respect to `x` and to each variable.
+
+    Example:
+
+    >>> import keras
+    >>> weight = keras.Variable([2.0, 5.0])
+    >>> run = with_gradients(lambda x: x * weight.value, [weight], "tf.function")
+    >>> x, upstream = keras.ops.array([3.0, 4.0]), keras.ops.array([1.0, 10.0])
+    >>> y, (dx, d_weight) = run(x, upstream)
+    >>> print(y.numpy(), dx.numpy(), d_weight.numpy())
+    [ 6. 20.] [ 2. 50.] [ 3. 40.]
+    """
+    values = [variable.value for variable in variables]
+
+    def run(x, upstream):
+        with tf.GradientTape(watch_accessed_variables=False) as tape:
+            tape.watch([x, *values])
+            y = function(x)
+        return y, tape.gradient(y, [x, *values], output_gradients=upstream)
+
+    return in_mode(run, mode)
+
+
+def device() -> str:
+    """Where TensorFlow puts what nobody placed: "CPU:0", or "GPU:0 (its name)"."""
+    spec = tf.DeviceSpec.from_string(tf.zeros([]).device)
+    label = f"{spec.device_type}:{spec.device_index}"
+    physical = tf.config.list_physical_devices(spec.device_type)[spec.device_index]
+    name = tf.config.experimental.get_device_details(physical).get("device_name")
+    return f"{label} ({name})" if name else label

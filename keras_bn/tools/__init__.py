@@ -1,0 +1,1 @@
+"""Functions that take a model: convert, fold, recalibrate, freeze, PyTorch, load."""

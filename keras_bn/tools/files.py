@@ -1,0 +1,46 @@
+"""Writing files whole or not at all, and never over others by accident."""
+
+import os
+from pathlib import Path
+
+
+def check_writable(file, force):
+    """Refuse, before any work is done, a file that can't or mustn't be written.
+
+    Args:
+        file: a path.
+        force: whether an existing file may be overwritten.
+
+    Raises:
+        OSError: saying what is in the way.
+    """
+    path = Path(file).resolve()
+    if not path.parent.is_dir():
+        raise OSError(f"there is no folder {path.parent}")
+    if path.exists() and not path.is_file():
+        raise OSError(f"{file} is not a regular file")
+    if path.exists() and not force:
+        raise OSError(f"{file} exists; --force overwrites it")
+    if not os.access(path.parent, os.W_OK):
+        raise OSError(f"the folder {path.parent} can't be written to")
+
+
+def write_whole(file, write, force=False):
+    """Have a file written beside its place, and moved there when it is complete.
+
+    Args:
+        file: a path.
+        write: `write(path)`, which writes a file of the same suffix at `path`.
+        force: as in `check_writable`.
+
+    Raises:
+        OSError: if it can't be written.
+    """
+    check_writable(file, force)
+    path = Path(file).resolve()
+    part = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")
+    try:
+        write(part)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)

@@ -1,0 +1,296 @@
+"""Folding batch normalizations into the layers next to them, for inference."""
+
+from typing import NamedTuple
+
+import keras
+
+from keras_bn.tools.graph import Copier, input_of, is_graph, nodes, view, walk
+from keras_bn.tools.linear import (
+    Linear,
+    Normalization,
+    UnfoldableError,
+    is_linear,
+    linear,
+)
+
+
+class Fold(NamedTuple):
+    """What becomes of one batch normalization.
+
+    Args:
+        layer: its path in the model.
+        into: the path of the layer that takes it in, or None if it stays.
+        reason: why it stays, naming the layers; empty if it doesn't.
+    """
+
+    layer: str
+    into: str | None
+    reason: str = ""
+
+    def __str__(self):
+        if self.into is None:
+            return f"{self.layer} stays: {self.reason}"
+        return f"{self.layer} -> {self.into}"
+
+
+def plan_fold(model):
+    """What `fold` would do to each batch normalization of a model, ours or Keras's.
+
+    Args:
+        model: a built model.
+
+    Returns:
+        A list of `Fold`, one for each batch normalization.
+
+    Example:
+
+    >>> import keras, keras_bn
+    >>> model = keras.Sequential([
+    ...     keras.Input((4,)),
+    ...     keras.layers.Dense(3, name="dense"),
+    ...     keras_bn.BatchNormalization(name="bn_1"),
+    ...     keras.layers.ReLU(name="relu"),
+    ...     keras_bn.BatchNormalization(name="bn_2"),
+    ... ])
+    >>> for each in keras_bn.plan_fold(model):
+    ...     print(each)
+    bn_1 -> dense
+    bn_2 stays: 'relu' before it is not linear; it is an output of the model
+    """
+    return _Plan(model).folds
+
+
+def fold(model):
+    """A model for inference, with its batch normalizations folded away.
+
+    In inference a batch normalization is a scale and a shift per channel. Where the
+    layer before it is linear, and nothing else takes that layer's output, these go
+    into its weights; else, where that is exact, into those of the linear layer after
+    it. Dense, EinsumDense, convolutions, their transposes, depthwise and separable
+    convolutions take in normalizations, as do other batch normalizations. The
+    arithmetic is in float64; the weights keep their dtype. What cannot be folded
+    stays, for the reason that `plan_fold` gives.
+
+    Args:
+        model: a built model, which is left as it is.
+
+    Returns:
+        A new model of the same class with the outputs of the given one in inference;
+        it is not compiled, and not meant for training.
+
+    Raises:
+        TypeError: for what is no Keras model.
+        ValueError: for a model that is not built, and layers that cannot be copied.
+
+    Example:
+
+    >>> import keras, keras_bn
+    >>> model = keras.Sequential([
+    ...     keras.Input((4,)), keras.layers.Dense(3), keras_bn.BatchNormalization()
+    ... ])
+    >>> [type(layer).__name__ for layer in keras_bn.fold(model).layers]
+    ['Dense']
+    """
+    plan = _Plan(model)
+
+    def make(layer):
+        return type(layer).from_config(plan.edits[id(layer)].config())
+
+    def fill(layer, new):
+        plan.edits[id(layer)].write(new)
+
+    def wants(layer):
+        return id(layer) in plan.edits or id(layer) in plan.folded
+
+    return Copier(wants, make, fill, skip=plan.folded).copy(model, compiled=False)
+
+
+class _Plan:
+    """Which normalizations go where, found graph by graph in the order of the calls.
+
+    `folded` holds the `id`s of those that go, `edits` the `Linear` of each layer that
+    takes some in, by its `id`.
+    """
+
+    def __init__(self, model):
+        if not isinstance(model, keras.layers.Layer):
+            raise TypeError(f"Expected a Keras model. Received: {model!r}")
+        if not model.built:
+            raise ValueError(
+                f"'{model.name}' is not built, so its statistics are not there yet. "
+                "Call it on data, or build it, first."
+            )
+        self.folded: set[int] = set()
+        self.edits: dict[int, Linear] = {}
+        self._paths = {id(layer): path for path, layer in walk(model)}
+        norms = {
+            id(layer): layer for _, layer in walk(model) if is_normalization(layer)
+        }
+        graphs = [_Graph(layer) for _, layer in walk(model) if is_graph(layer)]
+        self._calls = _count_calls(graphs, model)
+        found = {}
+        for graph in graphs:
+            for node in graph.nodes:
+                if id(node.operation) in norms and id(node.operation) not in found:
+                    found[id(node.operation)] = self._place(graph, node)
+        self.folds = [
+            found.get(key) or Fold(self._paths[key], None, _OUTSIDE) for key in norms
+        ]
+
+    def _place(self, graph, node):
+        norm = node.operation
+        path = self._paths[id(norm)]
+        try:
+            self._check_alone(norm)
+            if node.arguments.kwargs.get("training"):
+                raise UnfoldableError("is called with `training`")
+            rank = len(node.outputs[0].shape)
+            inner = Normalization(norm, rank)
+        except UnfoldableError as reason:
+            return Fold(path, None, f"it {reason}")
+        reasons = []
+        for place in self._before, self._after:
+            try:
+                target = place(graph, node, self.edits.get(id(norm), inner))
+            except UnfoldableError as reason:
+                reasons.append(str(reason))
+                continue
+            self.edits.pop(id(norm), None)
+            self.folded.add(id(norm))
+            graph.bypass(node)
+            return Fold(path, self._paths[id(target)])
+        return Fold(path, None, "; ".join(reasons))
+
+    def _before(self, graph, node, norm):
+        """Fold into the layer before; returns it."""
+        tensor = graph.source(input_of(node))
+        producer = graph.producer(tensor)
+        if producer is None:
+            raise UnfoldableError("it takes an input of the model")
+        target = producer.operation
+        self._check_target(target, norm, "before")
+        self._check_alone(target, f"'{target.name}' ")
+        if getattr(target, "activation", None) not in (None, keras.activations.linear):
+            name = getattr(target.activation, "__name__", target.activation)
+            raise UnfoldableError(
+                f"'{target.name}' before it has the activation {name}"
+            )
+        others = [n for n in graph.consumers(tensor) if n is not node]
+        if others:
+            raise UnfoldableError(
+                f"'{others[0].operation.name}' also uses the output of '{target.name}'"
+            )
+        if graph.is_output(tensor):
+            raise UnfoldableError(
+                f"'{target.name}' before it is an output of the model"
+            )
+        self._take(target, "fold_output", norm, len(input_of(producer).shape))
+        return target
+
+    def _after(self, graph, node, norm):
+        """Fold into the layer after; returns it."""
+        if graph.is_output(node.outputs[0]):
+            raise UnfoldableError("it is an output of the model")
+        consumers = graph.consumers(node.outputs[0])
+        names = sorted(f"'{n.operation.name}'" for n in consumers)
+        if len(consumers) != 1:
+            raise UnfoldableError(f"{' and '.join(names) or 'nothing'} use its output")
+        target = consumers[0].operation
+        self._check_target(target, norm, "after")
+        self._check_alone(target, f"'{target.name}' ")
+        if is_normalization(target) and consumers[0].arguments.kwargs.get("training"):
+            raise UnfoldableError(f"'{target.name}' is called with `training`")
+        self._take(target, "fold_input", norm, norm.rank)
+        return target
+
+    def _check_target(self, target, norm, where):
+        name = f"'{target.name}'"
+        if not is_linear(target):
+            raise UnfoldableError(f"{name} {where} it is not linear")
+        if target.quantization_mode is not None or getattr(
+            target, "lora_enabled", False
+        ):
+            raise UnfoldableError(f"{name} {where} it is quantized or has LoRA weights")
+        if target.compute_dtype != norm.layer.compute_dtype:
+            raise UnfoldableError(
+                f"{name} {where} it computes in {target.compute_dtype}, not in "
+                f"{norm.layer.compute_dtype}"
+            )
+
+    def _check_alone(self, layer, name=""):
+        calls = self._calls.get(id(layer), 0)
+        if calls != 1:
+            raise UnfoldableError(f"{name}is shared: it is called in {calls} places")
+
+    def _take(self, target, side, norm, rank):
+        edit = self.edits.get(id(target)) or linear(target, rank)
+        try:
+            getattr(edit, side)(norm.affine, norm.axes)
+        except UnfoldableError as reason:
+            raise UnfoldableError(f"'{target.name}' {reason}") from None
+        self.edits[id(target)] = edit
+
+
+_OUTSIDE = "it is an attribute of a layer, and only graphs show what is next to it"
+
+
+def is_normalization(layer):
+    """Whether a layer is a batch normalization, ours or Keras's."""
+    return is_linear(layer) and hasattr(layer, "moving_variance")
+
+
+class _Graph:
+    """A graph's calls, with the normalizations that are folded taken out of it."""
+
+    def __init__(self, model):
+        graph = view(model)
+        self.nodes = nodes(graph)
+        self._producers = {id(t): n for n in self.nodes for t in n.outputs}
+        self._outputs = {id(t) for t in graph.outputs}
+        self._sources: dict[int, object] = {}
+
+    def bypass(self, node):
+        """Take out a node, and let its input stand for its output."""
+        self._sources[id(node.outputs[0])] = input_of(node)
+
+    def source(self, tensor):
+        """The tensor that stands for this one, now that some nodes are out."""
+        while id(tensor) in self._sources:
+            tensor = self._sources[id(tensor)]
+        return tensor
+
+    def producer(self, tensor):
+        return self._producers.get(id(self.source(tensor)))
+
+    def _same(self, tensor):
+        """The tensors that the given one stands for, by `id`, itself included."""
+        source = self.source(tensor)
+        out = {id(t): t for n in self.nodes for t in n.outputs}
+        return {id(source)} | {k for k, t in out.items() if self.source(t) is source}
+
+    def consumers(self, tensor):
+        """The nodes still in the graph that take a tensor."""
+        same = self._same(tensor)
+        return [
+            node
+            for node in self.nodes
+            if id(node.outputs[0]) not in self._sources
+            and any(id(t) in same for t in node.input_tensors)
+        ]
+
+    def is_output(self, tensor):
+        return bool(self._same(tensor) & self._outputs)
+
+
+def _count_calls(graphs, model):
+    """How often each layer is called, or held by something that may call it."""
+    calls: dict[int, int] = {}
+    for graph in graphs:
+        for node in graph.nodes:
+            key = id(node.operation)
+            calls[key] = calls.get(key, 0) + 1
+    for _, holder in walk(model):
+        if not is_graph(holder):
+            for layer in holder._layers:
+                calls[id(layer)] = calls.get(id(layer), 0) + 1
+    return calls

@@ -1,0 +1,407 @@
+r"""How a scale and a shift per channel enter the weights of the layer next to them.
+
+A linear layer computes $y = Kx + b$. What normalizes its output multiplies the kernel
+and the bias, $s(Kx + b) + t = (sK)x + (sb + t)$; what normalizes its input multiplies
+the kernel from the other side, $K(sx + t) + b = (Ks)x + (Kt + b)$.
+
+Arrays come in and go out in float64. A layer without a bias has one of zeros here.
+"""
+
+import string
+from typing import NamedTuple
+
+import keras
+import numpy as np
+from keras import layers
+
+from keras_bn.layer import BatchNormalization
+
+
+class Affine(NamedTuple):
+    """A scale and a shift for each channel: `x * scale + shift`."""
+
+    scale: np.ndarray
+    shift: np.ndarray
+
+
+class UnfoldableError(Exception):
+    """A reason why an affine map cannot enter a layer's weights."""
+
+
+def scale_output(kernel, bias, affine, axis=-1):
+    """The kernel and bias of an affine map after a linear one.
+
+    Args:
+        kernel: array with the output channels along `axis`.
+        bias: array of shape `(channels,)`.
+        affine: an `Affine` per output channel.
+        axis: of the kernel.
+
+    Returns:
+        `(kernel, bias)`.
+
+    >>> kernel, bias = np.array([[1.0, 2.0]]), np.zeros(2)
+    >>> scale_output(kernel, bias, Affine(np.array([2.0, 3.0]), np.array([1.0, 1.0])))
+    (array([[2., 6.]]), array([1., 1.]))
+    """
+    shape = [1] * kernel.ndim
+    shape[axis] = -1
+    scale, shift = affine
+    return kernel * scale.reshape(shape), bias * scale + shift
+
+
+def scale_convolution_input(kernel, bias, affine, groups=1):
+    """The kernel and bias of an affine map before a convolution without padding.
+
+    Args:
+        kernel: array of shape `(..., channels // groups, filters)`.
+        bias: array of shape `(filters,)`.
+        affine: an `Affine` per input channel.
+        groups: of the convolution.
+
+    Returns:
+        `(kernel, bias)`.
+    """
+    filters = kernel.shape[-1] // groups
+
+    def along(values):  # per channel of the group that each filter belongs to
+        return np.repeat(values.reshape(groups, -1), filters, axis=0).T
+
+    sums = tuple(range(kernel.ndim - 1))
+    bias = bias + (kernel * along(affine.shift)).sum(sums)
+    return kernel * along(affine.scale), bias
+
+
+def scale_depthwise_input(kernel, affine):
+    """The kernel of an affine map before a depthwise convolution without padding.
+
+    Args:
+        kernel: array of shape `(..., channels, multiplier)`.
+        affine: an `Affine` per input channel.
+
+    Returns:
+        `(kernel, addend)`, where `addend`, of shape `(channels * multiplier,)`, is
+        what the shift adds to the output.
+    """
+    sums = tuple(range(kernel.ndim - 2))
+    addend = (kernel * affine.shift[:, None]).sum(sums)
+    return kernel * affine.scale[:, None], addend.reshape(-1)
+
+
+def scale_einsum_output(kernel, bias, affine, equation, axis):
+    """The kernel and bias of an affine map after `einsum(equation, x, kernel) + bias`.
+
+    Args:
+        kernel: array.
+        bias: array that broadcasts against the output.
+        affine: an `Affine` along `axis` of the output.
+        equation: without an ellipsis, as `"abc,cd->abd"`.
+        axis: of the output, not negative.
+
+    Returns:
+        `(kernel, bias, labels)`, where `labels` are those axes of the output, by their
+        letters in the equation, that the bias must have now.
+
+    Raises:
+        UnfoldableError: if the kernel has no such axis.
+    """
+    _, of_kernel, of_output = _parts(equation)
+    label = of_output[axis]
+    if label not in of_kernel:
+        raise UnfoldableError(f"has no weights along axis {axis} of its output")
+    shape = [-1, *[1] * (len(of_output) - 1 - axis)]
+    scale, shift = (values.reshape(shape) for values in affine)
+    along = [-1 if other == label else 1 for other in of_kernel]
+    return kernel * affine.scale.reshape(along), bias * scale + shift, {label}
+
+
+def scale_einsum_input(kernel, bias, affine, equation, axis):
+    """The kernel and bias of an affine map before `einsum(equation, x, kernel) + bias`.
+
+    As `scale_einsum_output`, for an `Affine` along `axis` of the input.
+    """
+    of_input, of_kernel, of_output = _parts(equation)
+    label = of_input[axis]
+    kept = [other for other in of_output if other in of_kernel]
+    summed_alone = set(of_input) - set(of_kernel) - set(of_output)
+    if label not in of_kernel or summed_alone or not kept:
+        raise UnfoldableError(f"has no weights along axis {axis} of its input alone")
+    addend = np.einsum(
+        f"{of_kernel},{label}->{''.join(kept)}", kernel, affine.shift, optimize=True
+    )
+    sizes = dict(zip(of_kernel, kernel.shape, strict=True))
+    trailing = of_output[of_output.index(kept[0]) :]
+    addend = addend.reshape([sizes[o] if o in kept else 1 for o in trailing])
+    along = [-1 if other == label else 1 for other in of_kernel]
+    return kernel * affine.scale.reshape(along), bias + addend, set(kept)
+
+
+def _parts(equation):
+    inputs, output = equation.split("->")
+    return (*inputs.split(","), output)
+
+
+class Linear:
+    """The weights of a linear layer, as arrays that affine maps are folded into.
+
+    Args:
+        layer: a built layer that `linear` knows.
+        rank: the rank of its input.
+
+    `arrays` holds them by the names of the layer's attributes.
+    """
+
+    names: tuple[str, ...] = ("kernel",)
+
+    def __init__(self, layer, rank):
+        self.layer, self.rank = layer, rank
+        names = [*self.names, "bias"]
+        weights = {name: getattr(layer, name) for name in names}
+        self.arrays = {
+            name: np.asarray(keras.ops.convert_to_numpy(w), "float64")
+            for name, w in weights.items()
+            if w is not None
+        }
+        self.arrays.setdefault("bias", np.zeros(()))
+
+    def fold_output(self, affine, axes):
+        """Take in an `Affine` along the given axes of the output."""
+        raise NotImplementedError
+
+    def fold_input(self, affine, axes):
+        """Take in an `Affine` along the given axes of the input."""
+        raise NotImplementedError
+
+    def config(self):
+        """The config of a layer that has all the arrays as weights."""
+        return {**self.layer.get_config(), "use_bias": True}
+
+    def write(self, layer):
+        """Give a layer made from `config` the arrays as its weights."""
+        for name, value in self.arrays.items():
+            variable = getattr(layer, name)
+            variable.assign(np.broadcast_to(value, variable.shape))
+
+
+class _Einsum(Linear):
+    """Dense and EinsumDense."""
+
+    def __init__(self, layer, rank):
+        super().__init__(layer, rank)
+        equation = getattr(layer, "equation", "...a,ab->...b")
+        labels = set(getattr(layer, "bias_axes", None) or "")
+        inputs = equation.split(",")[0].replace("...", "")
+        free = [letter for letter in string.ascii_letters if letter not in equation]
+        elided = "".join(free[: rank - len(inputs)])
+        self._equation = equation.replace("...", elided)
+        self._labels = labels
+
+    def fold_output(self, affine, axes):
+        self._fold(scale_einsum_output, affine, axes)
+
+    def fold_input(self, affine, axes):
+        self._fold(scale_einsum_input, affine, axes)
+
+    def _fold(self, scale, affine, axes):
+        kernel, bias, labels = scale(
+            self.arrays["kernel"],
+            self.arrays["bias"],
+            affine,
+            self._equation,
+            _only(axes),
+        )
+        self.arrays, self._labels = (
+            {"kernel": kernel, "bias": bias},
+            (self._labels | labels),
+        )
+
+    def config(self):
+        if isinstance(self.layer, layers.Dense):
+            return super().config()
+        output = _parts(self._equation)[-1]
+        bias_axes = "".join(label for label in output if label in self._labels)
+        return {**self.layer.get_config(), "bias_axes": bias_axes}
+
+
+class _Convolution(Linear):
+    """Convolutions of any rank, with groups."""
+
+    output_axis = -1
+
+    def fold_output(self, affine, axes):
+        self._check_channels(axes)
+        self.arrays["kernel"], self.arrays["bias"] = scale_output(
+            self.arrays["kernel"], self.arrays["bias"], affine, self.output_axis
+        )
+
+    def fold_input(self, affine, axes):
+        self._check_channels(axes)
+        self._check_padding(affine)
+        self.arrays["kernel"], self.arrays["bias"] = scale_convolution_input(
+            self.arrays["kernel"], self.arrays["bias"], affine, self.layer.groups
+        )
+
+    def _check_channels(self, axes):
+        first = self.layer.data_format == "channels_first"
+        channels = 1 if first else self.rank - 1
+        if axes != (channels,):
+            raise UnfoldableError(f"has its channels on axis {channels}")
+
+    def _check_padding(self, affine):
+        layer = self.layer
+        pads = layer.padding != "valid" and max(layer.kernel_size) > 1
+        if pads and affine.shift.any():
+            raise UnfoldableError(
+                "pads its input with zeros, which would have to be other"
+            )
+
+
+class _Transpose(_Convolution):
+    output_axis = -2
+
+    def fold_input(self, affine, axes):
+        raise UnfoldableError("sums over fewer inputs at its borders")
+
+
+class _Depthwise(_Convolution):
+    def fold_output(self, affine, axes):
+        self._check_channels(axes)
+        kernel, bias = self.arrays["kernel"], self.arrays["bias"]
+        flat = kernel.reshape(*kernel.shape[:-2], -1)
+        flat, self.arrays["bias"] = scale_output(flat, bias, affine)
+        self.arrays["kernel"] = flat.reshape(kernel.shape)
+
+    def fold_input(self, affine, axes):
+        self._check_channels(axes)
+        self._check_padding(affine)
+        kernel, addend = scale_depthwise_input(self.arrays["kernel"], affine)
+        self.arrays = {"kernel": kernel, "bias": self.arrays["bias"] + addend}
+
+
+class _Separable(_Convolution):
+    names = ("depthwise_kernel", "pointwise_kernel")
+
+    def fold_output(self, affine, axes):
+        self._check_channels(axes)
+        self.arrays["pointwise_kernel"], self.arrays["bias"] = scale_output(
+            self.arrays["pointwise_kernel"], self.arrays["bias"], affine
+        )
+
+    def fold_input(self, affine, axes):
+        self._check_channels(axes)
+        self._check_padding(affine)
+        kernel, addend = scale_depthwise_input(self.arrays["depthwise_kernel"], affine)
+        pointwise = self.arrays["pointwise_kernel"]
+        self.arrays["depthwise_kernel"] = kernel
+        self.arrays["bias"] = self.arrays["bias"] + addend @ pointwise.reshape(
+            len(addend), -1
+        )
+
+
+class Normalization(Linear):
+    """A batch normalization in inference, which is an affine map itself."""
+
+    def __init__(self, layer, rank):
+        self.layer, self.rank = layer, rank
+        self.affine = inference(layer)
+
+    @property
+    def axes(self):
+        """The channel axes, not negative and ascending."""
+        axis = self.layer.axis
+        axes = axis if isinstance(axis, list | tuple) else [axis]
+        return tuple(sorted(a % self.rank for a in axes))
+
+    def fold_output(self, affine, axes):
+        self._check(axes)
+        scale, shift = affine
+        self.affine = Affine(
+            self.affine.scale * scale, self.affine.shift * scale + shift
+        )
+
+    def fold_input(self, affine, axes):
+        self._check(axes)
+        scale, shift = self.affine
+        self.affine = Affine(scale * affine.scale, scale * affine.shift + shift)
+
+    def _check(self, axes):
+        if axes != self.axes:
+            raise UnfoldableError(f"has its channels on axis {self.layer.axis}")
+
+    def config(self):
+        return {**self.layer.get_config(), "center": True, "scale": True}
+
+    def write(self, layer):
+        for variable in self.layer.variables:
+            getattr(layer, variable.name).assign(variable)
+        mean, rstd = _statistics(self.layer)
+        layer.gamma.assign(self.affine.scale / rstd)
+        layer.beta.assign(self.affine.shift + mean * self.affine.scale)
+
+
+def inference(layer):
+    """What a batch normalization does in inference, as an `Affine`.
+
+    Args:
+        layer: a built layer, ours or Keras's.
+
+    Returns:
+        The `Affine`, one value per channel.
+
+    Raises:
+        UnfoldableError: if its moving statistics are not those of any data.
+    """
+    mean, rstd = _statistics(layer)
+    if not (np.isfinite(mean) & np.isfinite(rstd)).all():
+        raise UnfoldableError("has moving statistics that are not finite, or negative")
+    gamma = 1.0 if layer.gamma is None else _array(layer.gamma)
+    beta = 0.0 if layer.beta is None else _array(layer.beta)
+    return Affine(gamma * rstd, beta - gamma * rstd * mean)
+
+
+def _statistics(layer):
+    variance = _array(layer.moving_variance) + layer.epsilon
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return _array(layer.moving_mean), 1.0 / np.sqrt(variance)
+
+
+def _array(variable):
+    return np.asarray(keras.ops.convert_to_numpy(variable), "float64")
+
+
+def _only(axes):
+    if len(axes) > 1:
+        raise UnfoldableError("has no weights along several axes at once")
+    return axes[0]
+
+
+_FAMILIES = {
+    layers.Dense: _Einsum,
+    layers.EinsumDense: _Einsum,
+    layers.Conv1D: _Convolution,
+    layers.Conv2D: _Convolution,
+    layers.Conv3D: _Convolution,
+    layers.Conv1DTranspose: _Transpose,
+    layers.Conv2DTranspose: _Transpose,
+    layers.Conv3DTranspose: _Transpose,
+    layers.DepthwiseConv1D: _Depthwise,
+    layers.DepthwiseConv2D: _Depthwise,
+    layers.SeparableConv1D: _Separable,
+    layers.SeparableConv2D: _Separable,
+    layers.BatchNormalization: Normalization,
+    BatchNormalization: Normalization,
+}
+
+
+def linear(layer, rank):
+    """The `Linear` of a layer with an input of this rank; None if it isn't linear.
+
+    A subclass may compute something else, so it counts as not linear.
+    """
+    family = _FAMILIES.get(type(layer))
+    return None if family is None else family(layer, rank)
+
+
+def is_linear(layer):
+    """Whether `linear` knows the layer."""
+    return type(layer) in _FAMILIES

@@ -1,0 +1,167 @@
+"""Loading a saved Keras model straight into our layers."""
+
+import json
+import os
+import shutil
+import tempfile
+import warnings
+import zipfile
+from pathlib import Path
+
+import h5py
+import keras
+
+from keras_bn.layer import BatchNormalization
+from keras_bn.tools.convert import from_keras, is_keras
+from keras_bn.tools.graph import Functional, compile_alike, walk
+
+_HDF5 = b"\x89HDF\r\n\x1a\n"
+_NAME = "keras_bn>BatchNormalization"
+
+# HDF5 files name classes without their module, and losses by short names that Keras 3
+# has forgotten.
+_NAMED_IN_HDF5 = {
+    "BatchNormalization": BatchNormalization,
+    "mse": keras.losses.mean_squared_error,
+    "mae": keras.losses.mean_absolute_error,
+    "mape": keras.losses.mean_absolute_percentage_error,
+    "msle": keras.losses.mean_squared_logarithmic_error,
+    "kld": keras.losses.kl_divergence,
+}
+
+
+def load_model(path, **kwargs):
+    """Load a model that Keras 3 or Keras 2 saved, with our layers in it.
+
+    `keras.saving.load_model` with every BatchNormalization exchanged for ours, also
+    where Keras 3 cannot load it: files of Keras 2 say `axis: [3]`. Keras's safe mode
+    is on, as it is there: a file that would run code of its own is refused.
+
+    Args:
+        path: a `.keras` or `.h5` file.
+        **kwargs: arguments of `keras.saving.load_model`: `custom_objects`,
+            `compile`, `safe_mode`.
+
+    Returns:
+        The model, compiled if it was saved so.
+
+    Raises:
+        FileNotFoundError: where there is nothing at `path`.
+        ValueError: for what is no Keras model file, and what Keras refuses.
+
+    Example:
+
+    >>> import tempfile, keras, keras_bn
+    >>> model = keras.Sequential(
+    ...     [keras.Input((4,)), keras.layers.BatchNormalization(name="bn")]
+    ... )
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     model.save(f"{folder}/model.keras")
+    ...     loaded = keras_bn.load_model(f"{folder}/model.keras")
+    >>> type(loaded.get_layer("bn")).__module__
+    'keras_bn.layer'
+    """
+    path = Path(os.fspath(path))
+    with tempfile.TemporaryDirectory() as folder:
+        kind = _kind(path)
+        if kind == ".keras":
+            copy = Path(folder) / "model.keras"
+            _exchange_in_archive(path, copy)
+            model = keras.saving.load_model(copy, **kwargs)
+        else:
+            custom = {**_NAMED_IN_HDF5, **(kwargs.pop("custom_objects", None) or {})}
+            copy = Path(folder) / "model.h5"
+            shutil.copyfile(path, copy)
+            model = keras.saving.load_model(copy, custom_objects=custom, **kwargs)
+            _restore_optimizer(model, path)
+    # What a class of the user's makes itself stands in no config.
+    if any(is_keras(layer) for _, layer in walk(model)):
+        model = from_keras(model)
+    return model
+
+
+def holds_ours(path):
+    """Whether the layers that a model file names are ours already."""
+    path = Path(os.fspath(path))
+    if _kind(path) == ".keras":
+        with zipfile.ZipFile(path) as archive:
+            return _NAME.encode() in archive.read("config.json")
+    with h5py.File(path) as file:
+        config = file.attrs.get("model_config", "")
+    return _NAME in (config.decode() if isinstance(config, bytes) else config)
+
+
+def _kind(path):
+    """`.keras` or `.h5`, by the file's content; raises for anything else."""
+    if not path.exists():
+        raise FileNotFoundError(f"There is no file '{path}'.")
+    if path.is_dir():
+        raise ValueError(
+            f"'{path}' is a folder. A SavedModel cannot be taken apart again; give "
+            "the .keras or .h5 file that it was exported from."
+        )
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if "config.json" in archive.namelist():
+                return ".keras"
+    with path.open("rb") as file:
+        if file.read(len(_HDF5)) == _HDF5:
+            return ".h5"
+    raise ValueError(f"'{path}' is not a Keras model file (.keras or .h5).")
+
+
+def _restore_optimizer(model, path):
+    """Give the optimizer of a model from an HDF5 file the state that stands there.
+
+    Keras 3 builds it for no variables at all, and it could not train.
+    """
+    if not compile_alike(model, model):
+        return
+    with h5py.File(path) as file:
+        group = file.get("optimizer_weights", {})
+        names = group.attrs["weight_names"] if group else []
+        stored = [group[name][()] for name in names]
+    model.optimizer.build(model.trainable_variables)
+    variables = model.optimizer.variables
+    if [v.shape for v in variables] == [value.shape for value in stored]:
+        for variable, value in zip(variables, stored, strict=True):
+            variable.assign(value)
+    elif stored:
+        warnings.warn(
+            f"The state of the optimizer in '{path}' does not fit Keras 3's; the "
+            "optimizer starts afresh.",
+            stacklevel=3,
+        )
+
+
+def _exchange_in_archive(source, target):
+    """Copy a `.keras` archive, naming our layer in its config instead of Keras's."""
+    with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w") as new:
+        for item in old.infolist():
+            if item.filename == "config.json":
+                config = json.loads(old.read(item))
+                new.writestr(item, json.dumps(_exchanged(config)))
+                continue
+            with old.open(item) as content, new.open(item, "w") as place:
+                shutil.copyfileobj(content, place)
+
+
+def _exchanged(config):
+    if isinstance(config, list):
+        return [_exchanged(part) for part in config]
+    if not isinstance(config, dict):
+        return config
+    config = {key: _exchanged(part) for key, part in config.items()}
+    if isinstance(compiled := config.get("compile_config"), dict):
+        # Keras 2 writes None for what was left at its default.
+        config["compile_config"] = {k: v for k, v in compiled.items() if v is not None}
+    name, module = config.get("class_name"), str(config.get("module"))
+    if config.get("registered_name") not in (None, name):
+        return config
+    if name == "BatchNormalization" and module.startswith("keras."):
+        module, name = BatchNormalization.__module__, _NAME
+        return {**config, "module": module, "registered_name": name}
+    if name == "Functional" and ".engine." in module:
+        # Where Keras 2 and tf_keras keep what Keras 3 keeps elsewhere.
+        return {**config, "module": Functional.__module__, "registered_name": None}
+    return config

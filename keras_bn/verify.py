@@ -1,0 +1,383 @@
+r"""The proof that the layer computes what Keras's computes, on this machine.
+
+Both layers get the same random numbers, rounded to the dtype beforehand, and both are
+measured against the same arithmetic in float64 NumPy. The error of a quantity is
+
+$$\max |\text{result} - \text{reference}| \,/\, \max |\text{reference}|,$$
+
+the mean over a few random draws, since a single one may be small by luck. The
+quantities are the output, the gradients with respect to input, gamma and beta for a
+random upstream gradient, the new moving mean and moving variance, and the output in
+inference.
+
+In float64, our result may differ by 1e-12 at most from Keras's and from the reference,
+which is no more exact than either of them. In any other dtype our error may be twice
+Keras's at most, where Keras's counts as no less than
+
+- the machine epsilon for quantities held in float32, and half of it for those in half
+  precision, which are computed in float32 and rounded once: below that, it is luck;
+- with inputs in half precision, $\sqrt n$ float32 epsilons for sums over the $n$
+  elements of a channel (gradients of gamma and beta, moving statistics). Numbers of so
+  few bits leave room in float32, so that a sum is exact or not by the order of its
+  formula, while the rounding error of a sum is of that size (Higham and Mary, "A New
+  Approach to Probabilistic Rounding Error Analysis", 2019).
+"""
+
+import math
+import platform
+import textwrap
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from itertools import product
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_bn.kernels import modes
+from keras_bn.layer import BatchNormalization
+from keras_bn.version import __version__
+
+# What Keras's error counts for at least, by the dtype that holds the result.
+LEAST_ERROR = {"float32": 2.0**-23, "float16": 2.0**-11, "bfloat16": 2.0**-8}
+FLOAT64_LIMIT = 1e-12
+DRAWS = 4
+MEAN = 1.0
+SUMS = ("dgamma", "dbeta", "moving mean", "moving variance")
+
+# With half the old value, errors of the batch statistics show in the moving ones.
+ARGUMENTS = {"momentum": 0.5, "epsilon": 1e-3}
+
+SHAPES = [
+    ((256, 64), -1),
+    ((32, 40, 16), -1),
+    ((32, 16, 40), 1),
+    ((8, 14, 14, 32), -1),
+    ((8, 32, 14, 14), 1),
+    ((4, 6, 8, 6, 16), -1),
+    ((4, 16, 6, 8, 6), 1),
+]
+DTYPES = ["float64", "float32", "mixed_float16", "mixed_bfloat16", "float16"]
+LARGE_MEANS = [1e3, 1e5]
+QUICK = ("float32", MEAN)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One setting to compare the layers in.
+
+    Args:
+        shape: of the input.
+        axis: the channel axis.
+        dtype: name of a dtype policy, such as "float32" or "mixed_float16".
+        mode: one of `keras_bn.kernels.modes.MODES`.
+        mean: of the input, whose standard deviation is 1.
+    """
+
+    shape: tuple[int, ...]
+    axis: int
+    dtype: str
+    mode: str
+    mean: float = MEAN
+
+
+@dataclass(frozen=True)
+class Check:
+    """The errors of one quantity, relative to its largest value.
+
+    Args:
+        quantity: its name.
+        ours, keras: of either layer against the reference, the mean over the draws.
+        difference: between the two layers, the largest of the draws.
+        limit: what `ours` may be at most.
+        difference_limit: what `difference` may be at most.
+    """
+
+    quantity: str
+    ours: float
+    keras: float
+    difference: float
+    limit: float
+    difference_limit: float = math.inf
+
+    @property
+    def strain(self) -> float:
+        """How much of its limit the quantity uses up; above 1 it fails."""
+        if not math.isfinite(self.ours):
+            return math.inf
+        return max(self.ours / self.limit, self.difference / self.difference_limit)
+
+
+@dataclass(frozen=True)
+class Record:
+    """What came out for one case.
+
+    Args:
+        case: the `Case`.
+        checks: a `Check` for each quantity; none if a layer raised an error.
+        failure: the error that our layer raised.
+        skipped: the error that Keras's layer raised: there is nothing to compare with.
+    """
+
+    case: Case
+    checks: tuple[Check, ...] = ()
+    failure: str | None = None
+    skipped: str | None = None
+
+    @property
+    def verdict(self) -> str:
+        """ "PASS", "FAIL" or "skip"."""
+        if self.skipped is not None:
+            return "skip"
+        passed = self.worst is not None and self.worst.strain <= 1
+        return "PASS" if passed else "FAIL"
+
+    @property
+    def worst(self) -> Check | None:
+        """The check that is nearest to its limit, or farthest beyond it."""
+        return max(self.checks, key=lambda check: check.strain, default=None)
+
+    def to_dict(self) -> dict:
+        """The record in JSON's types; numbers that are not finite become None."""
+        checks = {
+            check.quantity: {
+                "ours": _finite(check.ours),
+                "keras": _finite(check.keras),
+                "difference": _finite(check.difference),
+                "limit": _finite(check.limit),
+                "difference_limit": _finite(check.difference_limit),
+            }
+            for check in self.checks
+        }
+        return {
+            **asdict(self.case),
+            "verdict": self.verdict,
+            "checks": checks,
+            "failure": self.failure,
+            "skipped": self.skipped,
+        }
+
+
+def cases(quick: bool = False) -> list[Case]:
+    """The settings that `verify` goes through by default.
+
+    Args:
+        quick: all shapes in float32, and the other dtypes and a large mean with one
+            shape, instead of all combinations.
+
+    Returns:
+        Shapes of rank 2 to 5, with the channels last and first, in each dtype; some of
+        them in float32 with large means as well; all that in each of `modes.MODES`.
+    """
+    settings = []
+    for shape in SHAPES:
+        settings += [(shape, dtype, MEAN) for dtype in DTYPES]
+        if len(shape[0]) in (2, 4):
+            settings += [(shape, "float32", mean) for mean in LARGE_MEANS]
+    if quick:
+        settings = [s for s in settings if s[0] == SHAPES[0] or s[1:] == QUICK]
+    return [
+        Case(*shape, dtype, mode, mean)
+        for (shape, dtype, mean), mode in product(settings, modes.MODES)
+    ]
+
+
+def verify(settings: Iterable[Case] | None = None, seed: int = 0) -> Iterator[Record]:
+    """Compare this package's layer with Keras's, one case after the other.
+
+    Args:
+        settings: the cases; `cases()` by default.
+        seed: not negative, of the random inputs, parameters and upstream gradients.
+
+    Yields:
+        A `Record` for each case.
+
+    Example:
+
+    >>> case = Case((32, 4), axis=-1, dtype="float64", mode="eager")
+    >>> [record] = verify([case])
+    >>> record.verdict
+    'PASS'
+    """
+    for case in cases() if settings is None else settings:
+        yield _compare(case, seed)
+
+
+def passed(records: Iterable[Record]) -> bool:
+    """Whether at least one comparison passed and none failed."""
+    verdicts = {record.verdict for record in records}
+    return "PASS" in verdicts and "FAIL" not in verdicts
+
+
+def environment() -> dict[str, str]:
+    """What the comparison holds for: versions, and the device."""
+    return {
+        "keras_bn": __version__,
+        "keras": keras.__version__,
+        "tensorflow": modes.TENSORFLOW_VERSION,
+        "python": platform.python_version(),
+        "device": modes.device(),
+    }
+
+
+def reference(
+    x, upstream, gamma, beta, moving_mean, moving_variance, *, axis, momentum, epsilon
+):
+    r"""One training step and one inference, in plain float64 NumPy.
+
+    $$\hat x = \frac{x-\bar x}{\sqrt{s^2+\epsilon}}, \quad y = \gamma\hat x+\beta,
+      \quad d\beta = \sum g, \quad d\gamma = \sum g\,\hat x, \quad
+      dx = \frac{\gamma}{\sqrt{s^2+\epsilon}}
+           \Bigl(g - \frac{d\beta + \hat x\,d\gamma}{n}\Bigr)$$
+
+    Args:
+        x, upstream: arrays of one shape: the input and the gradient $g$.
+        gamma, beta, moving_mean, moving_variance: one value per channel.
+        axis: the channel axis.
+        momentum, epsilon: as in the layer.
+
+    Returns:
+        A dict of arrays: "output", "dx", "dgamma", "dbeta", the new "moving mean" and
+        "moving variance", and "inference", under the old ones.
+    """
+    x = np.moveaxis(x, axis, -1)
+    g = np.moveaxis(upstream, axis, -1)
+    rows = tuple(range(x.ndim - 1))
+    n = x[..., 0].size
+    mean = x.mean(rows)
+    variance = np.square(x - mean).mean(rows)
+    std = np.sqrt(variance + epsilon)
+    normalized = (x - mean) / std
+    dbeta, dgamma = g.sum(rows), (g * normalized).sum(rows)
+    dx = gamma / std * (g - (dbeta + normalized * dgamma) / n)
+    inference = (x - moving_mean) / np.sqrt(moving_variance + epsilon)
+    return {
+        "output": np.moveaxis(gamma * normalized + beta, -1, axis),
+        "dx": np.moveaxis(dx, -1, axis),
+        "dgamma": dgamma,
+        "dbeta": dbeta,
+        "moving mean": moving_mean * momentum + mean * (1 - momentum),
+        "moving variance": moving_variance * momentum + variance * (1 - momentum),
+        "inference": np.moveaxis(gamma * inference + beta, -1, axis),
+    }
+
+
+def _compare(case, seed):
+    draws = [_draw(case, np.random.default_rng((seed, i))) for i in range(DRAWS)]
+    want = _stack(reference(**draw, axis=case.axis, **ARGUMENTS) for draw in draws)
+    # Whatever a layer raises on this device is a result, not the end of the run.
+    try:
+        theirs = _stack(_results(keras.layers.BatchNormalization, case, draws))
+    except Exception as error:
+        return Record(case, skipped=_summary(error))
+    try:
+        ours = _stack(_results(BatchNormalization, case, draws))
+    except Exception as error:
+        return Record(case, failure=_summary(error))
+    return Record(case, tuple(_check(case, q, ours, theirs, want) for q in want))
+
+
+def _draw(case, rng):
+    """The arguments of `reference` at random, in numbers that the layers can hold."""
+    policy = keras.DTypePolicy(case.dtype)
+    channels = case.shape[case.axis]
+    activations = {
+        "x": rng.normal(case.mean, 1, case.shape),
+        "upstream": rng.normal(size=case.shape),
+    }
+    weights = {
+        "gamma": rng.uniform(0.5, 1.5, channels),
+        "beta": rng.normal(size=channels),
+        "moving_mean": rng.normal(case.mean, 0.1, channels),
+        "moving_variance": rng.uniform(0.5, 2, channels),
+    }
+
+    def rounded(arrays, dtype):
+        return {name: _array(ops.cast(a, dtype)) for name, a in arrays.items()}
+
+    return {
+        **rounded(activations, policy.compute_dtype),
+        **rounded(weights, policy.variable_dtype),
+    }
+
+
+def _results(layer_class, case, draws):
+    """What `reference` returns, as the layer computes it, for each of the draws."""
+    layer = layer_class(axis=case.axis, dtype=case.dtype, **ARGUMENTS)
+    layer.build(case.shape)
+    infer = modes.in_mode(lambda x: layer(x, training=False), case.mode)
+    train = modes.with_gradients(
+        lambda x: layer(x, training=True), [layer.gamma, layer.beta], case.mode
+    )
+    weights = ("gamma", "beta", "moving_mean", "moving_variance")
+    for draw in draws:
+        layer.set_weights([draw[name] for name in weights])
+        x = ops.cast(draw["x"], layer.compute_dtype)
+        upstream = ops.cast(draw["upstream"], layer.compute_dtype)
+        inference = infer(x)
+        y, (dx, dgamma, dbeta) = train(x, upstream)
+        results = {
+            "output": y,
+            "dx": dx,
+            "dgamma": dgamma,
+            "dbeta": dbeta,
+            "moving mean": layer.moving_mean,
+            "moving variance": layer.moving_variance,
+            "inference": inference,
+        }
+        results = {quantity: _array(tensor) for quantity, tensor in results.items()}
+        for quantity, array in results.items():
+            shape = layer.gamma.shape if quantity in SUMS else case.shape
+            if array.shape != shape:
+                raise ValueError(f"{quantity} has the shape {array.shape}, not {shape}")
+        yield results
+
+
+def _finite(number):
+    return number if math.isfinite(number) else None
+
+
+def _summary(error):
+    return textwrap.shorten(f"{type(error).__name__}: {error}", 300)
+
+
+def _array(tensor):
+    return np.asarray(tensor).astype("float64")
+
+
+def _stack(results):
+    """Dicts of arrays, one for each draw, as a dict of arrays `(draws, ...)`."""
+    results = list(results)
+    return {name: np.stack([r[name] for r in results]) for name in results[0]}
+
+
+def _check(case, quantity, ours, theirs, want):
+    """The `Check` of one quantity, from results of all draws."""
+
+    def largest(values):
+        return np.abs(values).reshape(DRAWS, -1).max(1)
+
+    def errors(one, other):
+        gaps = largest(one[quantity] - other[quantity]) / largest(want[quantity])
+        return np.where(np.isnan(gaps), math.inf, gaps)
+
+    keras_error = float(errors(theirs, want).mean())
+    return Check(
+        quantity,
+        float(errors(ours, want).mean()),
+        keras_error,
+        float(errors(ours, theirs).max()),
+        *_limits(case, quantity, keras_error),
+    )
+
+
+def _limits(case, quantity, keras_error):
+    """What our error, and the difference to Keras's result, may be at most."""
+    dtype = keras.DTypePolicy(case.dtype).compute_dtype
+    if dtype == "float64":
+        return FLOAT64_LIMIT, FLOAT64_LIMIT
+    least = LEAST_ERROR[dtype]
+    if dtype != "float32" and quantity in SUMS:
+        n = math.prod(case.shape) / case.shape[case.axis]
+        least = math.sqrt(n) * LEAST_ERROR["float32"]
+    return 2 * max(keras_error, least), math.inf

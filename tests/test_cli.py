@@ -1,0 +1,213 @@
+"""The command line: statuses, what it prints and what it writes."""
+
+import json
+import subprocess
+import sys
+
+import keras
+import pytest
+
+import keras_bn
+from keras_bn import cli, verify
+
+FEW = [
+    verify.Case((64, 4), -1, "float32", "eager"),
+    verify.Case((6, 4, 5, 5), 1, "float32", "tf.function", mean=1e3),
+    # So far from zero, Keras's own error hides a wrong epsilon.
+    verify.Case((64, 4), -1, "float32", "eager", mean=1e5),
+]
+
+
+class WrongEpsilon(keras_bn.BatchNormalization):
+    def __init__(self, epsilon=1e-3, **arguments):
+        super().__init__(epsilon=epsilon * 2, **arguments)
+
+
+@pytest.fixture
+def few(monkeypatch):
+    monkeypatch.setattr(verify, "cases", lambda quick=False: FEW)
+
+
+@pytest.fixture
+def broken(few, monkeypatch):
+    monkeypatch.setattr(verify, "BatchNormalization", WrongEpsilon)
+
+
+def usage_error(arguments, capsys):
+    with pytest.raises(SystemExit) as raised:
+        cli.main(arguments)
+    assert raised.value.code == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    return captured.err
+
+
+def test_quick_proof_passes(tmp_path, capsys):
+    file = tmp_path / "proof.json"
+    assert cli.main(["verify", "--quick", "--seed", "1", "--json", str(file)]) == 0
+    out = capsys.readouterr().out
+    cases = verify.cases(quick=True)
+    for name in ("keras_bn", "keras", "tensorflow", "python"):
+        assert f"{name} {verify.environment()[name]}" in out.splitlines()[0]
+    assert verify.environment()["device"] in out.splitlines()[0]
+    for case in cases:
+        shape = "×".join(map(str, case.shape))
+        rows = [line.split() for line in out.splitlines() if line.startswith(shape)]
+        assert any(case.mode in row and case.dtype in row for row in rows)
+    assert max(map(len, out.splitlines()[1:])) <= 80
+    assert out.splitlines()[-1] == f"PASS: {len(cases)} of {len(cases)} comparisons"
+
+    results = json.loads(file.read_text())
+    assert results["passed"] is True
+    assert results["seed"] == 1
+    assert results["environment"] == verify.environment()
+    assert len(results["records"]) == len(cases)
+    for record, case in zip(results["records"], cases, strict=True):
+        assert (tuple(record["shape"]), record["dtype"]) == (case.shape, case.dtype)
+        assert record["verdict"] == "PASS"
+        assert len(record["checks"]) == 7
+        for check in record["checks"].values():
+            assert check["ours"] <= check["limit"]
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_wrong_layer_fails_the_command(broken, capsys):
+    assert cli.main(["verify"]) == 1
+    out = capsys.readouterr().out
+    verdict = out[out.index("FAIL: 2 of 3 comparisons") :].splitlines()
+    assert len(verdict) == 3
+    assert verdict[1].startswith("  FAIL 64×4 axis -1 float32 eager: output ")
+    assert verdict[2].startswith("  FAIL 6×4×5×5 axis 1 float32 at 1e3 tf.function: ")
+
+
+def test_json_alone_on_stdout(broken, capsys):
+    assert cli.main(["verify", "--json", "-"]) == 1
+    captured = capsys.readouterr()
+    results = json.loads(captured.out)
+    assert results["passed"] is False
+    verdicts = [record["verdict"] for record in results["records"]]
+    assert verdicts == ["FAIL", "FAIL", "PASS"]
+    assert "FAIL: 2 of 3 comparisons" in captured.err
+
+
+def test_json_has_no_numbers_that_json_has_not(few, monkeypatch, capsys):
+    class NotFinite(keras_bn.BatchNormalization):
+        def call(self, inputs, training=None):
+            return super().call(inputs, training=training) * float("nan")
+
+    monkeypatch.setattr(verify, "BatchNormalization", NotFinite)
+    assert cli.main(["verify", "--json", "-"]) == 1
+
+    def refuse(constant):
+        raise AssertionError(constant)
+
+    results = json.loads(capsys.readouterr().out, parse_constant=refuse)
+    assert results["records"][0]["checks"]["output"]["ours"] is None
+
+
+@pytest.mark.parametrize(
+    ("module", "said"),
+    [
+        (verify, ["FAIL: 3 of 3 comparisons", "our layer raised MemoryError: [too]"]),
+        (
+            keras.layers,
+            ["FAIL: nothing could be compared", "Keras's layer raised MemoryError"],
+        ),
+    ],
+)
+def test_layers_that_raise_are_listed(module, said, few, monkeypatch, capsys):
+    class Raises(keras.layers.BatchNormalization):
+        def build(self, input_shape):
+            raise MemoryError("[too] large")
+
+    monkeypatch.setattr(module, "BatchNormalization", Raises)
+    assert cli.main(["verify"]) == 1
+    out = capsys.readouterr().out
+    assert all(text in out for text in said)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ([], "COMMAND"),
+        (["prove"], "prove"),
+        (["verify", "--seed", "-1"], "--seed"),
+        (["verify", "--seed", "many"], "--seed"),
+        (["verify", "--fast"], "--fast"),
+        (["verify", "--json"], "--json"),
+    ],
+)
+def test_usage_errors(arguments, named, capsys):
+    assert named in usage_error(arguments, capsys)
+
+
+def test_existing_files_are_kept_unless_forced(few, tmp_path, capsys):
+    file = tmp_path / "proof.json"
+    file.write_text("mine")
+    assert "--force" in usage_error(["verify", "--json", str(file)], capsys)
+    assert file.read_text() == "mine"
+    assert cli.main(["verify", "--json", str(file), "--force"]) == 0
+    assert json.loads(file.read_text())["passed"] is True
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_files_that_can_not_be_written_are_refused_at_once(tmp_path, capsys):
+    nowhere = tmp_path / "missing" / "proof.json"
+    assert "no folder" in usage_error(["verify", "--json", str(nowhere)], capsys)
+    arguments = ["verify", "--force", "--json", str(tmp_path)]
+    assert "not a regular file" in usage_error(arguments, capsys)
+
+
+def test_a_file_that_appears_meanwhile_is_kept(tmp_path, monkeypatch, capsys):
+    file = tmp_path / "proof.json"
+
+    def cases(quick=False):
+        file.write_text("theirs")
+        return FEW[:1]
+
+    monkeypatch.setattr(verify, "cases", cases)
+    with pytest.raises(SystemExit) as raised:
+        cli.main(["verify", "--json", str(file)])
+    assert raised.value.code == 2
+    assert list(tmp_path.iterdir()) == [file]
+    assert file.read_text() == "theirs"
+
+
+def test_nothing_half_written_is_left(few, tmp_path, monkeypatch):
+    def full(path, text, **arguments):
+        with open(path, "w") as part:
+            part.write(text[:10])
+        raise OSError("no space left")
+
+    monkeypatch.setattr(cli.Path, "write_text", full)
+    with pytest.raises(SystemExit) as raised:
+        cli.main(["verify", "--json", str(tmp_path / "proof.json")])
+    assert raised.value.code == 2
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_interrupted(monkeypatch, tmp_path):
+    def interrupt(quick=False):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(verify, "cases", interrupt)
+    file = tmp_path / "proof.json"
+    assert cli.main(["verify", "--json", str(file)]) == 130
+    assert not file.exists()
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["verify", "--help"]])
+def test_help(arguments, capsys):
+    with pytest.raises(SystemExit) as raised:
+        cli.main(arguments)
+    assert raised.value.code == 0
+    assert "verify" in capsys.readouterr().out
+
+
+def test_as_a_module():
+    command = [sys.executable, "-m", "keras_bn"]
+    done = subprocess.run([*command, "--version"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, f"keras_bn {keras_bn.__version__}\n")
+    done = subprocess.run([*command, "prove"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "usage: keras-bn" in done.stderr

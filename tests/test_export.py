@@ -1,0 +1,129 @@
+"""Models converted to TFLite and ONNX give the same, and nothing slows them down."""
+
+import collections
+import warnings
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from conftest import require
+from forms import conv_model, examples, randomize
+from steps import relative_error
+
+import keras_bn
+
+
+def conv_bn_relu():
+    layers = keras.layers
+    model = keras.Sequential(
+        [
+            keras.Input((8, 8, 3)),
+            layers.Conv2D(4, 3, use_bias=False),
+            keras_bn.BatchNormalization(),
+            layers.ReLU(),
+        ]
+    )
+    randomize(model.layers[1])
+    return model
+
+
+def with_dense():
+    model = conv_model()
+    for layer in model.layers:
+        if isinstance(layer, keras_bn.BatchNormalization):
+            randomize(layer)
+    return model
+
+
+MODELS = [conv_bn_relu, with_dense]
+
+
+def assert_same(got, want):
+    """Equal but for rounding: what is folded is summed in another order."""
+    assert got.shape == want.shape
+    assert relative_error(got, want) < 16 * np.finfo("float32").eps
+
+
+def to_tflite(model, path):
+    """A TFLite interpreter of the exported model."""
+    model.export(path, verbose=False)
+    converted = tf.lite.TFLiteConverter.from_saved_model(str(path)).convert()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*tf.lite.Interpreter is deprecated")
+        return tf.lite.Interpreter(model_content=converted)
+
+
+def run_tflite(interpreter, x):
+    (taken,), (given,) = (
+        interpreter.get_input_details(),
+        interpreter.get_output_details(),
+    )
+    interpreter.resize_tensor_input(taken["index"], x.shape)
+    interpreter.allocate_tensors()
+    interpreter.set_tensor(taken["index"], x)
+    interpreter.invoke()
+    return interpreter.get_tensor(given["index"])
+
+
+@pytest.mark.parametrize("make", MODELS)
+def test_tflite_gives_the_same(make, tmp_path):
+    model = make()
+    interpreter = to_tflite(model, tmp_path)
+    for batch in (1, 7):
+        x = examples((8, 8, 3), batch)
+        assert_same(run_tflite(interpreter, x), model(x).numpy())
+
+
+def test_tflite_folds_the_layer_into_the_convolution(tmp_path):
+    operations = to_tflite(conv_bn_relu(), tmp_path)._get_ops_details()
+    assert [o["op_name"] for o in operations] == ["CONV_2D"]
+
+
+def to_onnx(model, path):
+    """The model as an ONNX file."""
+    tf2onnx = require("tf2onnx")
+    signature = [tf.TensorSpec(model.inputs[0].shape, tf.float32, name="x")]
+    serve = tf.function(lambda x: model(x, training=False), signature)
+    tf2onnx.convert.from_function(serve, signature, output_path=str(path))
+
+
+def open_onnx(path, optimized=None):
+    """A session of onnxruntime, which may write down what it makes of the graph."""
+    runtime = require("onnxruntime")
+    settings = runtime.SessionOptions()
+    if optimized is not None:
+        levels = runtime.GraphOptimizationLevel
+        settings.graph_optimization_level = levels.ORT_ENABLE_EXTENDED
+        settings.optimized_model_filepath = str(optimized)
+    return runtime.InferenceSession(str(path), settings)
+
+
+@pytest.mark.parametrize("make", MODELS)
+def test_onnx_gives_the_same(make, tmp_path):
+    model = make()
+    to_onnx(model, tmp_path / "model.onnx")
+    session = open_onnx(tmp_path / "model.onnx")
+    for batch in (1, 7):
+        x = examples((8, 8, 3), batch)
+        (y,) = session.run(None, {"x": x})
+        assert_same(y, model(x).numpy())
+
+
+def test_onnxruntime_folds_the_layer_into_the_convolution(tmp_path):
+    onnx = require("onnx")
+    to_onnx(conv_bn_relu(), tmp_path / "model.onnx")
+    optimized = tmp_path / "optimized.onnx"
+    open_onnx(tmp_path / "model.onnx", optimized)
+    operations = collections.Counter(n.op_type for n in onnx.load(optimized).graph.node)
+    assert "Conv" in operations or "FusedConv" in operations
+    assert not {"Add", "Sub", "Mul"} & set(operations), operations
+
+
+def test_a_missing_package_skips_a_test_but_not_in_ci(monkeypatch):
+    monkeypatch.delenv("CI", raising=False)
+    with pytest.raises(pytest.skip.Exception, match="no_such_package"):
+        require("no_such_package")
+    monkeypatch.setenv("CI", "true")
+    with pytest.raises(pytest.fail.Exception, match="no_such_package"):
+        require("no_such_package")
