@@ -64,8 +64,9 @@ def normalize_batch(
       dx = \frac{\gamma}{\sqrt{s^2+\epsilon}}
            \Bigl(g - \tfrac1n\,d\beta - \tfrac1n\,\hat x\,d\gamma\Bigr)$$
 
-    The closed form keeps only `x` alive between the passes, and is made of
-    differentiable ops itself, so that a gradient penalty can differentiate it again.
+    The closed form keeps one tensor of the size of `x` alive between the passes, and
+    is made of differentiable ops itself, so that a gradient penalty can differentiate
+    it again.
 
     Elements that the mask leaves out are normalized like the others but belong to no
     statistic: for them $dx = \gamma g/\sqrt{s^2+\epsilon}$, and where they are not
