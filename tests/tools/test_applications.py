@@ -7,19 +7,29 @@ from pathlib import Path
 import applications
 import pytest
 
-CASES = [
-    pytest.param(name, marks=[] if name == "MobileNetV2" else pytest.mark.slow)
-    for name in applications.names()
-]
+import keras_bn
+from keras_bn.tools.compare import random_inputs, relative_difference
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", applications.names())
 def test_every_tool_works_on(name):
     script = Path(applications.__file__)
     done = subprocess.run(
         [sys.executable, script, name], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+
+
+def test_one_is_converted_and_folded():
+    model = applications.build("MobileNetV2")
+    x = random_inputs(model, 2)
+    expected = model(x, training=False)
+    ours = keras_bn.from_keras(model)
+    folded = keras_bn.fold(ours)
+    assert relative_difference(expected, ours(x)) < 1e-5
+    assert relative_difference(expected, folded(x)) < 1e-4
+    assert len(folded.layers) == len(model.layers) - 52
 
 
 def test_a_wrong_figure_is_seen():

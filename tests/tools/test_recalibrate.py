@@ -449,8 +449,10 @@ class Spy(keras.callbacks.Callback):
         self.note()
 
 
-@pytest.mark.parametrize("swap", [None, False, True])
-@pytest.mark.parametrize("when", ["epoch", "end"])
+@pytest.mark.parametrize(
+    ("when", "swap"),
+    [("epoch", None), ("epoch", False), ("epoch", True), ("end", None)],
+)
 def test_callback(when, swap):
     x = data(64)
     model = chain(layers.Dense(4), OURS(), layers.ReLU(), layers.Dense(4), OURS())
