@@ -5,11 +5,13 @@ What takes long to import is imported when a command runs.
 """
 
 import argparse
+import contextlib
 import json
 import logging
 import os
-from pathlib import Path
 
+from keras_bn.bench import add_bench
+from keras_bn.tools import files
 from keras_bn.tools.commands import ADD
 from keras_bn.version import __version__
 
@@ -33,7 +35,7 @@ def main(argv=None) -> int:
         "--version", action="version", version=f"keras_bn {__version__}"
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for add in (_add_verify, *ADD):
+    for add in (_add_verify, add_bench, *ADD):
         add(commands)
     arguments = parser.parse_args(argv)
     _silence_tensorflow()
@@ -71,7 +73,8 @@ def _add_verify(commands):
 
     def run(arguments):
         if arguments.json not in (None, "-"):
-            _check_writable(arguments.json, arguments.force)
+            with _file_errors():
+                files.check_writable(arguments.json, arguments.force)
 
         from rich.console import Console
         from rich.progress import track
@@ -102,7 +105,15 @@ def _add_verify(commands):
                 "records": [record.to_dict() for record in records],
             }
             text = json.dumps(results, indent=1, allow_nan=False) + "\n"
-            _write(arguments.json, text, arguments.force)
+            if arguments.json == "-":
+                print(text, end="")
+            else:
+                with _file_errors():
+                    files.write_whole(
+                        arguments.json,
+                        lambda path: path.write_text(text, encoding="utf-8"),
+                        arguments.force,
+                    )
         return 0 if passed else 1
 
     parser.set_defaults(run=run, parser=parser)
@@ -114,34 +125,13 @@ def _not_negative(text):
     return number
 
 
-def _check_writable(file, force):
-    """Refuse, before any work is done, a file that can't or mustn't be written."""
-    path = Path(file).resolve()
-    if not path.parent.is_dir():
-        raise UsageError(f"there is no folder {path.parent}")
-    if path.exists() and not path.is_file():
-        raise UsageError(f"{file} is not a regular file")
-    if path.exists() and not force:
-        raise UsageError(f"{file} exists; --force overwrites it")
-    if not os.access(path.parent, os.W_OK):
-        raise UsageError(f"the folder {path.parent} can't be written to")
-
-
-def _write(file, text, force):
-    """Write a text whole or not at all; "-" is stdout."""
-    if file == "-":
-        print(text, end="")
-        return
-    _check_writable(file, force)
-    path = Path(file).resolve()
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+@contextlib.contextmanager
+def _file_errors():
+    """What is wrong with a file was asked for wrongly."""
     try:
-        part.write_text(text, encoding="utf-8")
-        part.replace(path)
+        yield
     except OSError as error:
-        raise UsageError(f"{file} can't be written: {error}") from error
-    finally:
-        part.unlink(missing_ok=True)
+        raise UsageError(str(error)) from error
 
 
 def _silence_tensorflow():

@@ -42,22 +42,37 @@ def _train(
         synchronized=synchronized,
         group_size=virtual_batch_size,
     )
-    old = moving.Statistics(mean, variance, updates)
-    if not renorm_state:
-        return y, *_present(moving.update(old, batch, rule))
-    old_renorm = renorm.Statistics(*renorm_state[:3])
-    limits = renorm.Bounds(*renorm_state[3:])
-    r, d = renorm.correction(old_renorm, batch, limits, epsilon)
-    # gamma (x̂ r + d) + beta, from y = gamma x̂ + beta: at r = 1 and d = 0 it is y
-    # itself, to the bit.
-    offset = d if gamma is None else gamma * d
-    if beta is not None:
-        offset += beta * (1.0 - r)
-    y = kernels.affine(y, r, offset, axes=axes)
-    new, new_renorm = renorm.update(
-        old, old_renorm, batch, rule, renorm_momentum, epsilon
-    )
-    return y, *_present(new), *new_renorm
+    old, new_renorm = moving.Statistics(mean, variance, updates), []
+    if renorm_state:
+        old_renorm = renorm.Statistics(*renorm_state[:3])
+        limits = renorm.Bounds(*renorm_state[3:])
+        r, d = renorm.correction(old_renorm, batch, limits, epsilon)
+        # gamma (x̂ r + d) + beta, from y = gamma x̂ + beta: at r = 1 and d = 0 it is y
+        # itself, to the bit.
+        offset = d if gamma is None else gamma * d
+        if beta is not None:
+            offset += beta * (1.0 - r)
+        y = kernels.affine(y, r, offset, axes=axes)
+        new, new_renorm = renorm.update(
+            old, old_renorm, batch, rule, renorm_momentum, epsilon
+        )
+    else:
+        new = moving.update(old, batch, rule)
+    state = [*new, *new_renorm]
+    if kernels.replicated() and not synchronized:
+        state = _agreed([*old, *renorm_state[:3]], state, batch, rule)
+    return y, *_present(state)
+
+
+def _agreed(old, new, batch, rule):
+    """The new state on which replicas agree that took different steps from the old."""
+    mean, variance = moving.usable_parts(batch, rule)
+    if len(mean.shape) > len(old[0].shape):
+        mean, variance = ops.any(mean, axis=0), ops.any(variance, axis=0)
+    both = ops.stack([mean, variance])
+    taken = (mean, variance, both, variance, mean, mean)[: len(new)]
+    kept = [v for v in zip(old, new, taken, strict=True) if v[0] is not None]
+    return kernels.agree(*zip(*kept, strict=True))
 
 
 @kernels.compiled
@@ -259,28 +274,25 @@ class BatchNormalization(keras.layers.Layer):
                 regularizer=self.beta_regularizer,
                 constraint=self.beta_constraint,
             )
-        # Replicas that see different batches agree on the mean of their statistics.
-        statistic = {"trainable": False, "aggregation": "mean"}
-        self.moving_mean = add("moving_mean", self.moving_mean_initializer, **statistic)
+        # What replicas assign is equal already: no reduction of each variable's own.
+        state = {"trainable": False, "aggregation": "only_first_replica"}
+        self.moving_mean = add("moving_mean", self.moving_mean_initializer, **state)
         self.moving_variance = add(
-            "moving_variance", self.moving_variance_initializer, **statistic
+            "moving_variance", self.moving_variance_initializer, **state
         )
         if self.renorm:
             stddev_initializer = _root_of(self.moving_variance_initializer)
-            self.moving_stddev = add("moving_stddev", stddev_initializer, **statistic)
-            self.renorm_mean = add(
-                "renorm_mean", self.moving_mean_initializer, **statistic
-            )
-            self.renorm_stddev = add("renorm_stddev", stddev_initializer, **statistic)
+            self.moving_stddev = add("moving_stddev", stddev_initializer, **state)
+            self.renorm_mean = add("renorm_mean", self.moving_mean_initializer, **state)
+            self.renorm_stddev = add("renorm_stddev", stddev_initializer, **state)
         if self._rule.counts or self._scheduled:
             self.updates = self.add_weight(
                 shape=(2, *shape),
                 name="updates",
                 initializer="zeros",
                 dtype="int64",
-                trainable=False,
                 autocast=False,
-                aggregation="only_first_replica",
+                **state,
             )
         axes = self.axis if isinstance(self.axis, list) else [self.axis]
         self.input_spec = keras.InputSpec(
@@ -298,19 +310,21 @@ class BatchNormalization(keras.layers.Layer):
             training = False
 
         def train():
-            return self._train(x, mask)
+            y, *state = self._train(x, mask)
+            return [ops.cast(y, self.compute_dtype), *state]
 
         def infer():
-            return self._infer(x), *(variable.value for variable in self._state)
+            state = [ops.convert_to_tensor(variable) for variable in self._state]
+            return [ops.cast(self._infer(x), self.compute_dtype), *state]
 
         if ops.is_tensor(training):
-            y, *state = ops.cond(ops.cast(training, "bool"), train, infer)
+            y, *state = kernels.choose(ops.cast(training, "bool"), train, infer)
         else:
             y, *state = train() if training else infer()
         if ops.is_tensor(training) or training:
             for variable, new in zip(self._state, state, strict=True):
                 variable.assign(new)
-        return ops.cast(y, self.compute_dtype)
+        return y
 
     def normalize_batch(self, inputs, mask=None):
         """Normalize a batch by its own statistics, whatever the layer would do.

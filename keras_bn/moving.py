@@ -125,7 +125,7 @@ def advance(old, new, usable, updates, rule: Rule):
     # The plain mean weighs all the same, as a momentum of 1 does.
     momentum = 1.0 if rule.momentum is None else rule.momentum
     several = len(new.shape) > len(old.shape)
-    if not several and not rule.counts:
+    if not several and updates is None:
         new = ops.cast(new, dtype)
         value = old * momentum + new * (1.0 - momentum)
         return ops.where(usable, value, old), updates

@@ -4,6 +4,14 @@ import importlib
 import os
 
 import pytest
+import tensorflow as tf
+
+# Devices to distribute over; only before TensorFlow starts can they be made.
+REPLICAS = 4
+tf.config.set_logical_device_configuration(
+    tf.config.list_physical_devices("CPU")[0],
+    [tf.config.LogicalDeviceConfiguration()] * REPLICAS,
+)
 
 
 def require(package):

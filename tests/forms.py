@@ -65,6 +65,7 @@ FORMS = {
     "2-D": ({}, (6,)),
     "channels first": ({"axis": 1, "momentum": 0.9}, (3, 4, 5)),
     "channels last": ({"epsilon": 1e-5}, (4, 5, 3)),
+    "large": ({}, (16, 16, 16)),
     "two axes": ({"axis": [1, 2]}, (3, 4, 5)),
     "no scale": ({"scale": False}, (6,)),
     "no center": ({"center": False}, (6,)),

@@ -35,16 +35,32 @@ def compare_exported(path):
 
 
 def gradients(forward, parameters, x, upstream):
-    """Gradients of `forward`, and of a penalty on the first, taken from outside it."""
-    with tf.GradientTape() as outer:
-        outer.watch(x)
-        with tf.GradientTape() as inner:
-            inner.watch(x)
-            y = forward(x)
-        upstream = tf.cast(upstream, y.dtype)
-        dx, *first = inner.gradient(y, [x, *parameters], upstream)
+    """The gradients of `forward`, taken from outside it."""
+    with tf.GradientTape() as tape:
+        tape.watch(x)
+        y = forward(x)
+    return tape.gradient(y, [x, *parameters], tf.cast(upstream, y.dtype))
+
+
+def second_gradient(forward, x, upstream):
+    """The gradient of a gradient penalty."""
+    with tf.GradientTape() as tape:
+        tape.watch(x)
+        (dx,) = gradients(forward, [], x, upstream)
         penalty = tf.reduce_sum(tf.square(dx))
-    return [dx, *first, outer.gradient(penalty, x)]
+    return tape.gradient(penalty, x)
+
+
+def results_of(trainer, x, upstream, second):
+    """What a reloaded trainer gives, by name, in the order in which it was recorded."""
+    yield "applied", trainer.signatures["apply"](x)["output_0"]
+    outside = gradients(trainer.forward, trainer.parameters, x, upstream)
+    yield from ((f"gradient{i}", g) for i, g in enumerate(outside))
+    yield from trainer.signatures["train"](x=x, upstream=upstream).items()
+    variables = [*trainer.parameters, *trainer.statistics]
+    yield from ((f"variable{i}", v) for i, v in enumerate(variables))
+    if second:
+        yield "second", second_gradient(trainer.forward, x, upstream)
 
 
 def compare_trainer(path):
@@ -52,23 +68,12 @@ def compare_trainer(path):
     arrays = arrays_beside(path)
     x, upstream = (tf.constant(arrays[n], tf.float32) for n in ("x", "upstream"))
     trainer = tf.saved_model.load(str(path))
-
-    def results():
-        yield "applied", trainer.signatures["apply"](x)["output_0"]
-        outside = gradients(trainer.forward, trainer.parameters, x, upstream)
-        yield from ((f"gradient{i}", g) for i, g in enumerate(outside))
-        yield from trainer.signatures["train"](x=x, upstream=upstream).items()
-        variables = [*trainer.parameters, *trainer.statistics]
-        yield from ((f"variable{i}", v) for i, v in enumerate(variables))
-
-    for name, got in results():
+    for name, got in results_of(trainer, x, upstream, "second" in arrays):
         np.testing.assert_array_equal(tf.cast(got, tf.float64), arrays[name], name)
         yield name
 
 
 if __name__ == "__main__":
-    exported, trainers = map(pathlib.Path, sys.argv[1:])
-    for path in exported.iterdir():
-        print(*compare_exported(path), sep="\n")
-    for path in trainers.iterdir():
-        print(*compare_trainer(path), sep="\n")
+    for path in sys.argv[1:]:
+        trainer = "upstream" in arrays_beside(path)
+        print(*(compare_trainer if trainer else compare_exported)(path), sep="\n")

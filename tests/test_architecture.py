@@ -19,8 +19,8 @@ ORDER = [
     {"kernels", "moving"},
     {"renorm"},
     {"layer"},
-    {"tools", "diagnosis", "verify", "bench"},
-    {"verify_table"},
+    {"tools", "verify", "bench"},
+    {"diagnosis", "verify_table"},
     {"cli"},
     {"__main__"},
 ]

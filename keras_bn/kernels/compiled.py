@@ -38,7 +38,9 @@ def compiled(function):
     @functools.wraps(function)
     def call(x, mask, *parameters, axes, **options):
         if not tf.executing_eagerly() or _replicas() > 1:
-            return function(x, mask, *parameters, axes=axes, **options)
+            # A variable would be read anew wherever it is used.
+            read = (None if p is None else tf.convert_to_tensor(p) for p in parameters)
+            return function(x, mask, *read, axes=axes, **options)
         sizes = [d if i in axes else None for i, d in enumerate(x.shape)]
         specs = [tf.TensorSpec(sizes, x.dtype)]
         specs.append(None if mask is None else _spec(mask, [None] * len(mask.shape)))

@@ -2,18 +2,28 @@
 
 import tensorflow as tf
 
-from keras_bn.kernels import plain
+from keras_bn.kernels import dispatch, plain
 from keras_bn.kernels.layout import count_of
 from keras_bn.moments import Moments
+
+# From here on, a mean in standard deviations is too large for the op: it sums x as it
+# is, and the error of that sum grows with the mean. The plain kernel is right at any.
+LARGE_MEAN = 8.0
+
+# The op adds up rows one after another, half of them in each of two threads, and from
+# here on loses more than twice what pairwise sums do: the rows are then cut into
+# FOLDS, each a column of its own, and their moments merged.
+FOLD_FROM, FOLDS = 1024, 16
 
 
 def normalize_batch(x, gamma, beta, *, axes, epsilon):
     """Normalize with the statistics of the batch; see `plain.normalize_batch`.
 
-    Fewer passes over memory than any composition of ops, forward and backward, and
-    nothing but `x` kept alive between them. Its two-pass moments are as accurate as
-    Keras's; its own second derivative is not (it stops a gradient, as Keras's layer
-    does), so that is taken from the plain kernel.
+    The op takes fewer passes over memory than any composition of others, forward and
+    backward, and only `x` stays alive between them. What it does worse is left to the
+    plain kernel: batches with a large mean in any channel, which is found out when
+    they come; and the second derivative, where the op stops a gradient as Keras's
+    layer does.
 
     Args:
         x: input of dtype float16, bfloat16 or float32.
@@ -26,60 +36,136 @@ def normalize_batch(x, gamma, beta, *, axes, epsilon):
     """
     (axis,) = axes
     channels = x.shape[axis]
-    gamma = tf.ones([channels]) if gamma is None else tf.cast(gamma, tf.float32)
-    beta = tf.zeros([channels]) if beta is None else tf.cast(beta, tf.float32)
+    gamma = tf.ones([channels]) if gamma is None else _float32(gamma)
+    beta = tf.zeros([channels]) if beta is None else _float32(beta)
+    count = count_of(x, channels, tf.float32)
+
+    def slowly(x, gamma, beta):
+        return plain.normalize_batch(x, None, gamma, beta, axes=axes, epsilon=epsilon)
+
+    def slow_gradients(x, gamma, upstream):
+        beta = tf.zeros_like(gamma)  # without part in any gradient
+        with tf.GradientTape() as tape:
+            tape.watch([x, gamma, beta])
+            y, _ = slowly(x, gamma, beta)
+        return tape.gradient(y, [x, gamma, beta], upstream)
 
     @tf.custom_gradient
     def normalize(x, gamma, beta):
         inner = _to_rank_4(x, axis)
-        y, mean, variance, *saved = tf.raw_ops.FusedBatchNormV3(
-            x=inner,
-            scale=gamma,
-            offset=beta,
-            mean=[],
-            variance=[],
-            epsilon=epsilon,
-            is_training=True,
-        )
+        elements = inner.shape.num_elements()
+        few = elements is not None and elements // channels < FOLD_FROM
+        # What cuDNN saves for the backward pass is its own.
+        if few or dispatch.on_gpu():
+            y, mean, variance, *saved = _op(inner, gamma, beta, epsilon)
+            variance = _biased(variance, count)
+        else:
+            mean, variance = _folded_moments(inner, epsilon)
+            y, _, _, _, _, other = _op(inner, gamma, beta, epsilon, mean, variance)
+            saved = mean, variance, other
+
+        def fast():
+            return _from_rank_4(y, x, axis), mean, variance
+
+        def slow():
+            y, moments = slowly(x, gamma, beta)
+            return y, moments.mean, moments.variance
+
+        # A GPU would have to stop and tell the host.
+        large = None if dispatch.on_gpu() else _any_large(mean, variance, epsilon)
 
         def gradient(upstream, *_):
-            return differentiate(upstream, x, gamma, *saved)
+            # Copies belong to the graph of the backward pass, from where alone the
+            # second derivative of a function differentiated from outside sees them.
+            copy = tf.identity
+            return differentiate(copy(upstream), copy(x), copy(gamma), large, saved)
 
-        return (_from_rank_4(y, x, axis), mean, variance), gradient
+        return (fast() if large is None else tf.cond(large, slow, fast)), gradient
 
-    @tf.custom_gradient
-    def differentiate(upstream, x, gamma, *saved):
-        dx, d_gamma, d_beta, *_ = tf.raw_ops.FusedBatchNormGradV3(
-            y_backprop=_to_rank_4(upstream, axis),
-            x=_to_rank_4(x, axis),
-            scale=gamma,
-            reserve_space_1=saved[0],
-            reserve_space_2=saved[1],
-            reserve_space_3=saved[2],
-            epsilon=epsilon,
-            is_training=True,
-        )
+    def differentiate(upstream, x, gamma, large, saved):
+        def fast(upstream, x, gamma):
+            dx, d_gamma, d_beta, *_ = tf.raw_ops.FusedBatchNormGradV3(
+                y_backprop=_to_rank_4(upstream, axis),
+                x=_to_rank_4(x, axis),
+                scale=gamma,
+                reserve_space_1=saved[0],
+                reserve_space_2=saved[1],
+                reserve_space_3=saved[2],
+                epsilon=epsilon,
+                is_training=True,
+            )
+            return _from_rank_4(dx, x, axis), d_gamma, d_beta
 
-        def gradient(*upstreams):
-            with tf.GradientTape() as outer:
-                outer.watch([upstream, x, gamma])
-                with tf.GradientTape() as inner:
-                    inner.watch([x, gamma, beta])
-                    y, _ = plain.normalize_batch(
-                        x, None, gamma, beta, axes=axes, epsilon=epsilon
-                    )
-                first = inner.gradient(y, [x, gamma, beta], upstream)
-            second = outer.gradient(first, [upstream, x, gamma], upstreams)
-            return *second, *(None for _ in saved)
+        @tf.custom_gradient
+        def gradients(upstream, x, gamma):
+            def second(*upstreams):
+                with tf.GradientTape() as tape:
+                    tape.watch([upstream, x, gamma])
+                    first = slow_gradients(x, gamma, upstream)
+                return tape.gradient(first, [upstream, x, gamma], upstreams)
 
-        return (_from_rank_4(dx, x, axis), d_gamma, d_beta), gradient
+            if large is None:
+                return fast(upstream, x, gamma), second
+            first = tf.cond(
+                large,
+                lambda: tuple(slow_gradients(x, gamma, upstream)),
+                lambda: fast(upstream, x, gamma),
+            )
+            return first, second
+
+        return gradients(upstream, x, gamma)
 
     y, mean, variance = normalize(x, gamma, beta)
-    count = count_of(x, channels, tf.float32)
-    # The op gives the unbiased variance, of one element too.
-    variance *= tf.maximum(count - 1, 1) / tf.maximum(count, 1)
-    moments = (count, mean, variance)
-    return y, Moments(*(tf.stop_gradient(m) for m in moments))
+    return y, Moments(*(tf.stop_gradient(m) for m in (count, mean, variance)))
+
+
+def _op(x, gamma, beta, epsilon, mean=None, variance=None):
+    """The fused op, with the given statistics or with those of the batch."""
+    return tf.raw_ops.FusedBatchNormV3(
+        x=x,
+        scale=gamma,
+        offset=beta,
+        mean=[] if mean is None else mean,
+        variance=[] if variance is None else variance,
+        epsilon=epsilon,
+        is_training=mean is None,
+    )
+
+
+def _biased(variance, count):
+    """The population variance; what the op gives is unbiased, but for one element."""
+    return variance * (tf.maximum(count - 1, 1) / tf.maximum(count, 1))
+
+
+def _folded_moments(x, epsilon):
+    """Mean and variance of each channel, merged from those of parts of the rows.
+
+    The parts are equal: as many of them as the largest power of two that divides the
+    number of rows, up to `FOLDS`.
+    """
+    channels = x.shape[-1]
+    rows = tf.size(x) // channels
+    folds = tf.maximum(tf.minimum(tf.bitwise.bitwise_and(rows, -rows), FOLDS), 1)
+    width = folds * channels
+    parts = tf.reshape(x, [rows // folds, 1, 1, width])
+    _, mean, variance, *_ = _op(parts, tf.ones([width]), tf.zeros([width]), epsilon)
+    variance = _biased(variance, tf.cast(rows // folds, tf.float32))
+    mean = tf.reshape(mean, [-1, channels])
+    variance = tf.reshape(variance, [-1, channels])
+    whole = mean[0] + tf.reduce_mean(mean - mean[0], 0)
+    between = tf.reduce_mean(tf.math.squared_difference(mean, whole), 0)
+    return whole, tf.reduce_mean(variance, 0) + between
+
+
+def _float32(parameter):
+    """A parameter as a tensor: custom gradients treat variables apart."""
+    return tf.cast(tf.convert_to_tensor(parameter), tf.float32)
+
+
+def _any_large(mean, variance, epsilon):
+    """Whether any channel's mean is too large for the op; NaN is not."""
+    spread = tf.square(LARGE_MEAN) * (variance + epsilon)
+    return tf.reduce_any(tf.square(mean) > spread)
 
 
 def _to_rank_4(x, axis):

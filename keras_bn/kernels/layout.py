@@ -107,6 +107,10 @@ class Layout:
         """The sum over everything that belongs to one channel, in the inner shape."""
         return tf.reduce_sum(x, self._summed, keepdims=self._keepdims)
 
+    def mean(self, x):
+        """The mean of all that belongs to one channel; NaN of nothing."""
+        return tf.reduce_mean(x, self._summed, keepdims=self._keepdims)
+
     def spread(self, value):
         """A statistic as it broadcasts against the input: as it is."""
         return value

@@ -64,8 +64,9 @@ def normalize_batch(
       dx = \frac{\gamma}{\sqrt{s^2+\epsilon}}
            \Bigl(g - \tfrac1n\,d\beta - \tfrac1n\,\hat x\,d\gamma\Bigr)$$
 
-    The closed form keeps only `x` alive between the passes, and is made of
-    differentiable ops itself, so that a gradient penalty can differentiate it again.
+    The closed form keeps one tensor of the size of `x` alive between the passes, and
+    is made of differentiable ops itself, so that a gradient penalty can differentiate
+    it again.
 
     Elements that the mask leaves out are normalized like the others but belong to no
     statistic: for them $dx = \gamma g/\sqrt{s^2+\epsilon}$, and where they are not
@@ -100,6 +101,12 @@ def normalize_batch(
     synchronized = synchronized and synced.active()
     moments: Any = None
 
+    def average(x):
+        """The mean over what counts in each channel."""
+        if counted is None and group_size is None:
+            return layout.mean(x)
+        return layout.sum(_where(counted, x)) / tf.maximum(count, 1)
+
     @tf.custom_gradient
     def normalize(x, gamma, beta):
         # The moments leave on their own: a custom gradient ties its results into one
@@ -107,18 +114,17 @@ def normalize_batch(
         # graphs took the way from y to it for an order in time, then cut the knot.
         nonlocal moments
         dtype, x = x.dtype, tf.cast(x, wide)
-        n = tf.maximum(count, 1)
         # The mean comes in two parts, `first + rest`: what the sum of large numbers
         # lost to rounding is found again among the small differences.
-        first = layout.sum(_where(counted, x)) / n
+        first = average(x)
         centred = x - layout.spread(first)
-        rest = layout.sum(_where(counted, centred)) / n
+        rest = average(centred)
         centred -= layout.spread(rest)
-        variance = layout.sum(_where(counted, tf.square(centred))) / n
+        variance = average(tf.square(centred))
         moments = Moments(count, first, variance)
         if synchronized:
             moments, rest = synced.merge(moments, rest)
-            centred, n = (x - moments.mean) - rest, tf.maximum(moments.count, 1)
+            centred = (x - moments.mean) - rest
         moments = moments._replace(mean=moments.mean + rest)
 
         rstd = tf.math.rsqrt(moments.variance + epsilon)
@@ -135,11 +141,14 @@ def normalize_batch(
             if counted is not None:
                 finite = _where(counted | tf.math.is_finite(centred), centred)
             sum_g, sum_gx = layout.sum(g), layout.sum(g * finite)
-            d_gamma, d_beta = layout.total(sum_gx * rstd), layout.total(sum_g)
+            # In an empty batch rstd is NaN and the sum 0.
+            normalized = tf.math.multiply_no_nan
+            d_gamma = layout.total(normalized(rstd, sum_gx))
+            d_beta = layout.total(sum_g)
             if synchronized:
                 sum_g, sum_gx = synced.total(sum_g, sum_gx)
-            share = scale / n
-            slope = tf.square(rstd) * sum_gx * share
+            share = scale / tf.maximum(moments.count, 1)
+            slope = normalized(rstd, sum_gx) * (rstd * share)
             through = finite * layout.spread(slope) + layout.spread(sum_g * share)
             dx = layout.spread(scale) * g - _where(counted, through)
             return tf.cast(dx, dtype), d_gamma, d_beta

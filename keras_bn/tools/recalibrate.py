@@ -154,7 +154,7 @@ class _Reached(BaseException):
     """A pass has seen all it is about. No Exception, so that Keras lets it through."""
 
 
-class _Pass(keras.Model):
+class Pass(keras.Model):
     """Keras's way through all kinds of data, progress bar and replicas included."""
 
     def __init__(self, step):
@@ -180,8 +180,8 @@ class _Collector:
 
     def __init__(self, model, layers):
         self._model, self._layers = model, layers
-        self._twins = {path: _twin(layer) for path, layer in layers.items()}
-        self._pass = _Pass(self._step)
+        self._twins = {path: twin_of(layer) for path, layer in layers.items()}
+        self._pass = Pass(self._step)
         self._finished: set[str] = set()
         self._only: str | None = None
         self._probing = False
@@ -263,7 +263,7 @@ class _Collector:
         self._found[path] = moments
 
 
-def _twin(layer):
+def twin_of(layer):
     """A layer of ours with the config and weights of the given one."""
     twin = BatchNormalization.from_config(layer.get_config())
     copy_variables(layer, build_alike(twin, layer))

@@ -1,0 +1,99 @@
+"""Milliseconds per layer of a training step, shape by shape, beside every peer."""
+
+import argparse
+import json
+
+from benchmarks import bandwidth, peers
+from keras_bn import bench
+from keras_bn.kernels import modes
+
+# (shape, axis)
+SHAPES = [
+    ((32, 64), -1),
+    ((32, 256), -1),
+    ((128, 256), -1),
+    ((8, 7, 7, 64), -1),
+    ((32, 128, 64), -1),
+    ((256, 1024), -1),
+    ((4, 16, 16, 16, 32), -1),
+    ((32, 7, 7, 512), -1),
+    ((64, 32, 32, 32), -1),
+    ((8192, 256), -1),
+    ((32, 28, 28, 128), -1),
+    ((32, 128, 28, 28), 1),
+    ((16, 56, 56, 64), -1),
+    ((16, 112, 112, 64), -1),
+]
+
+
+def measure(shape, axis=-1, mode="tf.function", seconds=5.0, training=True, **options):
+    """One row: who took how long, and how near to the machine's bandwidth."""
+    chains = peers.functions(shape, mode, axis, training, **options)
+    timings = bench.per_layer(bench.interleave(chains, seconds), shape)
+    row = {
+        "shape": shape,
+        "axis": axis,
+        "mode": mode,
+        "training": training,
+        **options,
+        "ms": {name: timing._asdict() for name, timing in timings.items()},
+        "ratio": timings[bench.PEER].median / timings[bench.OURS].median,
+    }
+    if training and not options:
+        elements = 1
+        for n in shape:
+            elements *= n
+        rate = bandwidth.step_rate(shape, timings[bench.OURS].median)
+        row["of_copy_bandwidth"] = rate / bandwidth.copy_rate(elements, 0.5)
+    return row
+
+
+def table(rows):
+    """The rows as a table in Markdown."""
+    names = ["Keras", "keras_bn", "fused op", "PyTorch"]
+    head = ["input", *(f"{n}, ms" for n in names), "Keras / ours", "of bandwidth"]
+    lines = [head, ["---"] * len(head)]
+    for row in rows:
+        axis = "" if row["axis"] == -1 else f", axis {row['axis']}"
+        times = (row["ms"].get(n) for n in names)
+        share = row.get("of_copy_bandwidth")
+        lines.append(
+            [
+                f"{tuple(row['shape'])}{axis}",
+                *("" if t is None else f"{t['median']:.3f}" for t in times),
+                f"{row['ratio']:.2f}",
+                "" if share is None else f"{share:.0%}",
+            ]
+        )
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--mode", choices=modes.MODES, default="tf.function")
+    parser.add_argument("--inference", action="store_true")
+    parser.add_argument("--dtype", help="a dtype policy, such as mixed_bfloat16")
+    parser.add_argument("--seconds", type=float, default=5.0, help="for each shape")
+    parser.add_argument("--json", metavar="FILE")
+    arguments = parser.parse_args(argv)
+    options = {"dtype": arguments.dtype} if arguments.dtype else {}
+    rows = []
+    for shape, axis in SHAPES:
+        row = measure(
+            shape,
+            axis,
+            arguments.mode,
+            arguments.seconds,
+            not arguments.inference,
+            **options,
+        )
+        rows.append(row)
+        print(table([row]).splitlines()[-1], flush=True)
+    if arguments.json:
+        with open(arguments.json, "w") as file:
+            json.dump(rows, file, indent=1)
+    return rows
+
+
+if __name__ == "__main__":
+    main()

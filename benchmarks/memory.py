@@ -1,0 +1,72 @@
+"""Peak memory of a training step over a deep chain, each in a process of its own."""
+
+import argparse
+import os
+import resource
+import subprocess
+import sys
+
+SHAPE, LAYERS = (16, 112, 112, 64), 8
+KINDS = ("Keras", "keras_bn")
+
+
+def measure(kind):
+    """Bytes of a step of this kind above what the process held before."""
+    command = [sys.executable, "-m", "benchmarks.memory", "--kind", kind]
+    environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"}
+    result = subprocess.run(
+        command, capture_output=True, text=True, check=True, env=environment
+    )
+    return int(result.stdout.split()[-1])
+
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def step(kind):
+    """Take two training steps; the growth of this process's peak."""
+    import keras
+    import tensorflow as tf
+
+    import keras_bn
+
+    cls = (keras.layers if kind == "Keras" else keras_bn).BatchNormalization
+    layers = [cls() for _ in range(LAYERS)]
+    for layer in layers:
+        layer.build(SHAPE)
+    x, upstream = tf.random.normal(SHAPE), tf.random.normal(SHAPE)
+    weights = [w.value for layer in layers for w in layer.trainable_variables]
+
+    @tf.function(autograph=False)
+    def train(x):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y = x
+            for layer in layers:
+                y = layer(y, training=True)
+        return tape.gradient(y, [x, *weights], output_gradients=upstream)[1:]
+
+    before = peak()
+    for _ in range(2):
+        train(x)
+    return peak() - before
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--kind", choices=KINDS)
+    kind = parser.parse_args(argv).kind
+    if kind:
+        print(step(kind))
+        return None
+    bytes_ = {kind: measure(kind) for kind in KINDS}
+    ratio = bytes_["keras_bn"] / bytes_["Keras"]
+    for name, value in bytes_.items():
+        print(f"{name}: {value / 2**20:.0f} MiB")
+    print(f"ours / Keras's: {ratio:.2f}")
+    return {**bytes_, "ratio": ratio}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,78 @@
+"""What the layer is measured against, each as a chain of layers in one function."""
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+import keras_bn
+from keras_bn import bench
+
+MOMENTUM, EPSILON = 0.99, 1e-3
+
+
+class FusedOp(keras.Layer):
+    """TensorFlow's fused op as it is, with the moving statistics it is used with.
+
+    Its variance is the unbiased one and its accuracy its own: a floor for speed.
+    """
+
+    def build(self, shape):
+        c = shape[-1]
+        self.gamma = self.add_weight(shape=(c,), initializer="ones")
+        self.beta = self.add_weight(shape=(c,), initializer="zeros")
+        state = {"shape": (c,), "trainable": False}
+        self.mean = self.add_weight(initializer="zeros", **state)
+        self.variance = self.add_weight(initializer="ones", **state)
+
+    def call(self, x, training=None):
+        c = x.shape[-1]
+        inner = x if len(x.shape) == 4 else tf.reshape(x, [-1, 1, 1, c])
+        y, mean, variance = tf.compat.v1.nn.fused_batch_norm(
+            inner, self.gamma.value, self.beta.value, epsilon=EPSILON
+        )
+        for moving, new in ((self.mean, mean), (self.variance, variance)):
+            moving.assign(moving * MOMENTUM + new * (1 - MOMENTUM))
+        return y if len(x.shape) == 4 else tf.reshape(y, tf.shape(x))
+
+
+def pytorch(shape, axis=-1, training=True):
+    """The same chain in PyTorch on two threads; None where it is not installed."""
+    try:
+        import torch
+    except ModuleNotFoundError:
+        return None
+    torch.set_num_threads(2)
+    rng = np.random.default_rng(0)
+    c = shape[axis]
+    sizes = [n for i, n in enumerate(shape) if i != axis % len(shape)]
+    sizes.insert(1, c)
+    norm = [torch.nn.BatchNorm1d] * 2 + [torch.nn.BatchNorm2d, torch.nn.BatchNorm3d]
+    make = norm[len(shape) - 2]
+    layers = [make(c, eps=EPSILON, momentum=0.01) for _ in range(bench.depth(shape))]
+    model = torch.nn.Sequential(*layers).train(training)
+    x, upstream = (
+        torch.tensor(rng.normal(size=sizes).astype("float32")) for _ in range(2)
+    )
+    if not training:
+        return torch.no_grad()(lambda: model(x))
+    x.requires_grad_(True)
+
+    def step():
+        model.zero_grad()
+        x.grad = None
+        model(x).backward(upstream)
+
+    return step
+
+
+def functions(shape, mode="tf.function", axis=-1, training=True, **options):
+    """The peers' chains for an input of this shape, by name."""
+    peers = {
+        bench.PEER: lambda: keras.layers.BatchNormalization(axis=axis, **options),
+        bench.OURS: lambda: keras_bn.BatchNormalization(axis=axis, **options),
+    }
+    if training and mode == "tf.function" and axis == -1 and not options:
+        peers["fused op"] = FusedOp
+    chains = {n: bench.chain(m, shape, mode, training) for n, m in peers.items()}
+    torch_chain = None if options else pytorch(shape, axis, training)
+    return chains if torch_chain is None else {**chains, "PyTorch": torch_chain}

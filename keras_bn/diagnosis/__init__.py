@@ -1,0 +1,1 @@
+"""What ails the batch normalizations of a model: records, findings, a figure."""

@@ -1,0 +1,401 @@
+"""What a model and data say about its batch normalizations, as plain records.
+
+The data goes through the model twice, batch by batch: once in inference, once with
+the normalizations as in training and all else in inference. Twins stand in for the
+layers, so that nothing in the model is touched.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import keras
+import numpy as np
+
+from keras_bn.moments import Moments
+from keras_bn.tools.fold import is_normalization
+from keras_bn.tools.graph import (
+    input_of,
+    intercepted,
+    is_graph,
+    nodes,
+    scope,
+    state_kept,
+    view,
+    walk,
+)
+from keras_bn.tools.linear import is_linear
+from keras_bn.tools.recalibrate import Pass, is_frozen, twin_of
+
+_INFERENCE, _TRAINING, _PROBE = "inference", "training", "probe"
+
+
+@dataclass
+class LayerRecord:
+    """One batch normalization. Arrays have the shape of its statistics, in float64.
+
+    Args:
+        layer: its path in the model.
+        keras: whether it is Keras's own layer.
+        epsilon, momentum: of the layer.
+        debias: whether its statistics are free of their initial values.
+        frozen: whether its statistics are held still.
+        inference_mode: whether the model calls it with `training=False`, always.
+        moving_mean, moving_variance: its moving statistics.
+        initial: whether these are the values the layer was made with.
+        gamma: its scale; None without one.
+        bias_of: the name of a layer before it whose bias does nothing; None without.
+        data: `Moments` of its inputs, pooled over the data.
+        elements: how many elements a batch's statistics rest on, in the median.
+        gap: root mean square of what its output differs by between training and
+            inference, relative to the standard deviation of its output in training.
+    """
+
+    layer: str
+    keras: bool
+    epsilon: float
+    momentum: float | None
+    debias: bool
+    frozen: bool
+    inference_mode: bool
+    moving_mean: np.ndarray
+    moving_variance: np.ndarray
+    initial: bool
+    gamma: np.ndarray | None
+    bias_of: str | None
+    data: Moments
+    elements: float
+    gap: float
+
+    @property
+    def mean_drift(self):
+        """Moving mean − mean of the data, in standard deviations of the data."""
+        return (self.moving_mean - self.data.mean) / self._stddev
+
+    @property
+    def stddev_ratio(self):
+        """Moving standard deviation / that of the data, epsilon within both."""
+        with np.errstate(invalid="ignore"):
+            return np.sqrt(self.moving_variance + self.epsilon) / self._stddev
+
+    @property
+    def _stddev(self):
+        return np.sqrt(self.data.variance + self.epsilon)
+
+
+@dataclass
+class ModelRecord:
+    """A model on data.
+
+    Args:
+        model: its name.
+        samples: how many samples were seen.
+        batches: in how many batches.
+        steps: how many steps its optimizer has taken; None if it is not known.
+        layers: a `LayerRecord` of each normalization, in the order they are called.
+        not_called: the paths of those that are never called.
+        gap: as of a layer, for the outputs of the model.
+        loss, accuracy: pairs of the value in inference and in training; None where
+            the data has no labels, or the model no single loss or no classes.
+    """
+
+    model: str
+    samples: int
+    batches: int
+    steps: int | None
+    layers: list[LayerRecord]
+    not_called: list[str]
+    gap: float
+    loss: tuple[float, float] | None
+    accuracy: tuple[float, float] | None
+
+
+def collect(model, data, *, steps=None, batch_size=None, verbose="auto"):
+    """Run data through a model, and record what its normalizations meet.
+
+    Args:
+        model, data, steps, batch_size, verbose: as in `diagnose`.
+
+    Returns:
+        A `ModelRecord`.
+    """
+    if not isinstance(model, keras.layers.Layer):
+        raise TypeError(f"Expected a Keras model. Received: {model!r}")
+    if not model.built:
+        raise ValueError(
+            f"'{model.name}' is not built, so it has no statistics yet. Call it on "
+            "data, or build it, first."
+        )
+    layers = {path: layer for path, layer in walk(model) if is_normalization(layer)}
+    if not layers:
+        raise ValueError(f"'{model.name}' has no batch normalization in it.")
+    with scope(model), state_kept(model):
+        run = _Run(model, layers, paired=isinstance(data, tuple) and len(data) > 1)
+        run.over(data, steps=steps, batch_size=batch_size, verbose=verbose)
+    biases = dict(_idle_biases(model))
+    return ModelRecord(
+        model=model.name,
+        samples=run.samples,
+        batches=run.batches,
+        steps=_steps(model),
+        layers=[
+            _layer_record(path, layers[path], seen, biases.get(id(layers[path])))
+            for path, seen in run.seen.items()
+        ],
+        not_called=[path for path in layers if path not in run.seen],
+        gap=run.gap.value,
+        loss=run.loss.values,
+        accuracy=run.accuracy.values,
+    )
+
+
+class _Gap:
+    """Collects how far outputs in training are from those in inference."""
+
+    def __init__(self):
+        self._squares = 0.0
+        self._training = Moments(0.0, np.zeros(()), np.zeros(()))
+
+    def add(self, inference, training):
+        """Take in two arrays of the elements that count."""
+        if training.size:
+            self._squares += float(np.square(training - inference).sum())
+            new = Moments(float(training.size), training.mean(), training.var())
+            self._training = Moments(*map(_float64, self._training.merge(new)))
+
+    @property
+    def value(self):
+        count, _, variance = self._training
+        if not count:
+            return 0.0
+        distance = np.sqrt(self._squares / count)
+        return float(distance / (np.sqrt(variance) or 1.0))
+
+
+class _Pair:
+    """Collects the mean over samples of a value in inference and in training."""
+
+    def __init__(self):
+        self._sums, self._samples = np.zeros(2), 0
+
+    def add(self, values, samples):
+        self._sums += samples * np.asarray(values, "float64")
+        self._samples += samples
+
+    @property
+    def values(self):
+        if not self._samples:
+            return None
+        inference, training = self._sums / self._samples
+        return float(inference), float(training)
+
+
+@dataclass
+class _Seen:
+    """What the calls of one layer have shown."""
+
+    data: Moments | None = None
+    elements: list[float] = field(default_factory=list)
+    gap: _Gap = field(default_factory=_Gap)
+    modes: set = field(default_factory=set)
+
+
+class _Run:
+    """Runs a model both ways over data, with twins of its normalizations."""
+
+    def __init__(self, model, layers, paired):
+        self._model, self._layers, self._paired = model, layers, paired
+        self._twins = {path: twin_of(layer) for path, layer in layers.items()}
+        self._mode = _INFERENCE
+        self._outputs: dict[str, list] = {}
+        self.samples = self.batches = 0
+        self.seen: dict[str, _Seen] = {}
+        self.gap, self.loss, self.accuracy = _Gap(), _Pair(), _Pair()
+
+    def over(self, data, **options):
+        calls = [(layer, self._stand_in(path)) for path, layer in self._layers.items()]
+        with intercepted(calls):
+            try:
+                Pass(self._step).predict(data, **options)
+            except UnboundLocalError:  # Keras has no outputs to join if no batch came
+                if self.samples:
+                    raise
+        if not self.samples:
+            raise ValueError("There is no data: not one batch came.")
+
+    def _step(self, x, y):
+        if self._paired and y is None:
+            x, y, *_ = x
+        samples = keras.tree.flatten(x)[0].shape[0]
+        if not self.batches:
+            with state_kept(self._model):
+                self._forward(x, _PROBE, training=True)
+        self._outputs = {}
+        inference = self._forward(x, _INFERENCE)
+        training = self._forward(x, _TRAINING)
+        self.samples += samples
+        self.batches += 1
+        pairs = zip(
+            keras.tree.flatten(inference), keras.tree.flatten(training), strict=True
+        )
+        for first, second in pairs:
+            self.gap.add(_float64(first).ravel(), _float64(second).ravel())
+        if y is not None:
+            for pair, measure in ((self.loss, _loss), (self.accuracy, _accuracy)):
+                values = [measure(self._model, y, z) for z in (inference, training)]
+                if None not in values:
+                    pair.add(values, samples)
+
+    def _forward(self, x, mode, training=False):
+        self._mode = mode
+        return self._model(x, training=training)
+
+    def _stand_in(self, path):
+        def call(inputs, training=None, mask=None):
+            twin = self._twins[path]
+            seen = self.seen.setdefault(path, _Seen())
+            if self._mode == _PROBE:
+                seen.modes.add(bool(training))
+                return twin.call(inputs, training=False, mask=mask)
+            if self._mode == _INFERENCE:
+                y = twin.call(inputs, training=False, mask=mask)
+                self._outputs.setdefault(path, []).append(y)
+                return y
+            _, moments = twin.normalize_batch(inputs, mask)
+            self._take(path, seen, moments, inputs.shape[0])
+            trains = seen.modes != {False}
+            with state_kept(twin):
+                y = twin.call(inputs, training=trains, mask=mask)
+            before = self._outputs[path].pop(0)
+            seen.gap.add(*(_counted(z, mask, twin.axis) for z in (before, y)))
+            return y
+
+        return call
+
+    def _take(self, path, seen, moments, samples):
+        try:
+            count, mean, variance = map(_float64, moments)
+        except NotImplementedError:
+            raise ValueError(
+                f"'{path}' is called inside a compiled function, where its statistics "
+                "cannot be had. Call the layers of the model directly in it."
+            ) from None
+        group = self._twins[path].virtual_batch_size or samples
+        seen.elements.append(float(count.min()) * min(1.0, group / max(samples, 1)))
+        finite = np.isfinite(mean) & np.isfinite(variance)
+        batch = Moments(np.where(finite, count, 0.0), mean, variance)
+        if seen.data is None:
+            seen.data = batch
+        else:
+            seen.data = Moments(*map(_float64, seen.data.merge(batch)))
+
+
+def _layer_record(path, layer, seen, bias_of):
+    mean, variance = _float64(layer.moving_mean), _float64(layer.moving_variance)
+    initial = (
+        layer.moving_mean_initializer(mean.shape),
+        layer.moving_variance_initializer(variance.shape),
+    )
+    inference_mode = seen.modes == {False}
+    return LayerRecord(
+        layer=path,
+        keras=not hasattr(layer, "freeze_statistics"),
+        epsilon=layer.epsilon,
+        momentum=layer.momentum,
+        debias=layer.momentum is None or getattr(layer, "debias", False),
+        frozen=is_frozen(layer),
+        inference_mode=inference_mode,
+        moving_mean=mean,
+        moving_variance=variance,
+        initial=all(
+            np.array_equal(present, _float64(first))
+            for present, first in zip((mean, variance), initial, strict=True)
+        ),
+        gamma=None if layer.gamma is None else _float64(layer.gamma),
+        bias_of=None if is_frozen(layer) or inference_mode else bias_of,
+        data=Moments(np.broadcast_to(seen.data.count, mean.shape), *seen.data[1:]),
+        elements=float(np.median(seen.elements)),
+        gap=seen.gap.value,
+    )
+
+
+def _idle_biases(model):
+    """Pairs of a normalization's `id` and the name of a layer whose bias it removes."""
+    for _, holder in walk(model):
+        if not is_graph(holder):
+            continue
+        graph = view(holder)
+        calls = nodes(graph)
+        for node in calls:
+            norm, tensor = node.operation, None
+            if is_normalization(norm):
+                tensor = input_of(node)
+            if tensor is None or any(tensor is output for output in graph.outputs):
+                continue
+            users = [n for n in calls if any(t is tensor for t in n.input_tensors)]
+            makers = [n for n in calls if any(t is tensor for t in n.outputs)]
+            if len(users) == 1 and makers:
+                layer = makers[0].operation
+                rank = len(tensor.shape)
+                if _has_bias_along(layer, norm.axis, rank):
+                    yield id(norm), layer.name
+
+
+def _has_bias_along(layer, axis, rank):
+    if not is_linear(layer) or is_normalization(layer):
+        return False
+    if isinstance(layer, keras.layers.EinsumDense) or isinstance(axis, list):
+        return False
+    if layer.activation not in (None, keras.activations.linear):
+        return False
+    first = getattr(layer, "data_format", None) == "channels_first"
+    return layer.bias is not None and axis % rank == (1 if first else rank - 1)
+
+
+def _steps(model):
+    optimizer: Any = getattr(model, "optimizer", None)
+    if optimizer is None or not optimizer.built:
+        return None
+    return int(optimizer.iterations) or None
+
+
+def _counted(values, mask, axis):
+    """The elements that a mask lets count, in one row."""
+    values = _float64(values)
+    if mask is None:
+        return values.ravel()
+    axes = axis if isinstance(axis, list) else [axis]
+    mask = np.expand_dims(
+        np.asarray(keras.ops.convert_to_numpy(mask), bool),
+        [a % values.ndim for a in axes],
+    )
+    return values[np.broadcast_to(mask, values.shape)]
+
+
+def _loss(model, y, outputs):
+    """The mean loss of a model with a single one; None for others."""
+    loss = getattr(model, "loss", None)
+    if loss is None or isinstance(loss, dict | list | tuple):
+        return None
+    if len(keras.tree.flatten(outputs)) > 1:
+        return None
+    return float(np.mean(_float64(keras.losses.get(loss)(y, outputs))))
+
+
+def _accuracy(model, y, outputs):
+    """The share of samples whose class is told right; None if there are no classes."""
+    if len(keras.tree.flatten(outputs)) > 1 or len(keras.tree.flatten(y)) > 1:
+        return None
+    y, outputs = _float64(y), _float64(outputs)
+    if outputs.ndim != 2 or outputs.shape[1] < 2 or np.any(y % 1):
+        return None
+    if y.shape == outputs.shape:
+        if np.any(y.sum(1) != 1) or np.any(y < 0):
+            return None
+        y = y.argmax(1)
+    if y.size != len(outputs):
+        return None
+    return float(np.mean(y.ravel() == outputs.argmax(1)))
+
+
+def _float64(value):
+    return np.asarray(keras.ops.convert_to_numpy(value), "float64")

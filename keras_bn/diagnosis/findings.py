@@ -1,0 +1,310 @@
+"""What counts as an ailment of a batch normalization: thresholds and rules."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+# The thresholds, each with its reason.
+
+# Moving statistics lag behind weights that still move, so that some drift is health.
+# When half the channels are off by a quarter of a standard deviation, a tenth of the
+# values of a normal channel change sides of zero, which is where a ReLU cuts; a ratio
+# of 1.25 is a variance that is half as large again.
+TYPICAL_MEAN_DRIFT = 0.25
+TYPICAL_STDDEV_RATIO = 1.25
+# One channel that is off by a whole standard deviation, or a factor of 2, feeds the
+# next layers what they have never seen in training.
+WORST_MEAN_DRIFT = 1.0
+WORST_STDDEV_RATIO = 2.0
+# Statistics of few samples scatter by themselves: a mean by 1/√n standard deviations,
+# a logarithm of a standard deviation by 1/√(2n). This many times that is forgiven.
+SIGMAS = 3.0
+# What is left of the initial values after t steps is momentum^t. At a twentieth they
+# weigh less than the lag of the statistics themselves.
+INITIAL_WEIGHT = 0.05
+# Below 16 elements, the standard error of a variance, √(2/n), is over a third.
+FEW_ELEMENTS = 16
+# A channel whose normalized values spread by less than a hundredth has nothing left
+# but beta: epsilon outweighs its variance ten thousand times.
+DEAD_SPREAD = 0.01
+# A thousandth of gamma's initial value of 1 passes nothing on that matters.
+SMALL_GAMMA = 1e-3
+# Above this share of the channels, what is silent is worth more than a note.
+MANY = 0.1
+# The outputs of a model that is well differ by the noise of the batches alone. When
+# what differs is as large as half their spread beyond that, other things are predicted.
+OUTPUT_GAP = 0.5
+# Where labels tell how much it matters: a loss half as large again, or five points
+# of accuracy.
+LOSS_RATIO = 1.5
+ACCURACY_LOSS = 0.05
+
+ERROR, WARNING, NOTE = SEVERITIES = ("error", "warning", "note")
+
+
+class Finding(NamedTuple):
+    """One thing that a diagnosis found.
+
+    Args:
+        kind: such as `"stale-statistics"`.
+        layer: the path of the layer, or the name of the model.
+        severity: `"error"`, `"warning"` or `"note"`.
+        message: what it is, in a sentence.
+        remedy: the code that mends it.
+    """
+
+    kind: str
+    layer: str
+    severity: str
+    message: str
+    remedy: str
+
+    def __str__(self):
+        return f"{self.severity}: {self.layer}: {self.message}"
+
+
+def findings(record):
+    """What is to be said about a model, the most severe first.
+
+    Args:
+        record: a `ModelRecord`.
+
+    Returns:
+        A list of `Finding`.
+    """
+    found = []
+    for layer in record.layers:
+        for rule in _STATISTICS:
+            if finding := rule(layer, record):
+                found.append(finding)
+                break  # what comes after it follows from it
+        for rule in _LAYER:
+            if finding := rule(layer, record):
+                found.append(finding)
+    if finding := _train_inference_gap(record):
+        found.append(finding)
+    return sorted(found, key=lambda finding: SEVERITIES.index(finding.severity))
+
+
+def _recalibrate(layer):
+    frozen = ", include_frozen=True" if layer.frozen else ""
+    return f"keras_bn.recalibrate(model, data{frozen})"
+
+
+def _non_finite(layer, record):
+    bad = ~(np.isfinite(layer.moving_mean) & np.isfinite(layer.moving_variance))
+    if bad.any():
+        convert = "model = keras_bn.from_keras(model); " if layer.keras else ""
+        return Finding(
+            "non-finite-statistics",
+            layer.layer,
+            ERROR,
+            f"The moving statistics of {_of(bad)} are NaN or infinite, and so is all "
+            "that inference makes of them.",
+            convert + _recalibrate(layer),
+        )
+
+
+def _negative_variance(layer, record):
+    bad = layer.moving_variance < 0
+    if bad.any():
+        return Finding(
+            "negative-variance",
+            layer.layer,
+            ERROR,
+            f"The moving variance of {_of(bad)} is negative, which no data has.",
+            _recalibrate(layer),
+        )
+
+
+def _never_updated(layer, record):
+    if layer.initial:
+        return Finding(
+            "never-updated",
+            layer.layer,
+            ERROR,
+            "The moving statistics are those the layer was made with: no training "
+            "step has ever updated them.",
+            _recalibrate(layer),
+        )
+
+
+def _momentum_too_slow(layer, record):
+    if layer.debias or layer.frozen or layer.inference_mode or not record.steps:
+        return None
+    left = layer.momentum**record.steps
+    if left > INITIAL_WEIGHT and _is_stale(layer, record):
+        momentum = max(0.0, np.floor(100 * INITIAL_WEIGHT ** (1 / record.steps)) / 100)
+        return Finding(
+            "momentum-too-slow",
+            layer.layer,
+            WARNING,
+            f"After {record.steps} steps at momentum {layer.momentum:g}, {left:.0%} of "
+            "the moving statistics is still what they were before, and they are off "
+            f"by {_drift(layer)}.",
+            f"{_recalibrate(layer)}, or train with momentum={momentum:g}",
+        )
+
+
+def _stale(layer, record):
+    if _is_stale(layer, record):
+        return Finding(
+            "stale-statistics",
+            layer.layer,
+            NOTE if layer.frozen or layer.inference_mode else WARNING,
+            f"The moving statistics are not those of the data: off by {_drift(layer)}.",
+            _recalibrate(layer),
+        )
+
+
+def _is_stale(layer, record):
+    mean, stddev = np.abs(layer.mean_drift), np.abs(np.log(layer.stddev_ratio))
+    known = layer.data.count > 1
+    if not known.any():
+        return False
+    mean, stddev = mean[known], stddev[known]
+    of_mean = SIGMAS / np.sqrt(record.samples)
+    of_stddev = of_mean / np.sqrt(2)
+    return bool(
+        np.median(mean) > TYPICAL_MEAN_DRIFT + of_mean
+        or np.median(stddev) > np.log(TYPICAL_STDDEV_RATIO) + of_stddev
+        or mean.max() > WORST_MEAN_DRIFT + of_mean
+        or stddev.max() > np.log(WORST_STDDEV_RATIO) + of_stddev
+    )
+
+
+def _drift(layer):
+    mean, ratio = np.abs(layer.mean_drift), layer.stddev_ratio
+    worst = ratio.flat[np.argmax(np.abs(np.log(ratio)))]
+    return (
+        f"{np.median(mean):.2g} standard deviations in the median and {mean.max():.2g} "
+        f"in the worst channel, with a standard deviation {np.median(ratio):.2g} times "
+        f"that of the data in the median and {worst:.2g} times in the worst"
+    )
+
+
+def _dead_channel(layer, record):
+    variance = layer.data.variance
+    spread = np.sqrt(variance / np.maximum(variance + layer.epsilon, 1e-30))
+    dead = (spread < DEAD_SPREAD) & (layer.data.count > 1)
+    if dead.any():
+        return Finding(
+            "dead-channel",
+            layer.layer,
+            WARNING if dead.mean() > MANY else NOTE,
+            f"{_of(dead, start=True)} hardly vary over the data, if at all: what comes "
+            "out is beta.",
+            f"np.flatnonzero(report.layer({layer.layer!r}).data.variance < "
+            f"{DEAD_SPREAD**2 * layer.epsilon:.1g}) lists them; look at what comes "
+            "before: units that have died, inputs that are constant or far too small",
+        )
+
+
+def _small_gamma(layer, record):
+    if layer.gamma is None:
+        return None
+    small = np.abs(layer.gamma) < SMALL_GAMMA
+    if small.any():
+        return Finding(
+            "small-gamma",
+            layer.layer,
+            WARNING if small.mean() > MANY else NOTE,
+            f"Gamma is below {SMALL_GAMMA:g} in {_of(small)}: they pass on nothing but "
+            "beta.",
+            "prune them, or keep gamma up: gamma_regularizer=None",
+        )
+
+
+def _frozen(layer, record):
+    if layer.frozen:
+        thaw = "layer.trainable = True" if layer.keras else "keras_bn.unfreeze(model)"
+        return Finding(
+            "frozen",
+            layer.layer,
+            NOTE,
+            "The layer is frozen: training does not update its moving statistics.",
+            thaw if layer.keras else f"{thaw}; layer.trainable = True",
+        )
+    if layer.inference_mode:
+        return Finding(
+            "frozen",
+            layer.layer,
+            NOTE,
+            "The model calls the layer with training=False: training does not update "
+            "its moving statistics.",
+            "call it, and the model it is in, without training=False",
+        )
+
+
+def _small_batch(layer, record):
+    if layer.elements < FEW_ELEMENTS and not (layer.frozen or layer.inference_mode):
+        return Finding(
+            "small-batch",
+            layer.layer,
+            WARNING,
+            f"The statistics of a batch rest on {layer.elements:g} elements: the "
+            "standard error of the variance is "
+            f"{np.sqrt(2 / max(layer.elements, 1)):.0%}.",
+            "a larger batch_size, synchronized=True over replicas, or renorm=True",
+        )
+
+
+def _redundant_bias(layer, record):
+    if layer.bias_of is not None:
+        return Finding(
+            "redundant-bias",
+            layer.layer,
+            NOTE,
+            f"The bias of '{layer.bias_of}' before it does nothing: the normalization "
+            "takes it out again.",
+            f"use_bias=False in '{layer.bias_of}'",
+        )
+
+
+def _train_inference_gap(record):
+    live = [each for each in record.layers if not (each.frozen or each.inference_mode)]
+    # The mean of n elements scatters by 1/√n, their standard deviation by 1/√(2n).
+    noise = np.sqrt(sum(1.5 / max(each.elements, 1) for each in live))
+    worse = []
+    if record.loss is not None:
+        inference, training = record.loss
+        if not inference <= LOSS_RATIO * training:
+            worse.append(f"the loss is {inference:.3g} instead of {training:.3g}")
+    if record.accuracy is not None:
+        inference, training = record.accuracy
+        if inference < training - ACCURACY_LOSS:
+            worse.append(f"the accuracy is {inference:.1%} instead of {training:.1%}")
+    if (
+        record.loss is None
+        and record.accuracy is None
+        and not (record.gap <= OUTPUT_GAP + noise)
+    ):
+        worse.append(f"the outputs differ by {record.gap:.2g} of their spread")
+    if worse:
+        return Finding(
+            "train-inference-gap",
+            record.model,
+            WARNING,
+            "With the moving statistics instead of those of the batches, "
+            f"{' and '.join(worse)}.",
+            "keras_bn.recalibrate(model, data)",
+        )
+
+
+_STATISTICS = (
+    _non_finite,
+    _negative_variance,
+    _never_updated,
+    _momentum_too_slow,
+    _stale,
+)
+_LAYER = (_dead_channel, _small_gamma, _frozen, _small_batch, _redundant_bias)
+
+
+def _of(which, start=False):
+    """How many channels, in words."""
+    channels = "channels" if which.size > 1 else "channel"
+    if which.all():
+        all_of = f"all {which.size} channels" if which.size > 1 else "the only channel"
+        return all_of.capitalize() if start else all_of
+    return f"{which.sum()} of {which.size} {channels}"

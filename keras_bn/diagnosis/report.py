@@ -1,0 +1,211 @@
+"""The diagnosis of a model: a table, findings, a dict, a figure."""
+
+import math
+import textwrap
+from dataclasses import dataclass
+
+import numpy as np
+
+from keras_bn.diagnosis.collect import LayerRecord, ModelRecord, collect
+from keras_bn.diagnosis.findings import ERROR, WARNING, Finding, findings
+
+
+def diagnose(model, data, *, steps=None, batch_size=None, verbose=0):
+    """Say what ails the batch normalizations of a model, and what mends it.
+
+    A model that trains well and evaluates badly mostly has moving statistics that are
+    not those of its data. This runs the data through the model in inference and with
+    the statistics of each batch, all else in inference both times, and compares. It
+    changes nothing in the model.
+
+    Args:
+        model: a built model, with layers of ours or Keras's.
+        data: inputs as `fit` takes them, best as they come in training: arrays, a
+            `tf.data.Dataset`, a `keras.utils.PyDataset`, or a generator with `steps`.
+            With labels, as a tuple `(x, y)` or in the data set, the loss of the
+            compiled model and its accuracy are compared, too.
+        steps: how many batches to take; all of them by default.
+        batch_size: for arrays; 32 by default. It should be what training used, and
+            the order random.
+        verbose: `"auto"`, 0, 1 or 2, as in `fit`.
+
+    Returns:
+        A `Report`: `print(report)` shows it, `report.findings` lists what was found,
+        `report.plot("report.png")` draws it.
+
+    Raises:
+        TypeError: for what is no Keras model.
+        ValueError: for a model that is not built or has no batch normalization, and
+            if there is no data.
+
+    Example:
+
+    >>> import keras, keras_bn, numpy as np
+    >>> model = keras.Sequential(
+    ...     [keras.Input((2,)), keras_bn.BatchNormalization(name="bn")], name="model"
+    ... )
+    >>> x = np.random.default_rng(0).normal(5.0, 1.0, (200, 2))
+    >>> for finding in keras_bn.diagnose(model, x).findings:
+    ...     print(finding.kind, finding.layer, finding.remedy)
+    never-updated bn keras_bn.recalibrate(model, data)
+    train-inference-gap model keras_bn.recalibrate(model, data)
+    >>> _ = keras_bn.recalibrate(model, x, verbose=0)
+    >>> keras_bn.diagnose(model, x).findings
+    []
+    """
+    record = collect(model, data, steps=steps, batch_size=batch_size, verbose=verbose)
+    return Report(record, findings(record))
+
+
+@dataclass
+class Report:
+    """What `keras_bn.diagnose` found.
+
+    Args:
+        record: the `ModelRecord`, with all the numbers.
+        findings: a list of `Finding` (`kind`, `layer`, `severity`, `message`,
+            `remedy`), the most severe first.
+    """
+
+    record: ModelRecord
+    findings: list[Finding]
+
+    @property
+    def healthy(self):
+        """Whether there is nothing more severe than a note."""
+        return not any(f.severity in (ERROR, WARNING) for f in self.findings)
+
+    def layer(self, path) -> LayerRecord:
+        """The record of the layer with this path."""
+        return next(each for each in self.record.layers if each.layer == path)
+
+    def __str__(self):
+        record = self.record
+        lines = [
+            f"{record.model}: {record.samples} samples in {record.batches} batches"
+        ]
+        for name, pair in (("loss", record.loss), ("accuracy", record.accuracy)):
+            if pair is not None:
+                lines.append(
+                    f"{name} {pair[0]:.4g} in inference, {pair[1]:.4g} with the "
+                    "statistics of each batch"
+                )
+        lines += ["", *_table(_HEADER, [_row(each) for each in record.layers])]
+        if record.not_called:
+            lines += ["", f"Not called: {', '.join(record.not_called)}"]
+        lines.append("")
+        for finding in self.findings:
+            lines += [
+                f"{finding.severity:7} {finding.kind}: {finding.layer}",
+                *_wrapped(finding.message),
+                *_wrapped(f"-> {finding.remedy}"),
+            ]
+        if not self.findings:
+            lines.append("Nothing to complain of.")
+        elif self.healthy:
+            lines.append("No errors, no warnings.")
+        return "\n".join(lines)
+
+    def to_dict(self):
+        """All of it in plain types, ready for JSON; what is not finite is None."""
+        record = self.record
+        return {
+            "model": record.model,
+            "samples": record.samples,
+            "batches": record.batches,
+            "steps": record.steps,
+            "healthy": self.healthy,
+            "output_gap": _plain(record.gap),
+            "loss": _both_ways(record.loss),
+            "accuracy": _both_ways(record.accuracy),
+            "layers": [_layer_dict(each) for each in record.layers],
+            "not_called": list(record.not_called),
+            "findings": [finding._asdict() for finding in self.findings],
+        }
+
+    def plot(self, path=None):
+        """Draw it: each layer's drift over its channels, and the gap along depth.
+
+        Args:
+            path: where to save the figure, if anywhere.
+
+        Returns:
+            A `matplotlib.figure.Figure`.
+        """
+        from keras_bn.diagnosis.plots import draw
+
+        figure = draw(self.record, self.findings)
+        if path is not None:
+            figure.savefig(path, dpi=150)
+        return figure
+
+
+_HEADER = (
+    ("", "elements", "mean off, in std", "", "std ratio", "", "output"),
+    ("layer", "per batch", "median", "worst", "median", "worst", "gap"),
+)
+
+
+def _row(layer):
+    mean, ratio = _drifts(layer)
+    numbers = (*mean, *ratio, layer.gap)
+    return [layer.layer, f"{layer.elements:,.0f}", *(f"{n:.2f}" for n in numbers)]
+
+
+def _drifts(layer):
+    """Median and worst, of |Δmean|/std and of the ratio of standard deviations."""
+    mean, ratio = np.abs(layer.mean_drift), layer.stddev_ratio
+    with np.errstate(divide="ignore"):
+        worst = ratio.flat[np.argmax(np.abs(np.log(ratio)))]
+    return (np.median(mean), mean.max()), (np.median(ratio), worst)
+
+
+def _table(header, rows):
+    table = [*header, *rows]
+    widths = [max(len(row[i]) for row in table) for i in range(len(header[0]))]
+    lines = [
+        "  ".join(
+            cell.rjust(width) if i else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in table
+    ]
+    lines.insert(len(header), "  ".join("-" * width for width in widths))
+    return lines
+
+
+def _wrapped(text):
+    return textwrap.wrap(text, 80, initial_indent=" " * 8, subsequent_indent=" " * 8)
+
+
+def _layer_dict(layer):
+    (mean_median, mean_worst), (ratio_median, ratio_worst) = _drifts(layer)
+    return {
+        "layer": layer.layer,
+        "channels": int(layer.moving_mean.size),
+        "momentum": layer.momentum,
+        "epsilon": layer.epsilon,
+        "frozen": layer.frozen,
+        "inference_mode": layer.inference_mode,
+        "elements_per_batch": layer.elements,
+        "elements": int(layer.data.count.min()),
+        "mean_drift": {"median": _plain(mean_median), "worst": _plain(mean_worst)},
+        "log_variance_ratio": {
+            "median": _plain(2 * _log(ratio_median)),
+            "worst": _plain(2 * _log(ratio_worst)),
+        },
+        "output_gap": _plain(layer.gap),
+    }
+
+
+def _log(value):
+    return math.log(value) if value > 0 else math.nan
+
+
+def _both_ways(pair):
+    return pair and dict(zip(("inference", "training"), map(_plain, pair), strict=True))
+
+
+def _plain(value):
+    value = float(value)
+    return value if math.isfinite(value) else None

@@ -1,0 +1,332 @@
+"""diagnose: models made sick on purpose, one for each finding, and healthy ones."""
+
+import json
+
+import keras
+import numpy as np
+import pytest
+from keras import layers
+
+import keras_bn
+
+OURS = keras_bn.BatchNormalization
+KERAS = layers.BatchNormalization
+pytestmark = pytest.mark.filterwarnings("ignore:The statistics of")
+
+
+def data(n=256, seed=0):
+    rng = np.random.default_rng(seed)
+    return (rng.normal(size=(n, 4)) * [1, 2, 3, 4] + [4, 3, 2, 1]).astype("float32")
+
+
+def labels(x):
+    return (x[:, 0] * 2 > x[:, 1]).astype("int32")
+
+
+def made(bn=OURS, use_bias=False, mend=True, **options):
+    """A model whose statistics are those of the data."""
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential(
+        [
+            keras.Input((4,)),
+            layers.Dense(6, use_bias=use_bias, name="dense"),
+            bn(name="bn", **options),
+            layers.Dropout(0.5),
+            layers.Dense(2),
+        ],
+        name="model",
+    )
+    if mend:
+        keras_bn.recalibrate(model, data(), verbose=0, include_frozen=True)
+    return model
+
+
+def kinds(report, layer="bn"):
+    return [finding.kind for finding in report.findings if finding.layer == layer]
+
+
+def the(report, kind):
+    return next(finding for finding in report.findings if finding.kind == kind)
+
+
+def corrupt(model, name, value, channel=0):
+    variable = getattr(model.get_layer("bn"), name)
+    array = variable.numpy()
+    array[channel] = value
+    variable.assign(array)
+
+
+@pytest.mark.parametrize("bn", [OURS, KERAS])
+def test_a_healthy_model_gets_a_clean_bill(bn):
+    report = keras_bn.diagnose(made(bn), data())
+    assert report.findings == []
+    assert report.healthy
+    assert "Nothing to complain of." in str(report)
+
+
+@pytest.mark.parametrize("options", [{"renorm": True}, {"virtual_batch_size": 16}])
+def test_healthy_with_options_of_training(options):
+    assert keras_bn.diagnose(made(**options), data()).findings == []
+
+
+def test_a_trained_model_gets_a_clean_bill():
+    x = data()
+    model = made(mend=False, momentum=0.9)
+    model.compile("adam", "sparse_categorical_crossentropy")
+    model.layers[-1].activation = keras.activations.softmax
+    model.fit(x, labels(x), epochs=8, verbose=0)
+    report = keras_bn.diagnose(model, (x, labels(x)))
+    assert report.findings == []
+    assert report.record.steps == 64
+    assert report.record.accuracy[0] > 0.5
+
+
+def test_nothing_in_the_model_changes():
+    x = data()
+    model = made(debias=True)
+    before = [v.numpy() for v in model.variables]
+    attributes = set(vars(model.get_layer("bn")))
+    state = model.layers[2].seed_generator.state.numpy()
+    keras_bn.diagnose(model, x + 3)
+    for variable, value in zip(model.variables, before, strict=True):
+        np.testing.assert_array_equal(variable.numpy(), value)
+    np.testing.assert_array_equal(model.layers[2].seed_generator.state, state)
+    assert set(vars(model.get_layer("bn"))) == attributes
+
+
+@pytest.mark.parametrize("bn", [OURS, KERAS])
+def test_never_updated(bn):
+    report = keras_bn.diagnose(made(bn, mend=False), data())
+    assert kinds(report) == ["never-updated"]
+    assert kinds(report, "model") == ["train-inference-gap"]
+    assert the(report, "never-updated").severity == "error"
+
+
+@pytest.mark.parametrize("bn", [OURS, KERAS])
+def test_stale_statistics_and_the_remedy_mends_them(bn):
+    model, x = made(bn), data() * 2 + 5
+    report = keras_bn.diagnose(model, x)
+    assert kinds(report) == ["stale-statistics"]
+    exec(
+        the(report, "stale-statistics").remedy.rstrip(")") + ", verbose=0)",
+        {
+            "keras_bn": keras_bn,
+            "model": model,
+            "data": x,
+        },
+    )
+    assert keras_bn.diagnose(model, x).findings == []
+
+
+def test_drift_is_that_of_the_arrays():
+    model, x = made(), data() + 2
+    record = keras_bn.diagnose(model, x).layer("bn")
+    inputs = model.layers[0](x).numpy().astype("float64")
+    layer = model.get_layer("bn")
+    expected = (layer.moving_mean.numpy() - inputs.mean(0)) / np.sqrt(
+        inputs.var(0) + layer.epsilon
+    )
+    np.testing.assert_allclose(record.mean_drift, expected, rtol=1e-4, atol=1e-5)
+    ratio = (layer.moving_variance.numpy() + 1e-3) / (inputs.var(0) + 1e-3)
+    np.testing.assert_allclose(record.stddev_ratio**2, ratio, rtol=1e-4)
+    assert record.elements == 32
+
+
+def test_the_gap_is_that_of_the_outputs():
+    model, x = made(), data() + 2
+    report = keras_bn.diagnose(model, x, batch_size=256)
+    model.get_layer("bn").momentum = 1.0
+    inference = model(x, training=False).numpy().astype("float64")
+    inputs = model.layers[0](x)
+    y = model.layers[-1](model.layers[1](inputs, training=True)).numpy()
+    expected = np.sqrt(np.square(y - inference).mean()) / y.std()
+    assert report.record.gap == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("name", ["moving_mean", "moving_variance"])
+def test_non_finite_statistics(name, bad):
+    model = made(KERAS)
+    corrupt(model, name, bad)
+    report = keras_bn.diagnose(model, data())
+    assert kinds(report) == ["non-finite-statistics"]
+    assert "1 of 6 channels" in the(report, "non-finite-statistics").message
+    assert "from_keras" in the(report, "non-finite-statistics").remedy
+    json.dumps(report.to_dict(), allow_nan=False)
+    assert str(report)
+
+
+def test_negative_variance():
+    model = made()
+    corrupt(model, "moving_variance", -0.5)
+    report = keras_bn.diagnose(model, data())
+    assert kinds(report) == ["negative-variance"]
+
+
+def test_dead_channel():
+    model, x = made(), data()
+    kernel = model.layers[0].kernel.numpy()
+    kernel[:, 2] = 0.0
+    model.layers[0].kernel.assign(kernel)
+    keras_bn.recalibrate(model, x, verbose=0)
+    report = keras_bn.diagnose(model, x)
+    assert kinds(report) == ["dead-channel"]
+    assert the(report, "dead-channel").message.startswith("1 of 6 channels")
+
+
+def test_small_gamma():
+    model = made()
+    corrupt(model, "gamma", 1e-5)
+    report = keras_bn.diagnose(model, data())
+    assert kinds(report) == ["small-gamma"]
+
+
+@pytest.mark.parametrize(
+    ("bn", "options"),
+    [
+        (OURS, {"freeze_statistics": True}),
+        (OURS, {"trainable": False}),
+        (KERAS, {"trainable": False}),
+    ],
+)
+def test_frozen(bn, options):
+    report = keras_bn.diagnose(made(bn, **options), data())
+    assert kinds(report) == ["frozen"]
+    assert report.healthy
+    assert "No errors, no warnings." in str(report)
+    assert report.layer("bn").gap == 0.0
+
+
+class Still(layers.Layer):
+    """Calls its normalization in inference mode, always."""
+
+    def __init__(self):
+        super().__init__(name="still")
+        self.bn = OURS(name="bn")
+
+    def build(self, input_shape):
+        self.bn.build(input_shape)
+
+    def call(self, inputs):
+        return self.bn(inputs, training=False)
+
+
+def test_frozen_by_the_call():
+    model = keras.Sequential([keras.Input((4,)), Still()])
+    keras_bn.recalibrate(model, data(), verbose=0)
+    report = keras_bn.diagnose(model, data())
+    assert kinds(report, "still/bn") == ["frozen"]
+    assert "training=False" in report.findings[0].message
+    assert report.record.gap == 0.0
+
+
+def test_momentum_too_slow():
+    x = data()
+    model = made(mend=False, momentum=0.999)
+    model.compile("sgd", "mse")
+    model.fit(x, np.zeros((len(x), 2)), verbose=0)
+    report = keras_bn.diagnose(model, x)
+    assert kinds(report) == ["momentum-too-slow"]
+    assert "After 8 steps at momentum 0.999, 99%" in report.findings[0].message
+    keras_bn.recalibrate(model, x, verbose=0)
+    assert keras_bn.diagnose(model, x).findings == []
+
+
+def test_small_batch():
+    model = made()
+    report = keras_bn.diagnose(model, data(), batch_size=4)
+    assert "small-batch" in kinds(report)
+    ghost = keras_bn.diagnose(made(virtual_batch_size=4), data())
+    assert "small-batch" in kinds(ghost)
+    assert ghost.layer("bn").elements == 4
+
+
+@pytest.mark.parametrize("bn", [OURS, KERAS])
+def test_redundant_bias(bn):
+    report = keras_bn.diagnose(made(bn, use_bias=True), data())
+    assert kinds(report) == ["redundant-bias"]
+    assert the(report, "redundant-bias").remedy == "use_bias=False in 'dense'"
+
+
+def test_a_bias_along_another_axis_or_used_elsewhere_is_not_redundant():
+    x = keras.Input((5, 4))
+    y = layers.Dense(3)(x)
+    apart = keras.Model(x, OURS(axis=1, name="bn")(y))
+    both = keras.Model(x, layers.add([OURS(name="bn")(y), y]))
+    inputs = np.random.default_rng(0).normal(size=(64, 5, 4)).astype("float32")
+    for model in apart, both:
+        assert "redundant-bias" not in kinds(keras_bn.diagnose(model, inputs))
+
+
+def test_train_inference_gap_in_loss_and_accuracy():
+    model, x = made(), data()
+    model.compile("sgd", "mse")
+    target = np.eye(2)[model.predict(x, verbose=0).argmax(1)]
+    assert keras_bn.diagnose(model, (x, target)).findings == []
+    first, second = model.layers[-1].kernel.numpy().T
+    layer = model.get_layer("bn")
+    layer.moving_mean.assign(layer.moving_mean + 20 * (first - second))
+    report = keras_bn.diagnose(model, (x, target))
+    message = the(report, "train-inference-gap").message
+    assert "the loss is" in message
+    assert "the accuracy is" in message
+    outputs = model.predict(x, verbose=0)
+    loss, accuracy = report.record.loss[0], report.record.accuracy[0]
+    assert loss == pytest.approx(np.mean((outputs - target) ** 2), rel=1e-4)
+    assert accuracy == np.mean(outputs.argmax(1) == target.argmax(1))
+
+
+def test_masked_elements_have_no_part():
+    tokens = keras.Input((6, 2))
+    x = layers.Masking()(tokens)
+    model = keras.Model(tokens, OURS(name="bn")(x))
+    rng = np.random.default_rng(0)
+    x = rng.normal(1.0, 1.0, (64, 6, 2)).astype("float32")
+    x[:, 3:] = 0.0
+    record = keras_bn.diagnose(model, x).layer("bn")
+    np.testing.assert_array_equal(record.data.count, 64 * 3)
+    np.testing.assert_allclose(record.data.mean, x[:, :3].mean((0, 1)), rtol=1e-4)
+    assert record.elements == 96
+
+
+def test_as_a_dict():
+    report = keras_bn.diagnose(made(use_bias=True), (data(), labels(data())))
+    found = json.loads(json.dumps(report.to_dict(), allow_nan=False))
+    assert found["samples"] == 256
+    assert found["accuracy"]["inference"] == pytest.approx(report.record.accuracy[0])
+    assert found["loss"] is None
+    assert found["findings"][0]["kind"] == "redundant-bias"
+    assert found["layers"][0]["mean_drift"]["worst"] < 0.01
+
+
+def test_the_figure_shows_every_layer_and_finding(tmp_path):
+    pytest.importorskip("matplotlib")
+    model = made(mend=False, use_bias=True)
+    corrupt(model, "moving_variance", np.nan)
+    figure = keras_bn.diagnose(model, data()).plot(tmp_path / "report.png")
+    assert (tmp_path / "report.png").read_bytes()[:4] == b"\x89PNG"
+    texts = {t.get_text() for axis in figure.axes for t in axis.texts}
+    assert any("non-finite-statistics" in text for text in texts)
+    assert "bn" in [t.get_text() for t in figure.axes[0].get_yticklabels()]
+
+
+@pytest.mark.parametrize(
+    ("model", "error", "message"),
+    [
+        ("model", TypeError, "Expected a Keras model"),
+        (keras.Sequential([OURS()]), ValueError, "not built"),
+        (
+            keras.Sequential([keras.Input((4,)), layers.Dense(1)]),
+            ValueError,
+            "no batch",
+        ),
+    ],
+)
+def test_refused(model, error, message):
+    with pytest.raises(error, match=message):
+        keras_bn.diagnose(model, data())
+
+
+def test_no_data():
+    with pytest.raises(ValueError, match="no data"):
+        keras_bn.diagnose(made(), data()[:0])

@@ -1,0 +1,83 @@
+"""The benchmarks run, and measure what they say."""
+
+import argparse
+import sys
+from pathlib import Path
+
+import pytest
+
+from keras_bn import bench
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from benchmarks import bandwidth, layer, models, peers
+
+SHAPE = (8, 4)
+
+
+def test_interleave_tells_slow_from_fast():
+    def slow():
+        return sum(range(20_000))
+
+    timings = bench.interleave({"slow": slow, "fast": lambda: None}, seconds=0.05)
+    assert timings["slow"].median > 3 * timings["fast"].median
+    for timing in timings.values():
+        assert timing.low <= timing.median <= timing.high
+        assert timing.rounds >= 7
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_every_peer_takes_its_step(training):
+    functions = peers.functions(SHAPE, training=training)
+    assert {bench.PEER, bench.OURS} <= set(functions)
+    for function in functions.values():
+        function()
+
+
+def test_a_row_of_the_layer_table():
+    row = layer.measure(SHAPE, seconds=0.01)
+    ms = row["ms"]
+    assert row["ratio"] == ms["Keras"]["median"] / ms["keras_bn"]["median"]
+    assert "(8, 4)" in layer.table([row])
+    assert row["of_copy_bandwidth"] > 0
+
+
+def test_bandwidth_counts_the_bytes():
+    assert bandwidth.step_rate((1000, 1000), 36.0) == pytest.approx(1e9)
+
+
+@pytest.mark.parametrize(("kind", "weights"), [("Keras", 4), ("without", 0)])
+def test_models_lose_nothing_but_their_normalization(kind, weights):
+    model = models.build("MobileNetV2", 32, kind)
+    names = [w.name for w in model.weights]
+    assert bool(names.count("moving_mean")) == bool(weights)
+
+
+def run(capsys, *argv):
+    parser = argparse.ArgumentParser()
+    bench.add_bench(parser.add_subparsers())
+    arguments = parser.parse_args(["bench", *argv])
+    assert arguments.run(arguments) == 0
+    return capsys.readouterr().out
+
+
+def test_command(capsys):
+    out = run(capsys, "--shape", "8,4", "--shape", "6,5,3", "--seconds", "0.1")
+    assert "(8, 4)" in out
+    assert "(6, 5, 3)" in out
+
+
+def test_calibrate(capsys, monkeypatch):
+    timing = bench.Timing(16.0, 1.0, 1.0, 1)
+    slower = {"False": timing, "True": timing._replace(median=32.0)}
+    faster = {"False": timing, "True": timing._replace(median=8.0)}
+    answers = iter([slower, faster, slower, slower, faster, faster, faster, faster])
+    monkeypatch.setattr(bench, "interleave", lambda *_: next(answers))
+    monkeypatch.setattr(bench, "chain", lambda *_: lambda: None)
+    assert "from: 262,144 elements here" in run(capsys, "--calibrate")
+
+
+@pytest.mark.parametrize("shape", ["8", "8,0", "a,b", ""])
+def test_bad_shapes_are_refused(capsys, shape):
+    with pytest.raises(SystemExit):
+        run(capsys, "--shape", shape)
+    assert "two or more positive ints" in capsys.readouterr().err
