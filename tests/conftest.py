@@ -48,3 +48,10 @@ def pytest_terminal_summary(terminalreporter):
         terminalreporter.section("keras.layers.BatchNormalization | keras_bn")
         for row, theirs, ours in sorted(rows):
             terminalreporter.write_line(f"{row:40} | {theirs:60} | {ours}")
+
+
+def pytest_ignore_collect(collection_path, config):
+    """Scripts beside the tests hold no doctests, and some do things when imported."""
+    if collection_path.suffix == ".py" and not collection_path.name.startswith("test_"):
+        return True
+    return None

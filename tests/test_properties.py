@@ -4,6 +4,7 @@ import numpy as np
 from cases import Case, check
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from keras import ops
 from steps import array
 
 import keras_bn
@@ -75,6 +76,7 @@ def test_affine_invariance(scale, shift, negative, seed):
 
 
 def moments_of(x):
+    x = ops.convert_to_tensor(x)
     _, batch = kernels.normalize_batch(x, None, None, None, axes=(1,), epsilon=1e-3)
     return Moments(*(array(part) for part in batch))
 

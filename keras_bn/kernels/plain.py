@@ -126,6 +126,7 @@ def normalize_batch(
             moments, rest = synced.merge(moments, rest)
             centred = (x - moments.mean) - rest
         moments = moments._replace(mean=moments.mean + rest)
+        n = tf.maximum(moments.count, 1)
 
         rstd = tf.math.rsqrt(moments.variance + epsilon)
         scale = gamma * rstd
@@ -147,7 +148,7 @@ def normalize_batch(
             d_beta = layout.total(sum_g)
             if synchronized:
                 sum_g, sum_gx = synced.total(sum_g, sum_gx)
-            share = scale / tf.maximum(moments.count, 1)
+            share = scale / n
             slope = normalized(rstd, sum_gx) * (rstd * share)
             through = finite * layout.spread(slope) + layout.spread(sum_g * share)
             dx = layout.spread(scale) * g - _where(counted, through)
