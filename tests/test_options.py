@@ -53,9 +53,14 @@ CLIPPINGS = [
 
 @beside_keras
 @pytest.mark.parametrize("clipping", CLIPPINGS, ids=str)
-@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(
-    ("scale", "center"), [(True, True), (False, True), (True, False), (False, False)]
+    ("mode", "scale", "center"),
+    [
+        *((mode, True, True) for mode in MODES),
+        ("graph", False, True),
+        ("graph", True, False),
+        ("graph", False, False),
+    ],
 )
 def test_renorm_is_keras(clipping, mode, scale, center):
     arguments = {"renorm": True, "renorm_clipping": clipping, "renorm_momentum": 0.9}
