@@ -1,6 +1,7 @@
 """The command line: statuses, what it prints and what it writes."""
 
 import json
+import pathlib
 import subprocess
 import sys
 
@@ -179,7 +180,7 @@ def test_nothing_half_written_is_left(few, tmp_path, monkeypatch):
             part.write(text[:10])
         raise OSError("no space left")
 
-    monkeypatch.setattr(cli.Path, "write_text", full)
+    monkeypatch.setattr(pathlib.Path, "write_text", full)
     with pytest.raises(SystemExit) as raised:
         cli.main(["verify", "--json", str(tmp_path / "proof.json")])
     assert raised.value.code == 2

@@ -96,7 +96,7 @@ def test_dense_equivalence_as_make_demo_runs_it(tmp_path):
 
 @pytest.mark.skipif(not shutil.which("make"), reason="make is not installed")
 def test_make_demo_runs_dense_equivalence():
-    command = ["make", "--dry-run", "demo"]
+    command = ["make", "--dry-run", "--no-print-directory", "demo"]
     result = subprocess.run(command, cwd=ROOT, encoding="utf-8", capture_output=True)
     assert "python examples/dense_equivalence.py" in result.stdout.splitlines()[-1]
 
