@@ -1,5 +1,7 @@
 """Weights go from Keras's layer to this one and back."""
 
+import inspect
+
 import keras
 import ml_dtypes
 import numpy as np
@@ -22,6 +24,8 @@ BEYOND_KERAS = {
     "plain mean",
     "frozen statistics",
 }
+if "renorm" not in inspect.signature(keras.layers.BatchNormalization).parameters:
+    BEYOND_KERAS.add("renorm")
 SHARED = [form for form in FORMS if form not in BEYOND_KERAS]
 WAYS = {
     "to keras_bn": (keras.layers.BatchNormalization, keras_bn.BatchNormalization),

@@ -1,5 +1,7 @@
 """Exchanging Keras's batch normalization for ours in a model, and back."""
 
+import inspect
+
 import keras
 
 from keras_bn.layer import BatchNormalization
@@ -13,6 +15,10 @@ _BEYOND_KERAS = {
     "debias": False,
     "freeze_statistics": False,
 }
+# Older releases of Keras have no renorm.
+_TAKEN_BY_KERAS = inspect.signature(keras.layers.BatchNormalization).parameters
+if "renorm" not in _TAKEN_BY_KERAS:
+    _BEYOND_KERAS["renorm"] = False
 
 
 def from_keras(model, *, in_place=False):
@@ -123,8 +129,9 @@ def _from_keras(layer):
 
 def _to_keras(layer):
     config = layer.get_config()
-    for name in _BEYOND_KERAS:
-        config.pop(name)
+    for name in (*_BEYOND_KERAS, "renorm_clipping", "renorm_momentum"):
+        if name not in _TAKEN_BY_KERAS:
+            config.pop(name)
     return keras.layers.BatchNormalization.from_config(config)
 
 

@@ -1,5 +1,7 @@
 """from_keras and to_keras: everything the same but the layer."""
 
+import inspect
+
 import keras
 import numpy as np
 import pytest
@@ -20,6 +22,7 @@ from keras_bn.tools.graph import walk
 
 KERAS = layers.BatchNormalization
 OURS = keras_bn.BatchNormalization
+HAS_RENORM = "renorm" in inspect.signature(KERAS).parameters
 
 
 def norms(model, kind=(KERAS, OURS)):
@@ -302,6 +305,7 @@ def test_to_keras_names_what_keras_lacks(options, named):
         keras_bn.to_keras(layer)
 
 
+@pytest.mark.skipif(not HAS_RENORM, reason="this Keras has no renorm")
 def test_renorm_is_carried_both_ways():
     model = randomized(
         keras.Sequential(
@@ -317,6 +321,13 @@ def test_renorm_is_carried_both_ways():
     for a, b, c in zip(model.variables, ours.variables, back.variables, strict=True):
         np.testing.assert_allclose(b.numpy(), a.numpy(), rtol=1e-5, atol=1e-5)
         np.testing.assert_array_equal(b.numpy(), c.numpy())
+
+
+@pytest.mark.skipif(HAS_RENORM, reason="this Keras has renorm")
+def test_to_keras_without_renorm():
+    with pytest.raises(ValueError, match="no equivalent of renorm=True in 'norm'"):
+        keras_bn.to_keras(OURS(renorm=True, name="norm"))
+    assert type(keras_bn.to_keras(OURS(name="norm"))) is KERAS
 
 
 def test_a_model_with_lost_statistics_can_be_converted():
