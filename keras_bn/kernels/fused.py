@@ -11,9 +11,9 @@ from keras_bn.moments import Moments
 LARGE_MEAN = 8.0
 
 # The op adds up rows one after another, half of them in each of two threads, and from
-# here on loses more than twice what pairwise sums do: the rows are then cut into
-# FOLDS, each a column of its own, and their moments merged.
-FOLD_FROM, FOLDS = 1024, 16
+# here on loses more than twice what pairwise sums do: the rows are then cut into parts
+# and the sums of the parts merged. Columns of the op are COLUMNS times as many then.
+PARTS_FROM, PARTS, COLUMNS = 1024, 256, 16
 
 
 def normalize_batch(x, gamma, beta, *, axes, epsilon):
@@ -54,13 +54,13 @@ def normalize_batch(x, gamma, beta, *, axes, epsilon):
     def normalize(x, gamma, beta):
         inner = _to_rank_4(x, axis)
         elements = inner.shape.num_elements()
-        few = elements is not None and elements // channels < FOLD_FROM
+        few = elements is not None and elements // channels < PARTS_FROM
         # What cuDNN saves for the backward pass is its own.
         if few or dispatch.on_gpu():
             y, mean, variance, *saved = _op(inner, gamma, beta, epsilon)
             variance = _biased(variance, count)
         else:
-            mean, variance = _folded_moments(inner, epsilon)
+            mean, variance = _moments(inner, epsilon)
             y, _, _, _, _, other = _op(inner, gamma, beta, epsilon, mean, variance)
             saved = mean, variance, other
 
@@ -137,24 +137,55 @@ def _biased(variance, count):
     return variance * (tf.maximum(count - 1, 1) / tf.maximum(count, 1))
 
 
-def _folded_moments(x, epsilon):
-    """Mean and variance of each channel, merged from those of parts of the rows.
+def _moments(x, epsilon):
+    """Mean and variance of each channel, from those of parts of the rows."""
+    if x.dtype != tf.float32:
+        return _moments_by_op(x, epsilon)
+    mean, variance, near = _moments_about_zero(x)
+    return tf.cond(near, lambda: (mean, variance), lambda: _moments_by_op(x, epsilon))
 
-    The parts are equal: as many of them as the largest power of two that divides the
-    number of rows, up to `FOLDS`.
+
+def _moments_about_zero(x):
+    """The moments as one pass over `x` tells them, and whether that is near enough.
+
+    It takes E[x²] − E[x]², whose error grows with the square of the mean in standard
+    deviations and falls with the number of parts, which are merged in float64. Near
+    enough is what has no more error than the two passes of Keras's layer.
     """
     channels = x.shape[-1]
-    rows = tf.size(x) // channels
-    folds = tf.maximum(tf.minimum(tf.bitwise.bitwise_and(rows, -rows), FOLDS), 1)
-    width = folds * channels
-    parts = tf.reshape(x, [rows // folds, 1, 1, width])
+    parts, rows = _cut(x, PARTS)
+    x = tf.reshape(x, [parts, rows, channels])
+    sums = tf.cast(tf.matmul(tf.ones([parts, 1, rows]), x)[:, 0], tf.float64)
+    norms = tf.cast(tf.raw_ops.EuclideanNorm(input=x, axis=[1]), tf.float64)
+    count = tf.cast(parts * rows, tf.float64)
+    mean = tf.reduce_sum(sums, 0) / count
+    square = tf.square(mean)
+    variance = tf.maximum(tf.reduce_sum(tf.square(norms), 0) / count - square, 0)
+    allowed = tf.cast(parts, tf.float64) / 16
+    near = ~tf.reduce_any(square > allowed * variance)
+    return tf.cast(mean, tf.float32), tf.cast(variance, tf.float32), near
+
+
+def _moments_by_op(x, epsilon):
+    """The moments by the op, each part of the rows a column of its own."""
+    channels = x.shape[-1]
+    columns, rows = _cut(x, COLUMNS)
+    width = columns * channels
+    parts = tf.reshape(x, [rows, 1, 1, width])
     _, mean, variance, *_ = _op(parts, tf.ones([width]), tf.zeros([width]), epsilon)
-    variance = _biased(variance, tf.cast(rows // folds, tf.float32))
+    variance = _biased(variance, tf.cast(rows, tf.float32))
     mean = tf.reshape(mean, [-1, channels])
     variance = tf.reshape(variance, [-1, channels])
     whole = mean[0] + tf.reduce_mean(mean - mean[0], 0)
     between = tf.reduce_mean(tf.math.squared_difference(mean, whole), 0)
     return whole, tf.reduce_mean(variance, 0) + between
+
+
+def _cut(x, most):
+    """How many equal parts to cut the rows into, a power of two; the rows of each."""
+    rows = tf.size(x) // x.shape[-1]
+    parts = tf.maximum(tf.minimum(tf.bitwise.bitwise_and(rows, -rows), most), 1)
+    return parts, rows // parts
 
 
 def _float32(parameter):
