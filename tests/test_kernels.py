@@ -97,8 +97,10 @@ def test_against_the_oracle(way, shape, axes, unknown_sizes):
         np.testing.assert_allclose(got[name], value, rtol=2e-5, atol=2e-5, err_msg=name)
 
 
-@pytest.mark.parametrize("mean", [0.0, 4.0, 1e2, 1e4, 1e5])
-@pytest.mark.parametrize("shape", [(64, 8), (8, 16, 16, 4), (32768, 8)], ids=str)
+@pytest.mark.parametrize("mean", [0.0, 2.0, 3.5, 7.0, 1e2, 1e4, 1e5])
+@pytest.mark.parametrize(
+    "shape", [(64, 8), (8, 16, 16, 4), (1569, 32), (32768, 8)], ids=str
+)
 @pytest.mark.parametrize("way", WAYS)
 def test_error_is_at_most_twice_keras(way, shape, mean):
     axes = (len(shape) - 1,)
@@ -222,7 +224,7 @@ def test_fused_keeps_only_the_input_alive():
         return tape.gradient(y, x, output_gradients=upstream)
 
     graph = run.get_concrete_function(tf.constant(x), tf.constant(upstream)).graph
-    _, backward = (op for op in graph.get_operations() if op.type == "StatelessIf")
+    *_, backward = (op for op in graph.get_operations() if op.type == "StatelessIf")
     whole = [source(t) for t in backward.inputs if t.shape == x.shape]
     assert set(whole) == {source(t) for t in graph.inputs}
 
@@ -232,6 +234,24 @@ def source(tensor):
     while tensor.op.type in ("Identity", "IdentityN"):
         tensor = tensor.op.inputs[tensor.value_index]
     return tensor.op
+
+
+@pytest.mark.parametrize(
+    ("rows", "shift", "near"),
+    [(1024, 1.8, True), (1024, 2.2, False), (4096, 3.8, True), (4100, 4.2, False)],
+)
+def test_one_pass_is_near_enough_up_to_some_standard_deviations(rows, shift, near):
+    """What it says then is nearly exact; else it says that it is not."""
+    x = np.random.default_rng(0).normal(size=(rows, 3))
+    x = (x - x.mean(0)) / x.std(0)
+    x[:, 1] += shift
+    x = x.astype("float32")
+    mean, variance, said = map(array, fused._moments_about_zero(tf.constant(x)))
+    assert said == near
+    _, want_mean, want_variance = oracle.moments(x, (1,))
+    if near:
+        np.testing.assert_allclose(mean, want_mean, rtol=1e-6, atol=1e-6)
+        np.testing.assert_allclose(variance, want_variance, rtol=1e-6)
 
 
 @pytest.mark.parametrize("large", [True, False])

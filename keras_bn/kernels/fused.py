@@ -12,8 +12,12 @@ LARGE_MEAN = 8.0
 
 # The op adds up rows one after another, half of them in each of two threads, and from
 # here on loses more than twice what pairwise sums do: the rows are then cut into parts
-# and the sums of the parts merged. Columns of the op are COLUMNS times as many then.
-PARTS_FROM, PARTS, COLUMNS = 1024, 256, 16
+# and what the parts give is merged.
+PARTS_FROM = 1024
+
+# How many parts at most: for sums in one pass, of PART rows at least; and for the op,
+# which has them as columns of their own.
+PARTS, PART, COLUMNS = 256, 16, 16
 
 
 def normalize_batch(x, gamma, beta, *, axes, epsilon):
@@ -53,16 +57,26 @@ def normalize_batch(x, gamma, beta, *, axes, epsilon):
     @tf.custom_gradient
     def normalize(x, gamma, beta):
         inner = _to_rank_4(x, axis)
-        elements = inner.shape.num_elements()
-        few = elements is not None and elements // channels < PARTS_FROM
-        # What cuDNN saves for the backward pass is its own.
-        if few or dispatch.on_gpu():
+
+        def at_once():
             y, mean, variance, *saved = _op(inner, gamma, beta, epsilon)
-            variance = _biased(variance, count)
-        else:
+            return y, mean, _biased(variance, count), *saved
+
+        def in_parts():
             mean, variance = _moments(inner, epsilon)
             y, _, _, _, _, other = _op(inner, gamma, beta, epsilon, mean, variance)
-            saved = mean, variance, other
+            return y, mean, variance, mean, variance, other
+
+        # What cuDNN saves for the backward pass is its own.
+        if dispatch.on_gpu():
+            y, mean, variance, *saved = at_once()
+        else:
+            few = count < PARTS_FROM
+            known = tf.get_static_value(few)
+            if known is None:
+                y, mean, variance, *saved = tf.cond(few, at_once, in_parts)
+            else:
+                y, mean, variance, *saved = at_once() if known else in_parts()
 
         def fast():
             return _from_rank_4(y, x, axis), mean, variance
@@ -149,27 +163,44 @@ def _moments_about_zero(x):
     """The moments as one pass over `x` tells them, and whether that is near enough.
 
     It takes E[x²] − E[x]², whose error grows with the square of the mean in standard
-    deviations and falls with the number of parts, which are merged in float64. Near
-    enough is what has no more error than the two passes of Keras's layer.
+    deviations. The sums are those of parts of the rows, merged in float64, and up to a
+    square of a sixteenth of the number of parts (four standard deviations with all of
+    them) have no more error than the two passes of Keras's layer.
     """
     channels = x.shape[-1]
-    parts, rows = _cut(x, PARTS)
-    x = tf.reshape(x, [parts, rows, channels])
-    sums = tf.cast(tf.matmul(tf.ones([parts, 1, rows]), x)[:, 0], tf.float64)
-    norms = tf.cast(tf.raw_ops.EuclideanNorm(input=x, axis=[1]), tf.float64)
-    count = tf.cast(parts * rows, tf.float64)
-    mean = tf.reduce_sum(sums, 0) / count
-    square = tf.square(mean)
-    variance = tf.maximum(tf.reduce_sum(tf.square(norms), 0) / count - square, 0)
-    allowed = tf.cast(parts, tf.float64) / 16
-    near = ~tf.reduce_any(square > allowed * variance)
+    matrix = tf.reshape(x, [-1, channels])
+    count = tf.shape(matrix)[0]
+    parts = tf.clip_by_value(count // PART, 1, PARTS)
+    rows = count // parts
+    even = tf.reshape(matrix[: parts * rows], [parts, rows, channels])
+    rest = matrix[None, parts * rows :]
+    sums, squares = (
+        tf.reduce_sum(one, 0) + tf.reduce_sum(other, 0)
+        for one, other in zip(_power_sums(even), _power_sums(rest), strict=True)
+    )
+    count = tf.cast(count, tf.float64)
+    mean = sums / count
+    variance = tf.maximum(squares / count - tf.square(mean), 0)
+    allowed = variance * tf.cast(parts, tf.float64) / 16
+    near = ~tf.reduce_any(tf.square(mean) > allowed)
     return tf.cast(mean, tf.float32), tf.cast(variance, tf.float32), near
+
+
+def _power_sums(parts):
+    """The sums over the middle axis of `parts` and of their squares, in float64."""
+    ones = tf.ones([tf.shape(parts)[0], 1, tf.shape(parts)[1]])
+    sums = tf.matmul(ones, parts)[:, 0]
+    norms = tf.raw_ops.EuclideanNorm(input=parts, axis=[1])
+    return tf.cast(sums, tf.float64), tf.square(tf.cast(norms, tf.float64))
 
 
 def _moments_by_op(x, epsilon):
     """The moments by the op, each part of the rows a column of its own."""
     channels = x.shape[-1]
-    columns, rows = _cut(x, COLUMNS)
+    rows = tf.size(x) // channels
+    # The largest power of two that divides the number of rows, up to COLUMNS.
+    columns = tf.minimum(tf.bitwise.bitwise_and(rows, -rows), COLUMNS)
+    rows //= columns
     width = columns * channels
     parts = tf.reshape(x, [rows, 1, 1, width])
     _, mean, variance, *_ = _op(parts, tf.ones([width]), tf.zeros([width]), epsilon)
@@ -179,13 +210,6 @@ def _moments_by_op(x, epsilon):
     whole = mean[0] + tf.reduce_mean(mean - mean[0], 0)
     between = tf.reduce_mean(tf.math.squared_difference(mean, whole), 0)
     return whole, tf.reduce_mean(variance, 0) + between
-
-
-def _cut(x, most):
-    """How many equal parts to cut the rows into, a power of two; the rows of each."""
-    rows = tf.size(x) // x.shape[-1]
-    parts = tf.maximum(tf.minimum(tf.bitwise.bitwise_and(rows, -rows), most), 1)
-    return parts, rows // parts
 
 
 def _float32(parameter):
