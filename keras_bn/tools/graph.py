@@ -394,7 +394,9 @@ def _copy_compilation(old, new, variables):
     optimizer: Any = getattr(old, "optimizer", None)
     if not compile_alike(new, old) or not optimizer.built:
         return
-    new.optimizer.build([variables[id(v)] for v in optimizer._trainable_variables])
+    # One that scales the loss leaves the variables to the one within.
+    holder = getattr(optimizer, "inner_optimizer", optimizer)
+    new.optimizer.build([variables[id(v)] for v in holder._trainable_variables])
     for mine, theirs in zip(optimizer.variables, new.optimizer.variables, strict=True):
         theirs.assign(mine)
 
