@@ -1,0 +1,47 @@
+"""What the figures have in common."""
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+# The side a figure speaks for, what it is compared with, then others in this order.
+WITH, WITHOUT = "#2f6690", "#d1603d"
+COLORS = (WITH, WITHOUT, "#f2b134", "#3a7d44", "#7b5ea7", "#22333b")
+
+
+def new_figure(title, mosaic, size=(11, 5)):
+    """A figure that says in its title what there is to see.
+
+    Args:
+        title: the finding or the question, in one or two lines.
+        mosaic: names of its axes, as for `plt.subplot_mosaic`.
+        size: width and height, in units of 100 pixels.
+
+    Returns:
+        `(figure, axes)`, axes being a dictionary by name.
+    """
+    figure, axes = plt.subplot_mosaic(mosaic, figsize=size, layout="constrained")
+    figure.suptitle(title, weight="bold", x=0.01, ha="left")
+    return figure, axes
+
+
+def tidy(axis, title="", xlabel="", ylabel="", grid="y"):
+    """Label an axis, and take off it what says nothing."""
+    axis.set_title(title, loc="left", fontsize="medium")
+    axis.set_xlabel(xlabel)
+    axis.set_ylabel(ylabel)
+    axis.spines[["top", "right"]].set_visible(False)
+    if grid:
+        axis.grid(axis=grid, alpha=0.25)
+        axis.set_axisbelow(True)
+
+
+def dots(axis, at, values, color, label=None):
+    """One dot per seed beside each other at x = `at`, and a bar at their median."""
+    values = np.asarray(values, float)
+    beside = at + np.linspace(-0.12, 0.12, len(values))
+    axis.plot(beside, values, "o", color=color, alpha=0.5, mew=0, label=label)
+    axis.hlines(np.median(values), at - 0.25, at + 0.25, color=color, lw=3)
