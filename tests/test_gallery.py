@@ -10,7 +10,7 @@ from scripts import ROOT, assert_is_a_drawing, run
 pytest.importorskip("matplotlib", reason="the examples draw with matplotlib")
 pytest.importorskip("sklearn", reason="the examples take scikit-learn's digits")
 
-GALLERY = []
+GALLERY = ["convergence", "placement"]
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 import numpy as np
+from PIL import Image
 
 # The side a figure speaks for, what it is compared with, then others in this order.
 WITH, WITHOUT = "#2f6690", "#d1603d"
@@ -45,3 +46,12 @@ def dots(axis, at, values, color, label=None):
     beside = at + np.linspace(-0.12, 0.12, len(values))
     axis.plot(beside, values, "o", color=color, alpha=0.5, mew=0, label=label)
     axis.hlines(np.median(values), at - 0.25, at + 0.25, color=color, lw=3)
+
+
+def save(figure, path):
+    """Write a figure as a PNG of 256 colours, half the size of a full one."""
+    figure.savefig(path, dpi=100)
+    with Image.open(path) as image:
+        small = image.convert("RGB").quantize(256, dither=Image.Dither.NONE)
+    small.save(path, optimize=True)
+    plt.close(figure)

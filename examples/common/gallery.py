@@ -8,12 +8,10 @@ over the figures. It looks like this:
     What is trained and measured. Source: Authors, "Title", year.
     \"\"\"
 
-    from common import gallery  # isort: skip
+    from common import claims, data, drawing, gallery  # isort: skip
 
     import itertools
     import sys
-
-    from common import claims, data, drawing
 
     CLAIM = "The claim in one or two sentences."
 
@@ -49,7 +47,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.progress import TimeElapsedColumn as Elapsed
 
 import keras_bn
-from common import claims, terminal
+from common import claims, drawing, terminal
 from keras_bn.tools.files import write_whole
 
 
@@ -149,12 +147,14 @@ class Example:
         }
         text = json.dumps(_plain(results), indent=2, allow_nan=False) + "\n"
         self._write("json", lambda path: path.write_text(text))
-        self._write("png", lambda path: picture.savefig(path, dpi=100))
+        self._write("png", lambda path: drawing.save(picture, path))
         self._judgement(parts)
         self._console.print(
             f"\nFigures and picture are in {self.out}", markup=False, soft_wrap=True
         )
         self.say("", f"Claim: {claim}")
+        if failed := [part.says for part in parts if not part.held]:
+            self.say(f"Not held: {'; '.join(failed)}.")
         self.say(
             terminal.good("The claim held here.")
             if held
