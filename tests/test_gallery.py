@@ -4,13 +4,14 @@ import importlib
 import json
 import math
 
+import numpy as np
 import pytest
 from scripts import ROOT, assert_is_a_drawing, run
 
 pytest.importorskip("matplotlib", reason="the examples draw with matplotlib")
 pytest.importorskip("sklearn", reason="the examples take scikit-learn's digits")
 
-GALLERY = ["convergence", "placement"]
+GALLERY = ["convergence", "placement", "convolution", "sequences", "gan"]
 
 
 @pytest.fixture
@@ -139,3 +140,23 @@ def test_small_digits_are_the_enlarged_ones(example):
     assert small.x_train.shape == (1440, 8, 8, 1)
     image = large.x_val[5].reshape(28, 28)[2:-2:3, 2:-2:3]
     assert (small.x_val[5, ..., 0] == image).all()
+
+
+@pytest.mark.parametrize("kind", ["separate batches", "mixed batches"])
+def test_the_gradient_penalty_of_the_gan(example, kind):
+    """Trained with it, the discriminator is less steep at the real images."""
+    gan, keras = example("gan"), example("keras")
+    images = example("common.data").small_digits().x_train
+    rng = np.random.default_rng(0)
+    real = keras.ops.convert_to_tensor(images[:60].reshape(-1, 64))
+    fake = keras.ops.convert_to_tensor(rng.uniform(size=(60, 64)).astype("float32"))
+    steepness = []
+    for weight in (0.0, 3.0):
+        pair = gan.Pair(kind, weight)
+        pair.restart(0)
+        for _ in range(5):
+            pair.epoch(images, np.random.default_rng(0))
+        assert bool(pair.judge(real, fake)[2] > 0) is (weight > 0)
+        pair.penalty = 1.0
+        steepness.append(float(pair.judge(real, fake)[2]))
+    assert steepness[1] < 0.5 * steepness[0]

@@ -58,9 +58,12 @@ class Example:
         short: whether --short asks for less of everything, to see that it runs.
         seeds: range of the seeds to go through.
         out: folder of the results, a `Path`.
+        given: namespace of the command line, for options of the example's own.
     """
 
-    def __init__(self, name, description, seeds, short_seeds=2, argv=None):
+    def __init__(
+        self, name, description, seeds, short_seeds=2, argv=None, options=None
+    ):
         """Read the command line.
 
         Args:
@@ -69,8 +72,10 @@ class Example:
             seeds: how many seeds a full run takes if --seeds doesn't say.
             short_seeds: how many with --short.
             argv: list of arguments; None for those of the command line.
+            options: function that adds arguments to the parser it is given.
         """
-        given = _parse(name, description, seeds, short_seeds, argv)
+        given = _parse(name, description, seeds, short_seeds, argv, options)
+        self.given = given
         self.name = name
         self.short = given.short
         self.seeds = range(given.seeds or (short_seeds if given.short else seeds))
@@ -139,7 +144,10 @@ class Example:
             "held": held,
             "parts": [_part(part) for part in parts],
             "figures": figures,
-            "settings": {"short": self.short, "seeds": len(self.seeds)},
+            "settings": {
+                **{k: v for k, v in vars(self.given).items() if k != "out"},
+                "seeds": len(self.seeds),
+            },
             "versions": {
                 "python": platform.python_version(),
                 **{m.__name__: m.__version__ for m in (np, tf, keras, keras_bn)},
@@ -186,7 +194,7 @@ class Example:
         self.say("", table)
 
 
-def _parse(name, description, seeds, short_seeds, argv):
+def _parse(name, description, seeds, short_seeds, argv, options):
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -208,6 +216,8 @@ def _parse(name, description, seeds, short_seeds, argv):
         metavar="DIR",
         help="folder for picture and figures (%(default)s)",
     )
+    if options:
+        options(parser)
     return parser.parse_args(argv)
 
 
