@@ -85,7 +85,7 @@ def measured(history, rates):
     reached = accuracy[usual] >= GOAL
     epochs = np.where(reached.any(axis=-1), reached.argmax(axis=-1) + 1, np.inf)
     first = norms[:, 0, 0, :]
-    # Both kinds train at this rate, and more steps apart than one are other weights.
+    # Per step, at a rate at which both kinds train; changes from the second epoch on.
     along = norms[usual, np.argmin(abs(rates - 0.1))]
     changes = np.abs(np.diff(np.log(along[parallel.STEPS :]), axis=0))
     return {
@@ -99,9 +99,7 @@ def measured(history, rates):
         "accuracies": accuracy[usual, best],
         "first_gradients": first,
         "first_gradients_span": np.log10(first.max() / first.min()),
-        "gradients": along.reshape(-1, parallel.STEPS, parallel.HIDDEN + 1).mean(
-            axis=1
-        ),
+        "gradients": np.mean(np.split(along, accuracy.shape[-1]), axis=1),
         "gradient_change": np.median(changes),
     }
 

@@ -91,6 +91,12 @@ class Pair:
     """A generator and a discriminator."""
 
     def __init__(self, kind, penalty):
+        """Build both.
+
+        Args:
+            kind: one of `KINDS`.
+            penalty: weight of the gradient penalty.
+        """
         normalized = kind != "no normalization"
         self._mixed = kind == "mixed batches"
         self.penalty = penalty
@@ -111,6 +117,7 @@ class Pair:
         self._compiled(images.reshape(-1, 64)[order], noise)
 
     def samples(self, rng):
+        """Fakes, made in inference: an array of shape (FAKES, 64)."""
         noise = rng.normal(size=(FAKES, NOISE)).astype("float32")
         return self._generator.predict_on_batch(noise)
 

@@ -142,6 +142,27 @@ def test_small_digits_are_the_enlarged_ones(example):
     assert (small.x_val[5, ..., 0] == image).all()
 
 
+def test_restart_is_the_same_for_a_seed_and_another_for_others(example):
+    keras = example("keras")
+    layers = [keras.Input((3,)), keras.layers.Dense(2), keras.layers.Dense(1)]
+    model = keras.Sequential(layers)
+    model.compile("adam", "mse")
+    restart = example("common.restart").Restart(model)
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(8, 3)), rng.normal(size=(8, 1))
+
+    def trained(seed):
+        restart(seed)
+        start = model.get_weights()
+        losses = [float(model.train_on_batch(x, y)) for _ in range(3)]
+        return start, losses
+
+    (start, losses), (other, _), (again, again_losses) = map(trained, (0, 1, 0))
+    assert (start[0] != other[0]).any()
+    np.testing.assert_array_equal(start[0], again[0])
+    np.testing.assert_allclose(losses, again_losses, rtol=1e-5)
+
+
 @pytest.mark.parametrize("kind", ["separate batches", "mixed batches"])
 def test_the_gradient_penalty_of_the_gan(example, kind):
     """Trained with it, the discriminator is less steep at the real images."""
