@@ -42,7 +42,7 @@ COLORS = dict(zip(KINDS, drawing.COLORS, strict=False))
 def main(argv=None):
     """Run the example; returns the exit status."""
     example = gallery.Example("sequences", __doc__, seeds=5, short_seeds=1, argv=argv)
-    steps = 60 if example.short else 200
+    steps, batches = (30, 2) if example.short else (200, 8)
     digits = data.small_digits()
     figures = [{"seed": seed} for seed in example.seeds]
     jobs = example.each(itertools.product(NETWORKS, KINDS, example.seeds))
@@ -51,7 +51,7 @@ def main(argv=None):
             learner = Learner(network, kind)
         learner.restart(seed)
         learner.train(digits, steps, seed)
-        figures[seed].setdefault(network, {})[kind] = learner.measured(digits)
+        figures[seed].setdefault(network, {})[kind] = learner.measured(digits, batches)
     rows = [
         (network, kind, *row([seed[network][kind] for seed in figures]))
         for network in NETWORKS
@@ -77,15 +77,20 @@ class Learner:
             batch = sequences(digits.x_train, digits.y_train, rng, BATCH)
             self.model.train_on_batch(*batch)
 
-    def measured(self, digits):
-        """The figures of what was trained; the model's statistics are others after."""
+    def measured(self, digits, batches):
+        """The figures of what was trained; the model's statistics are others after.
+
+        Args:
+            digits: what `data.small_digits` returns.
+            batches: how many to recalibrate on.
+        """
         rng = np.random.default_rng(0)
         inputs, largest = sequences(digits.x_val, digits.y_val, rng, 1024)
         accuracy = self._accuracy(inputs, largest)
         batch = [part[:BATCH] for part in inputs]
         answers = [self._in_training(padded(batch, length)) for length in LENGTHS]
         moved = [float(np.abs(answer - answers[0]).mean()) for answer in answers]
-        longer, _ = sequences(digits.x_train, digits.y_train, rng, 8 * BATCH)
+        longer, _ = sequences(digits.x_train, digits.y_train, rng, batches * BATCH)
         longer = padded(longer, LENGTHS[-1])
         keras_bn.recalibrate(self.model, longer, batch_size=BATCH, verbose=0)
         return {
