@@ -11,7 +11,18 @@ from scripts import ROOT, assert_is_a_drawing, run
 pytest.importorskip("matplotlib", reason="the examples draw with matplotlib")
 pytest.importorskip("sklearn", reason="the examples take scikit-learn's digits")
 
-GALLERY = ["convergence", "placement", "convolution", "sequences", "gan"]
+GALLERY = [
+    "convergence",
+    "placement",
+    "convolution",
+    "sequences",
+    "gan",
+    "transfer",
+    "small_batches",
+    "shifted_domain",
+    "inference_gap",
+    "weight_averaging",
+]
 
 
 @pytest.fixture
