@@ -4,21 +4,18 @@ import argparse
 import functools
 import importlib
 import json
-import os
-import pathlib
 import shutil
 import subprocess
-import sys
 
 import numpy as np
 import pytest
+from scripts import ROOT, assert_is_a_drawing, run
 
 import keras_bn
 
 pytest.importorskip("matplotlib", reason="the examples draw with matplotlib")
 pytest.importorskip("sklearn", reason="the examples take scikit-learn's digits")
 
-ROOT = pathlib.Path(keras_bn.__file__).parents[1]
 QUANTITIES = {"outputs", "weights", "moving statistics"}
 
 
@@ -27,16 +24,6 @@ def example(monkeypatch):
     """Imports a module of examples/."""
     monkeypatch.syspath_prepend(ROOT / "examples")
     return importlib.import_module
-
-
-def run(script, *arguments, **environment):
-    return subprocess.run(
-        [sys.executable, ROOT / "examples" / script, *map(str, arguments)],
-        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
-        encoding="utf-8",
-        capture_output=True,
-        timeout=300,
-    )
 
 
 def read_table(folder, reference, epochs, runs):
@@ -64,14 +51,6 @@ def read_table(folder, reference, epochs, runs):
                 # Two kernels that round alike to the last bit are the same kernel.
                 assert difference > 0
     return table
-
-
-def assert_is_a_drawing(path):
-    from matplotlib import image
-
-    pixels = image.imread(path)
-    assert min(pixels.shape[:2]) > 500
-    assert len(np.unique(pixels[..., :3].reshape(-1, 3), axis=0)) > 100
 
 
 def test_dense_equivalence_as_make_demo_runs_it(tmp_path):

@@ -1,4 +1,4 @@
-"""Handwritten digits of 28x28: scikit-learn's, enlarged, or the real MNIST."""
+"""Handwritten digits: scikit-learn's of 8x8, these enlarged to 28x28, or MNIST."""
 
 import dataclasses
 import socket
@@ -14,7 +14,7 @@ UNREADABLE = (OSError, EOFError, LookupError, TypeError, ValueError, zipfile.Bad
 
 @dataclasses.dataclass
 class Data:
-    """Images as float64 rows of 784 in [0, 1], and their classes."""
+    """Images as float64 rows of 784 in [0, 1], if not said otherwise, and classes."""
 
     x_train: np.ndarray
     y_train: np.ndarray
@@ -41,13 +41,29 @@ def load(name, mnist_file=None):
     return _mnist() if mnist_file is None else _mnist_file(mnist_file)
 
 
-def _digits(training=1440):
+def small_digits(training=1440):
+    """scikit-learn's digits as they are, with a channel axis: what convolutions take.
+
+    Returns:
+        `Data`, with float32 images of shape (images, 8, 8, 1) in [0, 1].
+    """
     images, classes = load_digits(return_X_y=True)
-    images = np.kron(images.reshape(-1, 8, 8), np.ones((1, 3, 3)))
-    images = np.pad(images, ((0, 0), (2, 2), (2, 2))).reshape(-1, 784) / 16
+    images = images.reshape(-1, 8, 8, 1).astype("float32") / 16
     order = np.random.default_rng(0).permutation(len(images))
     train, val = np.split(order, [training])
     return Data(images[train], classes[train], images[val], classes[val])
+
+
+def _digits():
+    small = small_digits()
+    x_train, x_val = (_enlarged(x) for x in (small.x_train, small.x_val))
+    return Data(x_train, small.y_train, x_val, small.y_val)
+
+
+def _enlarged(images):
+    """From (images, 8, 8, 1) to rows of 28x28, in float64."""
+    images = np.kron(images[..., 0].astype("float64"), np.ones((1, 3, 3)))
+    return np.pad(images, ((0, 0), (2, 2), (2, 2))).reshape(-1, 784)
 
 
 def _mnist():

@@ -1,14 +1,13 @@
 """What the terminal shows: tables that fill while the models train, and a verdict."""
 
 import numpy as np
-from rich import box
 from rich.columns import Columns
-from rich.console import Console, Group
+from rich.console import Group
 from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 from rich.text import Text
 
+from common.terminal import bad, console, good, new_table
 from common.training import FLOAT64_TOLERANCE, OURS, QUANTITIES, REORDERED
 
 
@@ -19,9 +18,7 @@ class Report:
     """
 
     def __init__(self):
-        self._console = Console(highlight=False)
-        if self._console.width < 80:
-            self._console = Console(highlight=False, width=80)
+        self._console = console()
         self._live = None
 
     def __enter__(self):
@@ -37,7 +34,7 @@ class Report:
 
     def start(self, run, steps):
         self._run = run
-        self._table = table = _table(f"{run.title}, {run.dtype}", width=80)
+        self._table = table = new_table(f"{run.title}, {run.dtype}", width=80)
         table.add_column("")
         table.add_column("", min_width=len(OURS))
         for name in ("loss", "accuracy", "val. acc.", "time"):
@@ -109,7 +106,7 @@ class Report:
         Args:
             runs: list of `Run`, of one model.
         """
-        table = _table("How far apart they ended, and how far they might")
+        table = new_table("How far apart they ended, and how far they might")
         for name in ("", "", "difference", "allowed", "kept", "largest in"):
             right = name in ("difference", "allowed")
             table.add_column(name, justify="right" if right else "left")
@@ -120,7 +117,7 @@ class Report:
                     quantity,
                     f"{difference.value:.1e}",
                     f"{allowed:.1e}",
-                    _good("yes") if kept else _bad("NO"),
+                    good("yes") if kept else bad("NO"),
                     difference.where,
                 )
             table.add_section()
@@ -135,7 +132,7 @@ class Report:
         for run in runs:
             for name, same in run.reloaded_identical.items():
                 outputs = f"Outputs of {name} in {run.dtype}, saved and reloaded: "
-                said = _good("identical") if same else _bad("NOT identical")
+                said = good("identical") if same else bad("NOT identical")
                 self.say(Text.assemble(outputs, said))
 
     def written(self, what, folder):
@@ -144,23 +141,9 @@ class Report:
 
     def verdict(self, equivalent):
         """Say it on a line of its own; returns the exit status."""
-        say = _good if equivalent else _bad
+        say = good if equivalent else bad
         self.say("", say("Verdict: " + "NOT " * (not equivalent) + "equivalent"))
         return 0 if equivalent else 1
-
-
-def _table(title, width=None):
-    return Table(
-        width=width,
-        title=title,
-        title_justify="left",
-        title_style="bold",
-        caption_justify="left",
-        caption_style="dim",
-        header_style="bold",
-        box=box.HORIZONTALS,
-        padding=(0, 1, 0, 0),
-    )
 
 
 def _cells(snapshot):
@@ -170,14 +153,6 @@ def _cells(snapshot):
         f"{snapshot.val_accuracy:.2%}",
         f"{snapshot.seconds:.2f}"[:4].rstrip(".") + " s",
     )
-
-
-def _good(text):
-    return Text(text, "bold green")
-
-
-def _bad(text):
-    return Text(text, "bold red")
 
 
 def _draw(image):

@@ -1,4 +1,4 @@
-"""Recalibration on scikit-learn's handwritten digits: what it mends, where it hurts."""
+"""On scikit-learn's digits: what recalibration mends and spoils, freezing keeps."""
 
 import functools
 
@@ -127,3 +127,33 @@ def test_a_skewed_stream_hurts_and_warns_and_a_prior_helps(seed):
     with pytest.warns(UserWarning, match="classes in effect"):
         recalibrate(model, stream, batch_size=None, prior=400)
     assert accuracy(model, x, y) > before - 0.02
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_fine_tuning_leaves_frozen_statistics_alone_to_the_bit(seed):
+    x, y, *_ = digits(seed)
+    negative, labels = 1 - x[:40], y[:40]
+    base = copy(trained(seed))
+    keras_bn.freeze(base)
+    base.pop()
+    model = keras.Sequential([base, layers.Dense(10)])
+    before = variables(base)
+    base.trainable = False
+    fit(model, 3e-3, 1, negative, labels)
+    assert changed(before, variables(base)) == set()
+    base.trainable = True
+    fit(model, 3e-3, 1, negative, labels)
+    moving = {path for path in before if "moving" in path}
+    assert len(moving) == 4
+    assert changed(before, variables(base)) == before.keys() - moving
+    keras_bn.unfreeze(base)
+    fit(model, 3e-3, 1, negative, labels)
+    assert changed(before, variables(base)) == before.keys()
+
+
+def variables(model):
+    return {v.path: v.numpy() for v in model.variables if "seed" not in v.path}
+
+
+def changed(before, after):
+    return {path for path in before if not np.array_equal(before[path], after[path])}

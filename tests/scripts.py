@@ -1,0 +1,30 @@
+"""Running the examples, and what they draw."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+
+import keras_bn
+
+ROOT = pathlib.Path(keras_bn.__file__).parents[1]
+
+
+def run(script, *arguments, **environment):
+    return subprocess.run(
+        [sys.executable, ROOT / "examples" / script, *map(str, arguments)],
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+        encoding="utf-8",
+        capture_output=True,
+        timeout=300,
+    )
+
+
+def assert_is_a_drawing(path):
+    from matplotlib import image
+
+    pixels = image.imread(path)
+    assert min(pixels.shape[:2]) > 400
+    assert len(np.unique(pixels[..., :3].reshape(-1, 3), axis=0)) > 100
