@@ -53,20 +53,28 @@ def on_files(files, config):
 
 
 def on_page_markdown(markdown, page, config, files):
-    """Links as they are in the repository become those of the site."""
+    """Links as they are in the repository become those of the site.
+
+    What the site doesn't have, such as code, stays as the text alone.
+    """
     of_page = {page: source for source, page in PAGES.items()}
     uri = page.file.src_uri
     folder = posixpath.dirname(of_page.get(uri, f"docs/{uri}"))
 
     def rewritten(match):
         target = posixpath.normpath(posixpath.join(folder, match["target"]))
+        if (ROOT / target).is_file() and not target.endswith((".md", *PICTURES)):
+            return match["text"]
         target = PAGES.get(target, target.removeprefix("docs/"))
-        return f"]({target}{match['anchor']})"
+        return f"[{match['text']}]({target}{match['anchor']})"
 
     return LINK.sub(rewritten, markdown)
 
 
-LINK = re.compile(r"\]\((?!\w+:|#)(?P<target>[^)#\s]+)(?P<anchor>(?:#[^)\s]*)?)\)")
+LINK = re.compile(
+    r"\[(?P<text>[^\]]*)\]"
+    r"\((?!\w+:|#)(?P<target>[^)#\s]+)(?P<anchor>(?:#[^)\s]*)?)\)"
+)
 
 
 def _links(source, text):
