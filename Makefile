@@ -1,9 +1,9 @@
 # `make demo` and `make test` set up everything they need in .venv.
 PYTHON ?= python3
 BIN := .venv/bin
-EXTRAS ?= test,torch,examples,plot
+EXTRAS ?= test,torch,examples,plot,docs
 
-.PHONY: demo test test-all fuzz lint bench clean
+.PHONY: demo test test-all fuzz lint bench docs clean
 
 demo: .venv/demo
 	$(BIN)/python examples/dense_equivalence.py $(ARGS)
@@ -25,8 +25,11 @@ fuzz: .venv/test
 bench: .venv/test
 	$(BIN)/python -m benchmarks $(ARGS)
 
+docs: .venv/test
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict $(ARGS)
+
 clean:
-	rm -rf .venv build dist *.egg-info
+	rm -rf .venv build dist site *.egg-info
 
 .venv/pip:
 	$(PYTHON) -m venv .venv

@@ -1,5 +1,6 @@
 """Batch normalization for Keras 3 on TensorFlow."""
 
+from keras_bn.diagnosis.logger import StatisticsLogger
 from keras_bn.diagnosis.report import diagnose
 from keras_bn.layer import BatchNormalization
 from keras_bn.moments import Moments
@@ -16,6 +17,7 @@ __all__ = [
     "BatchNormalization",
     "Moments",
     "Recalibrate",
+    "StatisticsLogger",
     "__version__",
     "diagnose",
     "fold",

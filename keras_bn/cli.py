@@ -11,6 +11,7 @@ import logging
 import os
 
 from keras_bn.bench import add_bench
+from keras_bn.diagnosis.command import add_inspect
 from keras_bn.tools import files
 from keras_bn.tools.commands import ADD
 from keras_bn.version import __version__
@@ -35,7 +36,7 @@ def main(argv=None) -> int:
         "--version", action="version", version=f"keras_bn {__version__}"
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for add in (_add_verify, add_bench, *ADD):
+    for add in (_add_verify, add_bench, add_inspect, *ADD):
         add(commands)
     arguments = parser.parse_args(argv)
     _silence_tensorflow()

@@ -95,12 +95,12 @@ def _present(values):
 
 @keras.saving.register_keras_serializable(package="keras_bn")
 class BatchNormalization(keras.layers.Layer):
-    r"""Batch normalization, in the place of `keras.layers.BatchNormalization`.
+    """Batch normalization, in the place of `keras.layers.BatchNormalization`.
 
     Same arguments, weights and numbers. In training, each channel is normalized with
     the mean and population variance of the batch,
 
-    $$y = \gamma\,\frac{x - \bar x}{\sqrt{s^2 + \epsilon}} + \beta,$$
+        y = gamma * (x - mean) / sqrt(variance + epsilon) + beta,
 
     and the moving statistics take a step toward them,
     `moving = moving * momentum + batch * (1 - momentum)`. In inference, and whenever

@@ -37,12 +37,12 @@ class Moments(NamedTuple):
     variance: Any
 
     def merge(self, other: "Moments") -> "Moments":
-        r"""The moments of both sets of elements together.
+        """The moments of both sets of elements together.
 
-        With $\delta = \bar b - \bar a$ and $n = n_a + n_b$:
+        With `delta = mean_b - mean_a` and `n = n_a + n_b`:
 
-        $$\bar x = \bar a + \delta\,\frac{n_b}{n}, \qquad
-        n\,\sigma^2 = n_a\sigma_a^2 + n_b\sigma_b^2 + \delta^2\,\frac{n_a n_b}{n}$$
+            mean = mean_a + delta * n_b / n
+            n * variance = n_a * variance_a + n_b * variance_b + delta² * n_a * n_b / n
 
         The differences stay small where the means are large, so nothing cancels as
         it does in E[x²] − E[x]². A side with `count == 0` takes no part, NaN or not.

@@ -2,6 +2,8 @@
 
 import importlib
 import os
+import shutil
+import subprocess
 
 import pytest
 import tensorflow as tf
@@ -12,6 +14,11 @@ tf.config.set_logical_device_configuration(
     tf.config.list_physical_devices("CPU")[0],
     [tf.config.LogicalDeviceConfiguration()] * REPLICAS,
 )
+
+
+def in_ci():
+    """Whether this is CI, where nothing is skipped that could be there."""
+    return os.environ.get("CI", "").lower() in ("1", "true")
 
 
 def require(package):
@@ -29,9 +36,48 @@ def require(package):
         if error.name != package:
             raise
         reason = f"needs {package}, which is not installed"
-    if os.environ.get("CI", "").lower() in ("1", "true"):
+    if in_ci():
         pytest.fail(f"{reason}; in CI nothing is skipped")
     pytest.skip(reason)
+
+
+@pytest.fixture
+def browser(tmp_path):
+    """Runs a headless Chromium: `browser(url, (width, height), *options)`.
+
+    It gives what the browser printed. Without one the test is skipped; in CI it fails,
+    unless `.ci/run` says in NO_BROWSER why there can be none.
+    """
+    program = shutil.which("chromium") or shutil.which("chromium-browser")
+    if program is None:
+        reason = (
+            os.environ.get("NO_BROWSER") or "needs chromium, which is not installed"
+        )
+        if in_ci() and "NO_BROWSER" not in os.environ:
+            pytest.fail(f"{reason}; in CI nothing is skipped")
+        pytest.skip(reason)
+    quiet = (
+        "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run "
+        "--disable-background-networking --disable-component-update --disable-sync "
+        "--hide-scrollbars"
+    )
+
+    def run(url, size, *options):
+        command = [
+            program,
+            *quiet.split(),
+            f"--user-data-dir={tmp_path / 'profile'}",
+            f"--window-size={size[0]},{size[1]}",
+            *options,
+            url,
+        ]
+        result = subprocess.run(
+            command, capture_output=True, text=True, timeout=120, check=False
+        )
+        assert result.returncode == 0, result.stderr[-2000:]
+        return result.stdout
+
+    return run
 
 
 def pytest_terminal_summary(terminalreporter):

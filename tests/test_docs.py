@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+from conftest import require
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -18,6 +19,9 @@ def blocks(page):
 )
 def test_python_blocks_run_in_order(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    for package in ("matplotlib", "sklearn", "torch"):
+        if any(package in block for block in blocks(page)):
+            require(package)
     namespace = {}
     for block in blocks(page):
         exec(compile(block, str(page), "exec"), namespace)

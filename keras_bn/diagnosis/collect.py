@@ -6,7 +6,7 @@ layers, so that nothing in the model is touched.
 """
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import keras
 import numpy as np
@@ -27,6 +27,21 @@ from keras_bn.tools.linear import is_linear
 from keras_bn.tools.recalibrate import Pass, is_frozen, twin_of
 
 _INFERENCE, _TRAINING, _PROBE = "inference", "training", "probe"
+
+
+class Drift(NamedTuple):
+    """How far moving statistics are from the data's: median and worst channel.
+
+    Args:
+        mean, worst_mean: of |moving mean − mean|, in standard deviations of the data.
+        ratio, worst_ratio: of moving standard deviation / standard deviation, epsilon
+            within both; the worst is the one furthest from 1 as a factor.
+    """
+
+    mean: float
+    worst_mean: float
+    ratio: float
+    worst_ratio: float
 
 
 @dataclass
@@ -76,6 +91,16 @@ class LayerRecord:
         """Moving standard deviation / that of the data, epsilon within both."""
         with np.errstate(invalid="ignore"):
             return np.sqrt(self.moving_variance + self.epsilon) / self._stddev
+
+    @property
+    def drift(self):
+        """The `Drift` over the channels."""
+        mean, ratio = np.abs(self.mean_drift), self.stddev_ratio
+        with np.errstate(divide="ignore"):
+            worst = ratio.flat[np.argmax(np.abs(np.log(ratio)))]
+        return Drift(
+            *map(float, (np.median(mean), mean.max(), np.median(ratio), worst))
+        )
 
     @property
     def _stddev(self):

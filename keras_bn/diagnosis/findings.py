@@ -174,12 +174,12 @@ def _is_stale(layer, record):
 
 
 def _drift(layer):
-    mean, ratio = np.abs(layer.mean_drift), layer.stddev_ratio
-    worst = ratio.flat[np.argmax(np.abs(np.log(ratio)))]
+    drift = layer.drift
     return (
-        f"{np.median(mean):.2g} standard deviations in the median and {mean.max():.2g} "
-        f"in the worst channel, with a standard deviation {np.median(ratio):.2g} times "
-        f"that of the data in the median and {worst:.2g} times in the worst"
+        f"{drift.mean:.2g} standard deviations in the median and "
+        f"{drift.worst_mean:.2g} in the worst channel, with a standard deviation "
+        f"{drift.ratio:.2g} times that of the data in the median and "
+        f"{drift.worst_ratio:.2g} times in the worst"
     )
 
 

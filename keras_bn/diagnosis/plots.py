@@ -13,8 +13,8 @@ from keras_bn.diagnosis.findings import (
 COLORS = {"error": "#c1272d", "warning": "#e07b00", "note": "#2f6690"}
 _HEALTHY = "#3a7d44"
 # Points beyond are drawn at the edge, so that one channel doesn't flatten the rest.
-_MEAN_LIMIT = 4.0
-_RATIO_LIMIT = 16.0
+MEAN_LIMIT = 4.0
+RATIO_LIMIT = 16.0
 
 
 def draw(record, findings):
@@ -74,7 +74,7 @@ def _means(axis, layers, colors):
     axis.set_title("Moving mean, off the data's by")
     axis.axvspan(-WORST_MEAN_DRIFT, WORST_MEAN_DRIFT, color=_HEALTHY, alpha=0.08)
     drifts = [layer.mean_drift for layer in layers]
-    limit = _limit(drifts, 1.5 * WORST_MEAN_DRIFT, _MEAN_LIMIT)
+    limit = limit_of(drifts, 1.5 * WORST_MEAN_DRIFT, MEAN_LIMIT)
     for row, (drift, color) in enumerate(zip(drifts, colors, strict=True)):
         _dots(axis, row, drift, color, -limit, limit, 0.0)
     axis.set_xlim(-1.08 * limit, 1.08 * limit)
@@ -87,7 +87,7 @@ def _ratios(axis, layers, colors):
     axis.axvspan(1 / WORST_STDDEV_RATIO, WORST_STDDEV_RATIO, color=_HEALTHY, alpha=0.08)
     with np.errstate(divide="ignore", invalid="ignore"):
         logs = [np.log2(layer.stddev_ratio) for layer in layers]
-    limit = 2 ** _limit(logs, np.log2(3.0), np.log2(_RATIO_LIMIT))
+    limit = 2 ** limit_of(logs, np.log2(3.0), np.log2(RATIO_LIMIT))
     axis.set_xscale("log", base=2)
     for row, (log, color) in enumerate(zip(logs, colors, strict=True)):
         _dots(axis, row, 2**log, color, 1 / limit, limit, 1.0)
@@ -167,7 +167,8 @@ def _color(layer, findings):
     return next((COLORS[s] for s in SEVERITIES if s in severities), _HEALTHY)
 
 
-def _limit(values, least, most):
+def limit_of(values, least, most):
+    """How far from zero an axis must reach for all values, within bounds."""
     finite = np.concatenate([np.ravel(v)[np.isfinite(np.ravel(v))] for v in values])
     return float(np.clip(np.abs(finite).max(initial=0.0), least, most))
 

@@ -4,8 +4,6 @@ import math
 import textwrap
 from dataclasses import dataclass
 
-import numpy as np
-
 from keras_bn.diagnosis.collect import LayerRecord, ModelRecord, collect
 from keras_bn.diagnosis.findings import ERROR, WARNING, Finding, findings
 
@@ -31,7 +29,7 @@ def diagnose(model, data, *, steps=None, batch_size=None, verbose=0):
 
     Returns:
         A `Report`: `print(report)` shows it, `report.findings` lists what was found,
-        `report.plot("report.png")` draws it.
+        `report.plot("report.png")` draws it, `report.to_html()` is a page.
 
     Raises:
         TypeError: for what is no Keras model.
@@ -123,6 +121,12 @@ class Report:
             "findings": [finding._asdict() for finding in self.findings],
         }
 
+    def to_html(self):
+        """It as one page of HTML, with nothing to fetch from anywhere; a string."""
+        from keras_bn.diagnosis.html import page
+
+        return page(self.record, self.findings)
+
     def plot(self, path=None):
         """Draw it: each layer's drift over its channels, and the gap along depth.
 
@@ -147,17 +151,8 @@ _HEADER = (
 
 
 def _row(layer):
-    mean, ratio = _drifts(layer)
-    numbers = (*mean, *ratio, layer.gap)
+    numbers = (*layer.drift, layer.gap)
     return [layer.layer, f"{layer.elements:,.0f}", *(f"{n:.2f}" for n in numbers)]
-
-
-def _drifts(layer):
-    """Median and worst, of |Δmean|/std and of the ratio of standard deviations."""
-    mean, ratio = np.abs(layer.mean_drift), layer.stddev_ratio
-    with np.errstate(divide="ignore"):
-        worst = ratio.flat[np.argmax(np.abs(np.log(ratio)))]
-    return (np.median(mean), mean.max()), (np.median(ratio), worst)
 
 
 def _table(header, rows):
@@ -179,7 +174,7 @@ def _wrapped(text):
 
 
 def _layer_dict(layer):
-    (mean_median, mean_worst), (ratio_median, ratio_worst) = _drifts(layer)
+    drift = layer.drift
     return {
         "layer": layer.layer,
         "channels": int(layer.moving_mean.size),
@@ -189,10 +184,10 @@ def _layer_dict(layer):
         "inference_mode": layer.inference_mode,
         "elements_per_batch": layer.elements,
         "elements": int(layer.data.count.min()),
-        "mean_drift": {"median": _plain(mean_median), "worst": _plain(mean_worst)},
+        "mean_drift": {"median": _plain(drift.mean), "worst": _plain(drift.worst_mean)},
         "log_variance_ratio": {
-            "median": _plain(2 * _log(ratio_median)),
-            "worst": _plain(2 * _log(ratio_worst)),
+            "median": _plain(2 * _log(drift.ratio)),
+            "worst": _plain(2 * _log(drift.worst_ratio)),
         },
         "output_gap": _plain(layer.gap),
     }

@@ -17,11 +17,13 @@ if keras.backend.backend() != "tensorflow":
 
 from keras_bn.kernels.batch import normalize_batch
 from keras_bn.kernels.compiled import compiled
+from keras_bn.kernels.events import Events
 from keras_bn.kernels.plain import affine, normalize_with
 from keras_bn.kernels.synced import active as replicated
 from keras_bn.kernels.synced import agree, choose
 
 __all__ = [
+    "Events",
     "affine",
     "agree",
     "choose",

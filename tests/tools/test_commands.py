@@ -1,4 +1,4 @@
-"""The commands on model files: what they print, write, refuse, and their status."""
+"""The commands that change model files: what they print, write and refuse."""
 
 import json
 
@@ -35,18 +35,6 @@ def refused(capsys, *arguments):
         run(*arguments)
     assert raised.value.code == 2
     return " ".join(capsys.readouterr().err.split())
-
-
-def test_inspect(saved, tmp_path, capsys):
-    assert run("inspect", tmp_path / "in.keras", "--json", tmp_path / "a.json") == 0
-    out = capsys.readouterr().out
-    for word in ("first", "second", "after_add", "depthwise_conv2d", "stays", "1e-05"):
-        assert word in out
-    records = json.loads((tmp_path / "a.json").read_text())
-    assert [r["layer"] for r in records] == ["first", "second", "after_add"]
-    assert records[0]["channels"] == 4
-    assert records[0]["state"] == "ok"
-    assert "is not linear" in records[2]["stays"]
 
 
 @pytest.mark.parametrize("suffix", [".keras", ".h5"])

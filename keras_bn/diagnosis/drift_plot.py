@@ -1,0 +1,97 @@
+"""The figure of a `StatisticsLogger`: a line per layer along the epochs."""
+
+import numpy as np
+
+from keras_bn.diagnosis.findings import TYPICAL_MEAN_DRIFT, TYPICAL_STDDEV_RATIO
+
+_HEALTHY = "#3a7d44"
+# With more layers than this, colours stand for depth and not for names.
+_NAMED = 10
+
+
+def draw(rows):
+    """Draw how the statistics of each layer drift.
+
+    Args:
+        rows: a list of `DriftRow`; those without a drift are of the model.
+
+    Returns:
+        A `matplotlib.figure.Figure`.
+    """
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    rows = sorted(rows, key=lambda row: row.epoch)
+    names = list(dict.fromkeys(row.layer for row in rows))
+    # The model's row is the last of its epoch, and its drift is not a number.
+    layers = [name for name in names if name != rows[-1].layer]
+    figure = Figure(figsize=(14, 4.6), layout="constrained")
+    mean, ratio, gap = figure.subplots(1, 3)
+    colors = colormaps["viridis"](np.linspace(0, 0.92, max(len(layers), 2)))
+    for name, color in zip(layers, colors, strict=False):
+        mine = [row for row in rows if row.layer == name]
+        epochs = [row.epoch for row in mine]
+        for axis, typical, worst in (
+            (mean, [r.mean_drift for r in mine], [r.worst_mean_drift for r in mine]),
+            (
+                ratio,
+                _stddev([r.log_variance_ratio for r in mine]),
+                _stddev([r.worst_log_variance_ratio for r in mine]),
+            ),
+        ):
+            axis.plot(epochs, typical, color=color, lw=2, label=name)
+            axis.plot(epochs, worst, color=color, lw=1, ls=":", alpha=0.8)
+        gap.plot(epochs, [r.output_gap for r in mine], color=color, lw=2)
+    whole = [row for row in rows if row.layer == rows[-1].layer]
+    epochs = [row.epoch for row in whole]
+    gap.plot(epochs, [row.output_gap for row in whole], color="black", lw=2.5)
+    gap.annotate(
+        " output", (epochs[-1], whole[-1].output_gap), va="center", weight="bold"
+    )
+
+    mean.axhspan(0, TYPICAL_MEAN_DRIFT, color=_HEALTHY, alpha=0.1, lw=0)
+    ratio.axhspan(
+        1 / TYPICAL_STDDEV_RATIO, TYPICAL_STDDEV_RATIO, color=_HEALTHY, alpha=0.1, lw=0
+    )
+    ratio.axhline(1, color="#888", lw=0.8)
+    ratio.set_yscale("log", base=2)
+    ratio.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    for axis, title, label in (
+        (mean, "Moving mean, off the data's by", "standard deviations of the data"),
+        (ratio, "Moving standard deviation / the data's", "ratio"),
+        (
+            gap,
+            "Output gap: training, inference",
+            "RMS difference / spread of the output",
+        ),
+    ):
+        axis.set_title(title)
+        axis.set_ylabel(label)
+        axis.set_xlabel("epochs done")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    for axis in (mean, gap):
+        axis.set_ylim(bottom=0)
+    if len(layers) <= _NAMED:
+        figure.legend(*mean.get_legend_handles_labels(), loc="outside right center")
+    else:
+        from matplotlib.cm import ScalarMappable
+
+        bar = figure.colorbar(
+            ScalarMappable(cmap="viridis"), ax=gap, ticks=[0, 1], pad=0.12
+        )
+        bar.ax.set_yticklabels(["first\nlayer", "last\nlayer"])
+    figure.supxlabel(
+        "Solid: the median channel of a layer, healthy in the green band. Dotted: the "
+        "worst channel.",
+        fontsize=10,
+        color="#555",
+    )
+    return figure
+
+
+def _stddev(logs):
+    """Ratios of standard deviations from logarithms of ratios of variances."""
+    return np.exp(np.array(logs) / 2)

@@ -1,0 +1,212 @@
+"""The drift of moving statistics, recorded while a model is being fitted."""
+
+import csv
+import io
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+import keras
+
+from keras_bn.diagnosis.collect import collect
+from keras_bn.kernels import Events
+from keras_bn.tools.files import check_writable, write_whole
+
+
+class DriftRow(NamedTuple):
+    """One layer after some epochs; of the model itself only the output gap is known.
+
+    Args:
+        epoch: how many epochs were done; 0 is before the first.
+        layer: the path of the layer, or the name of the model.
+        mean_drift, worst_mean_drift: |moving mean − mean of the data| in standard
+            deviations of the data: median over the channels and worst channel.
+        log_variance_ratio, worst_log_variance_ratio: log((moving variance + epsilon) /
+            (variance of the data + epsilon)): median and worst.
+        output_gap: root mean square of what the output differs by between training
+            and inference, relative to its standard deviation.
+    """
+
+    epoch: int
+    layer: str
+    mean_drift: float
+    worst_mean_drift: float
+    log_variance_ratio: float
+    worst_log_variance_ratio: float
+    output_gap: float
+
+
+class StatisticsLogger(keras.callbacks.Callback):
+    """Records how far moving statistics are from the data's while a model trains.
+
+    Before the first epoch and after each, `data` goes through the model, as
+    `keras_bn.diagnose` has it, and for each normalization, ours or Keras's, its moving
+    statistics are compared with those the data has at that layer, pooled over all of
+    it. That is what inference gets wrong. How far statistics have moved since the
+    epoch before would cost nothing to record and say less: statistics that stand still
+    for want of updates, and those that have arrived, look the same.
+
+    It costs two passes over `data` in inference, layer by layer: a few hundred samples
+    do. Nothing in the model changes. Listed after `keras_bn.Recalibrate`, it records
+    what that has left to mend.
+
+    Args:
+        data: as in `keras_bn.diagnose`, from the training data and in random order; a
+            generator is read on from epoch to epoch.
+        filename: the CSV file to write, if any: a `DriftRow` per layer and epoch, and
+            one for the model. After each epoch it is written anew, whole.
+        log_dir: a folder for TensorBoard, if any: scalars by the name of the column and
+            the path of the layer, with the epoch as the step. It takes TensorBoard to
+            look at them, and nothing to write them.
+        append: whether `fit` goes on with the rows that are there, in the file if
+            there is one. Those after the epoch that it starts from (`initial_epoch`)
+            give way. Without it they all do.
+        steps, batch_size: as in `keras_bn.diagnose`.
+
+    Raises:
+        OSError: when `fit` begins, if the file cannot be written.
+        ValueError: when `fit` begins, for `append` to a file with other columns; when
+            an epoch begins, for a model without batch normalization.
+
+    Example:
+
+    >>> import keras, keras_bn, numpy as np
+    >>> model = keras.Sequential(
+    ...     [keras.Input((2,)), keras_bn.BatchNormalization(name="bn")], name="model"
+    ... )
+    >>> model.compile("sgd", "mse")
+    >>> x = np.random.default_rng(0).normal(5.0, 1.0, (320, 2))
+    >>> logger = keras_bn.StatisticsLogger(x)
+    >>> history = model.fit(x, x, epochs=20, callbacks=[logger], verbose=0)
+    >>> for row in logger.rows:
+    ...     if row.layer == "bn" and row.epoch % 10 == 0:
+    ...         print(row.epoch, f"{row.mean_drift:.1f}")
+    0 5.0
+    10 1.8
+    20 0.7
+    >>> figure = logger.plot()
+    """
+
+    def __init__(
+        self,
+        data,
+        filename=None,
+        *,
+        log_dir=None,
+        append=False,
+        steps=None,
+        batch_size=None,
+    ):
+        super().__init__()
+        self.filename, self.log_dir, self.append = filename, log_dir, append
+        self.rows: list[DriftRow] = []
+        self._data = data
+        self._options = {"steps": steps, "batch_size": batch_size, "verbose": 0}
+        self._events = None
+
+    def on_train_begin(self, logs=None):
+        if not self.append:
+            self.rows = []
+        if self.filename is not None:
+            check_writable(self.filename, force=True)
+            if self.append and Path(self.filename).exists():
+                self.rows = _read(self.filename)
+        if self.log_dir is not None:
+            self._events = Events(self.log_dir)
+        self._begun = False
+
+    def on_epoch_begin(self, epoch, logs=None):
+        if not self._begun:
+            self._begun = True
+            self.rows = [row for row in self.rows if row.epoch <= epoch]
+            if not any(row.epoch == epoch for row in self.rows):
+                self._record(epoch)
+
+    def on_epoch_end(self, epoch, logs=None):
+        self._record(epoch + 1)
+
+    def on_train_end(self, logs=None):
+        if self._events is not None:
+            self._events.close()
+            self._events = None
+
+    def plot(self, path=None):
+        """Draw the drift and the output gap of each layer along the epochs.
+
+        Args:
+            path: where to save the figure, if anywhere.
+
+        Returns:
+            A `matplotlib.figure.Figure`.
+
+        Raises:
+            ValueError: if nothing was recorded yet.
+        """
+        from keras_bn.diagnosis.drift_plot import draw
+
+        if not self.rows:
+            raise ValueError("Nothing was recorded yet: pass it to `fit` first.")
+        figure = draw(self.rows)
+        if path is not None:
+            figure.savefig(path, dpi=150)
+        return figure
+
+    def _record(self, epoch):
+        record = collect(self.model, self._data, **self._options)
+        new = [_row(epoch, layer) for layer in record.layers]
+        nan = math.nan
+        new.append(DriftRow(epoch, record.model, nan, nan, nan, nan, record.gap))
+        self.rows += new
+        if self.filename is not None:
+            text = _written(self.rows)
+            write_whole(self.filename, lambda path: path.write_text(text), force=True)
+        if self._events is not None:
+            self._events.write(epoch, dict(_scalars(new)))
+
+
+def _row(epoch, layer):
+    drift = layer.drift
+    return DriftRow(
+        epoch,
+        layer.layer,
+        drift.mean,
+        drift.worst_mean,
+        _log_of_square(drift.ratio),
+        _log_of_square(drift.worst_ratio),
+        layer.gap,
+    )
+
+
+def _log_of_square(value):
+    return 2 * math.log(value) if value > 0 else math.nan
+
+
+def _scalars(rows):
+    """Pairs of tag and value; a column is a section in TensorBoard."""
+    for row in rows:
+        for column, value in zip(DriftRow._fields[2:], row[2:], strict=True):
+            if not math.isnan(value):
+                yield f"{column}/{row.layer}", value
+
+
+def _written(rows):
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(DriftRow._fields)
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def _read(filename):
+    with open(filename, encoding="utf-8", newline="") as file:
+        header, *lines = list(csv.reader(file)) or [[]]
+    if tuple(header) != DriftRow._fields:
+        raise ValueError(
+            f"`append=True` goes on with a file of its own kind, with the columns "
+            f"{', '.join(DriftRow._fields)}. Received: {filename} with the columns "
+            f"{', '.join(header) or 'none'}"
+        )
+    return [
+        DriftRow._make([int(epoch), layer, *map(float, numbers)])
+        for epoch, layer, *numbers in lines
+    ]

@@ -1,0 +1,200 @@
+"""`keras-bn inspect`: what it lists, finds, writes, refuses, and its status."""
+
+import json
+
+import keras
+import numpy as np
+import pytest
+from keras import layers
+
+import keras_bn
+from keras_bn import cli
+
+
+def run(*arguments):
+    return cli.main(["inspect", *map(str, arguments)])
+
+
+def refused(capsys, *arguments):
+    with pytest.raises(SystemExit) as raised:
+        run(*arguments)
+    assert raised.value.code == 2
+    return " ".join(capsys.readouterr().err.split())
+
+
+def data(n=200):
+    rng = np.random.default_rng(0)
+    x = rng.normal(5.0, 2.0, (n, 4)).astype("float32")
+    return x, (x[:, 0] > 5).astype("int64")
+
+
+@pytest.fixture
+def model():
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential(
+        [
+            keras.Input((4,), name="image"),
+            layers.Dense(6, use_bias=False, name="dense"),
+            layers.BatchNormalization(name="bn"),
+            layers.ReLU(),
+            layers.Dense(2, activation="softmax", name="head"),
+        ],
+        name="model",
+    )
+    model.compile("adam", "sparse_categorical_crossentropy")
+    return model
+
+
+@pytest.fixture
+def files(model, tmp_path):
+    model.save(tmp_path / "model.keras")
+    x, y = data()
+    np.savez(tmp_path / "data.npz", x=x, y=y)
+    return tmp_path / "model.keras", tmp_path / "data.npz"
+
+
+def test_without_data_it_lists(files, tmp_path, capsys):
+    assert run(files[0], "--json", tmp_path / "a.json") == 0
+    out = capsys.readouterr().out
+    for word in ("bn", "never updated", "dense", "0.99", "0.001"):
+        assert word in out
+    results = json.loads((tmp_path / "a.json").read_text())
+    assert results == {
+        "layers": [
+            {
+                "layer": "bn",
+                "channels": 6,
+                "axis": -1,
+                "momentum": 0.99,
+                "epsilon": 0.001,
+                "state": "never updated",
+                "fold_into": "dense",
+                "stays": results["layers"][0]["stays"],
+            }
+        ]
+    }
+
+
+def test_a_sick_model(files, tmp_path, capsys):
+    pytest.importorskip("matplotlib", reason="it draws the figure")
+    page, figure = tmp_path / "a.html", tmp_path / "a.png"
+    json_file = tmp_path / "a.json"
+    outputs = ["--html", page, "--plot", figure, "--json", json_file]
+    assert run(files[0], "--data", files[1], *outputs) == 1
+    out = " ".join(capsys.readouterr().out.split())
+    assert "error never-updated: bn" in out
+    assert "-> keras_bn.recalibrate(model, data)" in out
+    assert f"keras-bn recalibrate {files[0]} OUT.keras --data {files[1]}" in out
+    assert "never-updated" in page.read_text(encoding="utf-8")
+    assert figure.read_bytes().startswith(b"\x89PNG")
+    diagnosis = json.loads(json_file.read_text())["diagnosis"]
+    assert diagnosis["samples"] == 200
+    assert diagnosis["loss"]["inference"] > diagnosis["loss"]["training"]
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_healthy_model_after_the_remedy(files, tmp_path, capsys):
+    mended = tmp_path / "mended.keras"
+    arguments = [files[0], mended, "--data", files[1]]
+    assert cli.main(["recalibrate", *map(str, arguments)]) == 0
+    assert run(mended, "--data", files[1]) == 0
+    assert "Nothing to complain of." in capsys.readouterr().out
+
+
+def test_the_findings_are_those_of_diagnose(model, files, tmp_path):
+    """On shuffled samples: the file's order is not the training's."""
+    x, y = data()
+    order = np.argsort(y, kind="stable")
+    np.savez(files[1], x=x[order], y=y[order])
+    keras_bn.recalibrate(model, x, verbose=0)
+    model.save(files[0])
+    options = ["--json", tmp_path / "a.json", "--batch-size", 64]
+    assert run(files[0], "--data", files[1], *options) == 0
+    results = json.loads((tmp_path / "a.json").read_text())
+    assert results["diagnosis"]["batches"] == 4
+    assert results["diagnosis"]["findings"] == []
+
+
+def test_keras_layers_are_diagnosed_as_such(model, files, capsys):
+    model.get_layer("bn").moving_mean.assign(np.full(6, np.nan))
+    model.save(files[0])
+    assert run(files[0], "--data", files[1]) == 1
+    assert "from_keras(model)" in capsys.readouterr().out
+
+
+def test_nothing_is_overwritten_without_force(files, tmp_path, capsys):
+    page = tmp_path / "a.html"
+    page.write_text("precious")
+    arguments = [files[0], "--data", files[1], "--html", page]
+    assert "--force" in refused(capsys, *arguments)
+    assert page.read_text() == "precious"
+    assert run(*arguments, "--force") == 1
+    assert page.read_text(encoding="utf-8").startswith("<!doctype html>")
+
+
+def test_outputs_that_cannot_be(files, tmp_path, capsys):
+    page, data_file = tmp_path / "a.html", files[1]
+    assert "needs --data" in refused(capsys, files[0], "--html", page)
+    with_data = [files[0], "--data", data_file]
+    assert "must end in .html" in refused(capsys, *with_data, "--html", "a.txt")
+    assert "must end in .png" in refused(capsys, *with_data, "--plot", "a.html")
+    missing = tmp_path / "no" / "a.html"
+    assert "no folder" in refused(capsys, *with_data, "--html", missing)
+    assert "1 or greater" in refused(capsys, *with_data, "--batch-size", 0)
+
+
+WRONG = {
+    "must hold one array, or one called x or image, not a, b": {"a": 1, "b": 2},
+    "must hold one array, or one called x or image, not none": {},
+    "x in {file} has the shape (9, 5), and the model takes (None, 4)": {
+        "x": np.zeros((9, 5))
+    },
+    "x in {file} has the shape (9,), and the model takes (None, 4)": {"x": np.zeros(9)},
+    "x in {file} holds no numbers but <U1": {"x": np.full((9, 4), "a")},
+    "x in {file} holds no samples": {"x": np.zeros((0, 4))},
+    "{file} holds unequal numbers of samples: 9 in x, 8 in y": {
+        "x": np.zeros((9, 4)),
+        "y": np.zeros(8),
+    },
+    "{file} can't be read: Object arrays cannot be loaded": {
+        "x": np.array([None, 1], object)
+    },
+}
+
+
+@pytest.mark.parametrize("said", WRONG)
+def test_wrong_contents_are_refused_in_words(files, capsys, said):
+    np.savez(files[1], **WRONG[said])
+    assert said.format(file=files[1]) in refused(capsys, files[0], "--data", files[1])
+
+
+def test_what_is_no_npz_is_refused_in_words(files, tmp_path, capsys):
+    with_data = [files[0], "--data"]
+    bare = tmp_path / "bare.npy"
+    np.save(bare, np.zeros((9, 4)))
+    assert "one array (.npy)" in refused(capsys, *with_data, bare)
+    cut = tmp_path / "cut.npz"
+    cut.write_bytes(files[1].read_bytes()[:200])
+    assert f"{cut} can't be read" in refused(capsys, *with_data, cut)
+    cut.write_bytes(b"")
+    assert f"{cut} can't be read" in refused(capsys, *with_data, cut)
+    assert "can't be read" in refused(capsys, *with_data, tmp_path / "gone.npz")
+
+
+def test_labels_that_do_not_suit_are_refused_in_words(files, capsys):
+    np.savez(files[1], x=data()[0], y=np.full(200, 7))
+    message = refused(capsys, files[0], "--data", files[1])
+    assert f"the model can't be run on {files[1]}" in message
+
+
+def test_the_name_of_the_input_will_do(files):
+    x, y = data()
+    np.savez(files[1], image=x, y=y)
+    assert run(files[0], "--data", files[1]) == 1
+
+
+def test_help(capsys):
+    with pytest.raises(SystemExit) as raised:
+        run("--help")
+    assert raised.value.code == 0
+    assert "--html" in capsys.readouterr().out

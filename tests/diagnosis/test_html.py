@@ -1,0 +1,181 @@
+"""The page of a diagnosis: what is on it, and how a real browser lays it out."""
+
+import dataclasses
+import json
+import re
+
+import keras
+import numpy as np
+import pytest
+from keras import layers
+
+import keras_bn
+from keras_bn.diagnosis import html
+from keras_bn.diagnosis.findings import Finding
+
+pytestmark = pytest.mark.filterwarnings("ignore:The statistics of")
+DEPTH, CHANNELS = 3, 40
+
+
+@pytest.fixture(scope="module")
+def sick():
+    """The diagnosis of a model that is sick in several ways."""
+    keras.utils.set_random_seed(0)
+    inputs = h = keras.Input((8,))
+    for k in range(DEPTH):
+        h = layers.Dense(CHANNELS)(h)
+        h = keras_bn.BatchNormalization(name=f"bn_{k}")(h)
+    model = keras.Model(inputs, layers.Dense(3)(h), name="model")
+    model.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(5, 3, (200, 8)), rng.integers(0, 3, 200)
+    model.fit(x, y, verbose=0)
+    mean = model.get_layer("bn_1").moving_mean
+    mean.assign(np.where(np.arange(CHANNELS) < 2, np.nan, mean.numpy()))
+    return keras_bn.diagnose(model, (x, y))
+
+
+def rows(page):
+    return re.findall(r'<tr id="layer-(\d+)" class="(\w+)">(.*?)</tr>', page, re.S)
+
+
+def test_findings_remedies_and_layers_are_on_the_page(sick):
+    page = sick.to_html()
+    assert {f.severity for f in sick.findings} >= {"error", "warning", "note"}
+    for finding in sick.findings:
+        assert finding.kind in page
+        assert f"<pre>{html.escape(finding.remedy)}</pre>" in page
+        assert html.escape(finding.message) in page
+    found = rows(page)
+    assert [int(number) for number, _, _ in found] == list(range(DEPTH))
+    assert found[1][1] == "error"
+    for (_, _, row), layer in zip(found, sick.record.layers, strict=True):
+        assert layer.layer in row
+        means, ratios = re.findall(r'class="dots" d="(.*?)"', row)
+        assert means.count("h0") <= CHANNELS
+        assert ratios.count("h0") <= CHANNELS
+    assert "2 of 40 not finite" in found[1][2]
+    drift = sick.record.layers[0].drift
+    said = f"typically {drift.mean:.2f}, at worst {drift.worst_mean:.2f} std"
+    assert said in found[0][2]
+    assert f"{sick.record.samples:,} samples" in page
+
+
+def test_dots_are_where_the_numbers_are():
+    """From -limit to limit over the width but for the margins, the rest beyond."""
+    strip = html._strip(np.array([-2.0, 0.0, 1.0, 5.0, np.nan]), 2.0, 1.0, 0)
+    dots = [float(x) for x in re.findall(r"M([\d.]+) [\d.]+h0", strip)]
+    reach = html._WIDTH / 2 - html._MARGIN
+    middle = html._WIDTH / 2
+    assert dots == [middle - reach, middle, middle + reach / 2]
+    beyond = re.search(r'class="beyond" d="M([\d.]+) ', strip)
+    assert float(beyond[1]) == middle + reach
+    median = re.search(r'class="median" d="M([\d.]+) ', strip)
+    assert float(median[1]) == middle + reach / 4
+
+
+def test_a_wide_layer_keeps_its_outermost_channels():
+    values = np.linspace(-1, 1, 10_000)
+    strip = html._strip(values, 1.0, 0.5, 0)
+    dots = [float(x) for x in re.findall(r"M([\d.]+) [\d.]+h0", strip)]
+    assert len(dots) == html._DOTS
+    assert (dots[0], dots[-1]) == (html._MARGIN, html._WIDTH - html._MARGIN)
+
+
+def test_the_page_is_self_contained_and_escaped(sick):
+    page = sick.to_html()
+    assert "http:" not in page
+    assert "https:" not in page
+    assert "<script" not in page
+    assert "default-src 'none'" in page
+    for target in re.findall(r'(?:href|src)="([^"]*)"', page):
+        assert target.startswith("#layer-")
+        assert f'id="{target[1:]}"' in page
+
+
+def test_names_are_escaped(sick):
+    layer = dataclasses.replace(sick.record.layers[0], layer="<i>&")
+    record = dataclasses.replace(sick.record, model="<b>&", layers=[layer])
+    page = html.page(record, [Finding("frozen", "<i>&", "note", "<u>&", "<s>&")])
+    for letter in "bius":
+        assert f"&lt;{letter}&gt;&amp;" in page
+        assert f"<{letter}>&" not in page
+
+
+def test_many_findings_of_a_kind_make_one_card(sick):
+    many = [
+        Finding("small-batch", f"bn_{k}", "warning", f"message {k}", "the same")
+        for k in range(DEPTH)
+    ]
+    page = html.page(sick.record, many)
+    assert page.count("<article") == 1
+    assert "small-batch in 3 layers" in page
+    assert page.count("<pre>the same</pre>") == 1
+    assert all(finding.message in page for finding in many)
+
+
+def test_a_healthy_model(sick):
+    page = html.page(sick.record, [])
+    assert "Nothing to complain" in page
+    assert '<header class="healthy">' in page
+
+
+# The page in a frame of a given size, for the window of a browser has a least width.
+FRAMED = """<!doctype html><iframe width="{}" height="{}" style="border: 0"></iframe>
+<script>
+const frame = document.querySelector("iframe");
+frame.srcdoc = {};
+frame.onload = () => {{
+    const page = frame.contentDocument, window = frame.contentWindow;
+    const style = (query) => window.getComputedStyle(page.querySelector(query));
+    const boxes = [...page.querySelectorAll("td svg")].map(
+        (drawing) => drawing.getBoundingClientRect());
+    document.body.textContent = JSON.stringify({{
+        across: page.documentElement.scrollWidth,
+        window: window.innerWidth,
+        head: style("thead").display,
+        row: style("tbody tr").display,
+        rows: page.querySelectorAll("tbody tr").length,
+        text: parseFloat(style("body").fontSize),
+        drawings: boxes.length,
+        narrowest: Math.min(...boxes.map((box) => box.width)),
+        furthest: Math.max(...boxes.map((box) => box.right)),
+    }});
+}};
+</script>"""
+
+
+@pytest.mark.parametrize(
+    ("size", "head", "row"),
+    [((390, 844), "none", "block"), ((1280, 900), "table-header-group", "table-row")],
+    ids=["phone", "desktop"],
+)
+def test_in_a_browser(sick, browser, tmp_path, size, head, row):
+    page = sick.to_html()
+    file = tmp_path / "page.html"
+    file.write_text(page, encoding="utf-8")
+    picture = tmp_path / "page.png"
+    browser(file.as_uri(), size, f"--screenshot={picture}")
+    pixels = read_png(picture)
+    assert pixels.shape[:2] == size[::-1]
+    red = np.array([0xC1, 0x27, 0x2D])
+    assert (np.abs(pixels - red).max(axis=-1) < 8).sum() > 200
+
+    text = json.dumps(page).replace("</", "<\\/")
+    file.write_text(FRAMED.format(*size, text), encoding="utf-8")
+    dom = browser(file.as_uri(), size, "--dump-dom")
+    found = json.loads(re.search(r"<body>\s*(\{.*?\})", dom, re.S)[1])
+    assert found["window"] == size[0]
+    assert found["across"] <= found["window"], "nothing sticks out to the side"
+    assert (found["head"], found["row"]) == (head, row)
+    assert (found["rows"], found["drawings"]) == (DEPTH, 2 * DEPTH)
+    assert found["narrowest"] > 150
+    assert found["furthest"] <= size[0]
+    assert found["text"] >= 16
+
+
+def read_png(path):
+    """The pixels of a picture as integers, (height, width, 3)."""
+    from matplotlib.image import imread
+
+    return (imread(path)[..., :3] * 255).round().astype(int)
