@@ -3,10 +3,11 @@
 import functools
 from unittest import mock
 
+import keras
 import numpy as np
 import tensorflow as tf
 from conftest import REPLICAS
-from steps import array
+from steps import array, relative_error
 
 
 @functools.cache
@@ -32,6 +33,22 @@ def _mirrored(devices):
         return strategy(devices)
 
 
+def draw(shares, shape=(4, 3), offset=1e4, channels=3, dtype="float64"):
+    """Input, upstream gradient, mask, gamma and beta of a whole batch."""
+    rng = np.random.default_rng(sum(shares))
+    x = rng.normal(offset, 1, (sum(shares), *shape)).astype(dtype)
+    upstream = rng.normal(size=x.shape)
+    mask = rng.random(x.shape[:-1]) < 0.6
+    return x, upstream, mask, rng.normal(1, 0.5, channels), rng.normal(size=channels)
+
+
+def compare(got, want, tolerance):
+    assert want.keys() <= got.keys()
+    for name, value in want.items():
+        assert got[name].shape == value.shape, name
+        assert relative_error(got[name], value) <= tolerance, name
+
+
 def split(x, shares):
     """The rows of `x`, in order, in as many parts as there are shares."""
     return None if x is None else np.split(x, np.cumsum(shares)[:-1])
@@ -49,6 +66,22 @@ def spread(strategy, parts):
 def parts_of(strategy, value):
     """What each replica of this process has of a value, as float64 arrays."""
     return [array(part) for part in strategy.experimental_local_results(value)]
+
+
+def mean_of_separate_layers(make, xs, masks=None, bad=()):
+    """The state of one layer for each part, in the mean over those that aren't bad."""
+    layers = []
+    for i, x in enumerate(xs):
+        layer = make()
+        layer.build((None, *x.shape[1:]))
+        layer(tf.constant(x), training=True, mask=None if masks is None else masks[i])
+        layers.append(layer)
+    good = [layer for i, layer in enumerate(layers) if i not in bad]
+    variables = zip(*(layer.non_trainable_weights for layer in good), strict=True)
+    return {
+        same[0].name: np.mean([array(variable) for variable in same], axis=0)
+        for same in variables
+    }
 
 
 def in_scope(strategy, make, shape, gamma=None, beta=None):
@@ -71,6 +104,23 @@ def state(strategy, layer):
             np.testing.assert_array_equal(first, other, variable.name)
         arrays[variable.name] = first
     return arrays
+
+
+def save_everywhere(model, folder):
+    """Save a model in every way there is; `load_everywhere` reads all but the last."""
+    model.save(folder / "model.keras")
+    model.save_weights(folder / "model.weights.h5")
+    tf.train.Checkpoint(model=model).write(str(folder / "checkpoint"))
+    model.export(folder / "exported", verbose=False)
+
+
+def load_everywhere(make, folder):
+    """The models that `save_everywhere` saved, loaded into new ones where need be."""
+    weights, restored = make(), make()
+    weights.load_weights(folder / "model.weights.h5")
+    checkpoint = tf.train.Checkpoint(model=restored)
+    checkpoint.read(str(folder / "checkpoint")).expect_partial()
+    return [keras.models.load_model(folder / "model.keras"), weights, restored]
 
 
 class SpreadStep:

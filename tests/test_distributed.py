@@ -10,8 +10,13 @@ import pytest
 import tensorflow as tf
 from distributed import (
     SpreadStep,
+    compare,
+    draw,
     in_scope,
+    load_everywhere,
+    mean_of_separate_layers,
     parts_of,
+    save_everywhere,
     split,
     spread,
     state,
@@ -37,22 +42,6 @@ def slow(*values):
 def mostly_slow(values, fast):
     """All values, but only those of `fast` in the default run."""
     return [value if value in fast else slow(value) for value in values]
-
-
-def draw(shares, shape=(4, 3), offset=1e4, channels=3, dtype="float64"):
-    """Input, upstream gradient, mask, gamma and beta of a whole batch."""
-    rng = np.random.default_rng(sum(shares))
-    x = rng.normal(offset, 1, (sum(shares), *shape)).astype(dtype)
-    upstream = rng.normal(size=x.shape)
-    mask = rng.random(x.shape[:-1]) < 0.6
-    return x, upstream, mask, rng.normal(1, 0.5, channels), rng.normal(size=channels)
-
-
-def compare(got, want, tolerance):
-    assert want.keys() <= got.keys()
-    for name, value in want.items():
-        assert got[name].shape == value.shape, name
-        assert relative_error(got[name], value) <= tolerance, name
 
 
 def synchronized(**arguments):
@@ -191,22 +180,6 @@ def test_nothing_that_counts_on_any_replica_changes_nothing(why, together):
     got = SpreadStep(strategy, layer)(*(split(a, shares) for a in (x, upstream, mask)))
     for variable, value in before.items():
         np.testing.assert_array_equal(got[variable], value)
-
-
-def mean_of_separate_layers(make, xs, masks=None, bad=()):
-    """The state of one layer for each part, in the mean over those that aren't bad."""
-    layers = []
-    for i, x in enumerate(xs):
-        layer = make()
-        layer.build((None, *x.shape[1:]))
-        layer(tf.constant(x), training=True, mask=None if masks is None else masks[i])
-        layers.append(layer)
-    good = [layer for i, layer in enumerate(layers) if i not in bad]
-    variables = zip(*(layer.non_trainable_weights for layer in good), strict=True)
-    return {
-        same[0].name: np.mean([array(variable) for variable in same], axis=0)
-        for same in variables
-    }
 
 
 APART = {
@@ -491,20 +464,11 @@ def test_every_saved_file_has_what_every_replica_has(tmp_path):
     got = SpreadStep(strategy, model.layers[0])(
         split(x, shares), split(upstream, shares)
     )
-    want = {key: got[key] for key in ("moving_mean", "moving_variance")}
-
-    model.save(tmp_path / "model.keras")
-    model.save_weights(tmp_path / "model.weights.h5")
-    model.export(tmp_path / "exported", verbose=False)
-    path = tf.train.Checkpoint(model=model).save(str(tmp_path / "checkpoint"))
-
-    weights, restored = make(), make()
-    weights.load_weights(tmp_path / "model.weights.h5")
-    tf.train.Checkpoint(model=restored).restore(path).expect_partial()
-    whole = keras.models.load_model(tmp_path / "model.keras")
-    for loaded in (whole, weights, restored):
-        for key, value in want.items():
-            np.testing.assert_array_equal(array(getattr(loaded.layers[0], key)), value)
+    save_everywhere(model, tmp_path)
+    for loaded in load_everywhere(make, tmp_path):
+        for key in ("moving_mean", "moving_variance"):
+            got_there = array(getattr(loaded.layers[0], key))
+            np.testing.assert_array_equal(got_there, got[key])
     exported = tf.saved_model.load(tmp_path / "exported")
     served = exported.serve(tf.constant(x, tf.float32))
-    np.testing.assert_allclose(array(served), array(weights(x)), rtol=1e-5)
+    np.testing.assert_allclose(array(served), array(loaded(x)), rtol=1e-5)
