@@ -4,6 +4,7 @@ import argparse
 import functools
 import importlib
 import json
+import re
 import shutil
 import subprocess
 
@@ -91,6 +92,36 @@ def test_torch_equivalence(tmp_path):
     read_table(tmp_path, "PyTorch", 1, runs)
     assert_is_a_drawing(tmp_path / "curves_1.png")
     assert_is_a_drawing(tmp_path / "curves_2.png")
+
+
+def test_multi_worker(tmp_path):
+    # Shares of 49 and 48 images.
+    short = ["--epochs", 2, "--batch-size", 97]
+    result = run("multi_worker.py", *short, "--out", tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+    lines = result.stdout.splitlines()
+    assert "Worker 0 is killed in epoch 2, after 10 of 14 steps." in lines
+    assert re.search("Worker 1 ends .* s later: Collective ops is", result.stdout)
+    assert "Both start again from the checkpoint after epoch 1." in lines
+    assert "Both workers have the same bits: yes" in lines
+    assert lines[-1] == "Verdict: equivalent"
+    table = json.loads((tmp_path / "table.json").read_text())
+    assert table["equivalent"] is table["workers_identical"] is True
+    assert table["seconds_until_noticed"] < 60
+    (one,) = table["runs"]
+    for epoch in one["epochs"]:
+        assert max(d["value"] for d in epoch["differences"].values()) <= 1e-9
+        assert epoch["together"]["loss"] == pytest.approx(epoch["alone"]["loss"])
+
+
+@pytest.mark.slow
+def test_workers_apart_are_not_one_process(tmp_path):
+    short = ["--epochs", 1, "--batch-size", 96]
+    result = run("multi_worker.py", *short, "--apart", "--out", tmp_path)
+    assert result.returncode == 1, result.stderr
+    assert "Both workers have the same bits: yes" in result.stdout
+    assert result.stdout.splitlines()[-1] == "Verdict: NOT equivalent"
 
 
 def short(folder):

@@ -24,7 +24,7 @@ from worker import (
 )
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-from common.workers import cluster
+from common.workers import WorkerError, cluster
 
 WORKER = Path(__file__).with_name("worker.py")
 
@@ -152,3 +152,40 @@ def test_fit_fails_inside_keras(folder):
     for index in range(2):
         said = json.loads((folder / f"fit {index}.json").read_text())
         assert "PerReplica" in said
+
+
+def python(code, folder):
+    return cluster([sys.executable, "-uc", code], 2, folder)
+
+
+def test_workers_are_told_who_they_are_and_none_is_left_behind(tmp_path):
+    code = "import os, time; print(os.environ['TF_CONFIG']); time.sleep(600)"
+    with python(code, tmp_path) as workers:
+        configs = [json.loads(next(worker.lines(SECONDS))) for worker in workers]
+    assert [worker.process.poll() for worker in workers] == [-signal.SIGKILL] * 2
+    assert [config["task"]["index"] for config in configs] == [0, 1]
+    addresses = configs[0]["cluster"]["worker"]
+    assert configs[1]["cluster"]["worker"] == addresses
+    assert len(set(addresses)) == 2
+
+
+@pytest.mark.parametrize(
+    ("code", "wait", "said"),
+    [
+        ("print('reason'); exit(3)", lambda w: w.check(9), "ended with status 3"),
+        ("import time; time.sleep(9)", lambda w: w.check(0.1), "not ended within 0.1"),
+        ("input()", lambda w: w.wait_for(Path("none"), 9), "without writing none"),
+        (
+            "import time; print('reason'); time.sleep(9)",
+            lambda w: list(w.lines(0.5)),
+            "was silent for 0.5 s",
+        ),
+    ],
+)
+def test_a_worker_that_fails_is_reported_with_its_log(tmp_path, code, wait, said):
+    with python(code, tmp_path) as workers, pytest.raises(WorkerError) as error:
+        wait(workers[0])
+    assert said in str(error.value)
+    assert str(tmp_path / "worker_0.log") in str(error.value)
+    if "reason" in code:
+        assert str(error.value).endswith("reason")

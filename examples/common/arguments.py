@@ -6,13 +6,14 @@ import pathlib
 from common.data import DataError, load
 
 
-def parse(description, out, argv=None):
+def parse(description, out, argv=None, more=None):
     """The arguments, and the data they name; exits with a message if it can't be had.
 
     Args:
         description: of the example, for --help.
         out: default of --out.
         argv: list of arguments; None for those of the command line.
+        more: function that is given `add_argument`, for the example's own arguments.
 
     Returns:
         `(arguments, data)`: a namespace with `data`, `mnist_file`, `epochs`,
@@ -63,6 +64,8 @@ def parse(description, out, argv=None):
         metavar="DIR",
         help="folder for the results",
     )
+    if more:
+        more(add)
     arguments = parser.parse_args(argv)
     if arguments.mnist_file and arguments.data != "mnist":
         parser.error("--mnist-file goes with --data mnist")

@@ -8,7 +8,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
 from common.terminal import bad, console, good, new_table
-from common.training import FLOAT64_TOLERANCE, OURS, QUANTITIES, REORDERED
+from common.training import FLOAT64_TOLERANCE, QUANTITIES, REORDERED
 
 
 class Report:
@@ -36,7 +36,7 @@ class Report:
         self._run = run
         self._table = table = new_table(f"{run.title}, {run.dtype}", width=80)
         table.add_column("")
-        table.add_column("", min_width=len(OURS))
+        table.add_column("", min_width=len(run.ours))
         for name in ("loss", "accuracy", "val. acc.", "time"):
             table.add_column(name, justify="right")
         for name in ("outputs", "weights", "moving"):
@@ -65,7 +65,7 @@ class Report:
         number = str(len(self._run.epochs))
         differences = (f"{apart[quantity].value:.1e}" for quantity in QUANTITIES)
         self._table.add_row(number, self._run.reference, *_cells(reference))
-        self._table.add_row("", OURS, *_cells(ours), *differences)
+        self._table.add_row("", self._run.ours, *_cells(ours), *differences)
 
     def finish(self):
         if self._live:
@@ -84,7 +84,7 @@ class Report:
         outputs = {
             name: snapshot.arrays["outputs"]["validation images"]
             for name, snapshot in zip(
-                (run.reference, OURS), run.epochs[-1], strict=False
+                (run.reference, run.ours), run.epochs[-1], strict=False
             )
         }
         sureness = outputs[run.reference].max(axis=1)
@@ -122,12 +122,13 @@ class Report:
                 )
             table.add_section()
         reference = runs[0].reference
-        table.caption = (
-            f"Allowed in float32: twice what lies between any two of {REORDERED + 1} "
-            f"trainings with {reference} that only take the rows of each batch in "
-            "another order, which changes nothing but rounding. In float64: "
-            f"{FLOAT64_TOLERANCE:.0e}."
-        )
+        if any(run.dtype == "float32" for run in runs):
+            table.caption = (
+                "Allowed in float32: twice what lies between any two of "
+                f"{REORDERED + 1} trainings with {reference} that only take the rows "
+                "of each batch in another order, which changes nothing but rounding. "
+                f"In float64: {FLOAT64_TOLERANCE:.0e}."
+            )
         self.say(table, "")
         for run in runs:
             for name, same in run.reloaded_identical.items():

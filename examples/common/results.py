@@ -9,16 +9,16 @@ import numpy as np
 import tensorflow as tf
 
 import keras_bn
-from common.training import OURS
 
 
-def save(path, runs, arguments):
+def save(path, runs, arguments, **more):
     """Write everything the tables show, and what it was made with.
 
     Args:
         path: of the JSON file.
         runs: list of `Run`.
         arguments: namespace of the command line.
+        **more: what else belongs into the table, beside what is there or in its place.
     """
     table = {
         "equivalent": all(run.equivalent() for run in runs),
@@ -31,6 +31,7 @@ def save(path, runs, arguments):
             **{m.__name__: m.__version__ for m in (np, tf, keras, keras_bn)},
         },
         "runs": [_run(run) for run in runs],
+        **more,
     }
     path.write_text(json.dumps(table, indent=2) + "\n")
 
@@ -47,7 +48,7 @@ def _run(run):
             {
                 "epoch": number,
                 run.reference: _numbers(snapshots[0]),
-                OURS: _numbers(snapshots[1]),
+                run.ours: _numbers(snapshots[1]),
                 "differences": {q: dataclasses.asdict(d) for q, d in apart.items()},
                 "allowed": allowed,
             }

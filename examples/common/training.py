@@ -133,7 +133,8 @@ class Run:
 
     `epochs` has a list of snapshots for each epoch: of the reference, of ours, and in
     float32 of the reference trained on reordered batches. `reloaded_identical` says
-    for each side that was saved whether its outputs came back bit for bit.
+    for each side that was saved whether its outputs came back bit for bit. `ours` is
+    what the tables call ours.
     """
 
     title: str
@@ -141,6 +142,7 @@ class Run:
     reference: str
     epochs: list = dataclasses.field(default_factory=list)
     reloaded_identical: dict = dataclasses.field(default_factory=dict)
+    ours: str = OURS
 
     def differences(self):
         """How far ours is from the reference, after each epoch."""
@@ -214,14 +216,15 @@ def side_by_side(title, dtype, make_reference, make_ours, data, arguments, watch
             )
             seconds = time.perf_counter() - start
             run.epochs[-1].append(
-                _snapshot(side, x_val, data.y_val, loss, accuracy, seconds)
+                snapshot(side, x_val, data.y_val, loss, accuracy, seconds)
             )
         watch.epoch()
     watch.finish()
     return run, *sides[:2]
 
 
-def _snapshot(side, x_val, y_val, loss, accuracy, seconds):
+def snapshot(side, x_val, y_val, loss, accuracy, seconds):
+    """A side as it is now; the last three figures are those of its last epoch."""
     outputs = side.outputs(x_val)
     found = {"validation images": outputs}, side.weights(), side.moving_statistics()
     arrays = {

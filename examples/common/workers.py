@@ -50,6 +50,10 @@ def cluster(command, count, folder):
         yield workers
 
 
+class WorkerError(Exception):
+    """A worker did not do what it should; the message ends with the end of its log."""
+
+
 class Worker:
     """A process and its log."""
 
@@ -59,6 +63,25 @@ class Worker:
     def wait(self, seconds):
         """The exit status; TimeoutExpired if there is none within the seconds."""
         return self.process.wait(seconds)
+
+    def check(self, seconds):
+        """Wait until it ends; WorkerError if it does not, or not well."""
+        try:
+            status = self.wait(seconds)
+        except subprocess.TimeoutExpired:
+            raise self._error(f"has not ended within {seconds} s") from None
+        if status:
+            raise self._error(f"ended with status {status}")
+
+    def wait_for(self, path, seconds):
+        """Wait until it has written a file; WorkerError if it does not."""
+        until = time.monotonic() + seconds
+        while not path.exists():
+            if self.process.poll() is not None:
+                raise self._error(f"ended without writing {path.name}")
+            if time.monotonic() > until:
+                raise self._error(f"has not written {path.name} within {seconds} s")
+            time.sleep(0.02)
 
     def kill(self):
         """End it at once, as a machine does that loses its power."""
@@ -72,7 +95,7 @@ class Worker:
             seconds: how long it may be silent.
 
         Raises:
-            TimeoutError: when it was silent for longer.
+            WorkerError: when it was silent for longer.
         """
         with open(self.log, encoding="utf-8", errors="replace") as file:
             line, since = "", time.monotonic()
@@ -87,11 +110,15 @@ class Worker:
                 elif ended:
                     break
                 elif time.monotonic() - since > seconds:
-                    raise TimeoutError(f"silent for {seconds} s: see {self.log}")
+                    raise self._error(f"was silent for {seconds} s")
                 else:
                     time.sleep(0.02)
         if line:
             yield line
+
+    def _error(self, what):
+        tail = self.log.read_text(errors="replace").splitlines()[-20:]
+        return WorkerError("\n".join([f"A worker {what}. {self.log} ends:", *tail]))
 
 
 def _free_ports(count):
