@@ -10,7 +10,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import keras
 import tensorflow as tf
 
-from benchmarks import layer, memory, models
+from benchmarks import layer, memory, models, sync
 from keras_bn.version import __version__
 
 HERE = Path(__file__).parent
@@ -65,6 +65,7 @@ def main():
     ]
     whole = models.main(["--rounds", "3"])
     peak = memory.main([])
+    shared = sync.in_a_process(SECONDS)
     parts = {"Training step, graph mode": graph, "The same under XLA": jit}
     parts |= {"The same, eager": eager, "Inference, graph mode": inference}
     text = ["# Results", "", where + ".", ""]
@@ -72,11 +73,13 @@ def main():
     for title, rows in parts.items():
         text += [f"## {title}", "", layer.table(rows), ""]
     text += ["## Whole models, `fit`", "", models.table(whole), ""]
+    text += ["## Two replicas, apart and synchronized", "", sync.table(shared), ""]
     text += ["## Peak memory of a training step", ""]
     text += [f"{peak['ratio']:.2f} of Keras's, {memory.LAYERS} layers of "]
     text[-1] += f"{memory.SHAPE}."
     (HERE / "RESULTS.md").write_text("\n".join(text) + "\n")
     results = {"machine": where, **parts, "models": whole, "memory": peak}
+    results |= {"synchronization": shared}
     (HERE / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     plot(graph, HERE / "ratios.png")
 

@@ -4,12 +4,15 @@ import argparse
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from distributed import strategy_of
 
+import keras_bn
 from keras_bn import bench
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from benchmarks import bandwidth, layer, models, peers
+from benchmarks import bandwidth, layer, models, peers, sync
 
 SHAPE = (8, 4)
 
@@ -39,6 +42,29 @@ def test_a_row_of_the_layer_table():
     assert row["ratio"] == ms["Keras"]["median"] / ms["keras_bn"]["median"]
     assert "(8, 4)" in layer.table([row])
     assert row["of_copy_bandwidth"] > 0
+
+
+def test_a_row_of_the_synchronization_table():
+    row = sync.measure(strategy_of("mirrored 2"), SHAPE, seconds=0.01)
+    ms = row["ms"]
+    for name in ("Keras", "keras_bn"):
+        cost = ms[f"{name}, together"]["median"] - ms[f"{name}, apart"]["median"]
+        assert row[f"{name}, cost"] == cost
+    assert "(8, 4)" in sync.table([row])
+
+
+def test_synchronized_replicas_are_measured_synchronized():
+    strategy = strategy_of("mirrored 2")
+    layers = []
+
+    def make():
+        layers.append(keras_bn.BatchNormalization(synchronized=True, momentum=0.0))
+        return layers[-1]
+
+    sync.chain(strategy, make, SHAPE)()
+    assert len(layers) == bench.depth(SHAPE)
+    rows = np.random.default_rng(0).normal(size=(2 * SHAPE[0], *SHAPE[1:]))
+    np.testing.assert_allclose(layers[0].moving_variance.numpy(), rows.var(0), 1e-5)
 
 
 def test_bandwidth_counts_the_bytes():

@@ -329,28 +329,40 @@ def test_gradient_penalty_across_replicas():
 
 
 def collectives(function, *arguments):
-    """How many collective ops of each type a tf.function's graph has."""
+    """The collective ops in a tf.function's graph: how many of each type and size."""
     graph = function.get_concrete_function(*arguments).graph
     inner = (f.graph for f in graph._functions.values() if hasattr(f, "graph"))
-    types = [op.type for g in (graph, *inner) for op in g.get_operations()]
-    return Counter(t for t in types if t.startswith("Collective"))
+    ops = [op for g in (graph, *inner) for op in g.get_operations()]
+    return Counter(
+        (op.type, op.inputs[0].shape.num_elements() * op.inputs[0].dtype.size)
+        for op in ops
+        if op.type.startswith("Collective")
+    )
 
 
 @pytest.mark.parametrize(
-    ("arguments", "count"),
+    ("arguments", "bytes_sent"),
     [
-        ({"synchronized": True}, 2),
-        ({"synchronized": True, "renorm": True, "debias": True}, 2),
-        ({}, 1),
-        ({"renorm": True, "debias": True}, 1),
+        ({"synchronized": True}, lambda r, c: [r * (12 * c + 4), 8 * c]),
+        (
+            {"synchronized": True, "renorm": True, "debias": True},
+            lambda r, c: [r * (12 * c + 4), 8 * c],
+        ),
+        ({}, lambda r, c: [16 * c]),
+        ({"debias": True}, lambda r, c: [32 * c]),
+        ({"renorm": True}, lambda r, c: [40 * c]),
     ],
 )
-def test_one_collective_for_each_direction(arguments, count):
-    strategy = strategy_of("mirrored 2")
+@pytest.mark.parametrize("name", ["mirrored 2", "mirrored 4"])
+def test_one_collective_for_each_direction(name, arguments, bytes_sent):
+    """Their sizes stand in docs/distributed.md."""
+    strategy = strategy_of(name)
+    replicas = strategy.num_replicas_in_sync
     layer = in_scope(strategy, lambda: keras_bn.BatchNormalization(**arguments), (4, 3))
-    xs = spread(strategy, split(np.ones((4, 4, 3), "float32"), (2, 2)))
+    xs = spread(strategy, np.ones((replicas, 2, 4, 3), "float32"))
     found = collectives(SpreadStep(strategy, layer).run, xs, xs, None)
-    assert found == {"CollectiveReduceV2": count * strategy.num_replicas_in_sync}
+    sizes = bytes_sent(replicas, 3)
+    assert found == {("CollectiveReduceV2", size): replicas for size in sizes}
 
 
 @pytest.mark.parametrize("together", [True, False])
