@@ -56,8 +56,9 @@ def chain(strategy, make, shape):
     ]
     weights = [w for layer in layers for w in layer.trainable_variables]
     step = modes.with_gradients(forward, weights, "eager")
-    run = tf.function(lambda *parts: strategy.run(step, parts), autograph=False)
-    return lambda: run(*arguments)
+    # A partial, or TensorFlow takes every new chain for a retrace of one function.
+    run = tf.function(functools.partial(strategy.run, step), autograph=False)
+    return lambda: run(arguments)
 
 
 def measure(strategy, shape, seconds=5.0):
