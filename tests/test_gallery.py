@@ -67,8 +67,15 @@ def check(name, folder, printed, short):
 
 @pytest.mark.parametrize("name", GALLERY)
 def test_short(example, tmp_path, capsys, name):
-    assert example(name).main(["--short", "--out", str(tmp_path)]) == 0
-    check(name, tmp_path, capsys.readouterr().out, short=True)
+    if name == "small_batches":
+        # TensorFlow takes a number of replicas once in a process; other tests did.
+        result = run(f"{name}.py", "--short", "--out", tmp_path)
+        assert result.returncode == 0, result.stderr
+        printed = result.stdout
+    else:
+        assert example(name).main(["--short", "--out", str(tmp_path)]) == 0
+        printed = capsys.readouterr().out
+    check(name, tmp_path, printed, short=True)
 
 
 @pytest.mark.slow

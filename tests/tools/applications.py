@@ -21,10 +21,12 @@ SUBSET = ("MobileNet", "MobileNetV2", "DenseNet121", "EfficientNetV2B0", "ResNet
 WITHOUT = ("VGG", "ConvNeXt")
 COLUMNS = {
     "norms": "normalizations",
+    "own": "a rounding, Δ",
     "convert": "converted, Δ",
     "train": "one step, Δ loss",
     "folded": "folded",
     "fold": "folded, Δ",
+    "own_batch": "a rounding in training, Δ",
     "recalibrate": "recalibrated, Δ",
     "export": "exported, Δ",
     "seconds": "s",
@@ -85,8 +87,10 @@ def check(name):
     model = build(name)
     x = random_inputs(model)
     expected = model(x, training=False)
+    own = relative_difference(expected, model(_rounded(x), training=False))
     ours = keras_bn.from_keras(model)
-    result = {"name": name, "convert": relative_difference(expected, ours(x))}
+    result = {"name": name, "own": own}
+    result["convert"] = relative_difference(expected, ours(x))
     plan = keras_bn.plan_fold(ours)
     result["norms"] = len(plan)
     result["folded"] = sum(each.into is not None for each in plan)
@@ -111,7 +115,10 @@ def check(name):
     # One batch was all the data, so that batch statistics give what inference gives.
     for layer in _dropouts(whole):
         layer.rate = 0.0
-    result["recalibrate"] = relative_difference(batch, whole(x, training=True))
+    trained = whole(x, training=True)
+    result["recalibrate"] = relative_difference(batch, trained)
+    nearby = whole(_rounded(x), training=True)
+    result["own_batch"] = relative_difference(trained, nearby)
     del whole
     gc.collect()
 
@@ -133,16 +140,29 @@ def check(name):
     return {k: v if isinstance(v, str) else float(v) for k, v in result.items()}
 
 
+def _rounded(x):
+    """The inputs, each off by one rounding of float32."""
+    import numpy as np
+
+    up = np.random.default_rng(1).integers(0, 2, x.shape)
+    return np.nextafter(np.asarray(x), np.where(up, np.inf, -np.inf).astype("float32"))
+
+
 def _dropouts(model):
     return [layer for layer in model._flatten_layers() if hasattr(layer, "rate")]
 
 
 def holds(result):
-    """Whether all figures of an application are as they should be."""
-    small = {"convert": 1e-4, "fold": 1e-4, "export": 1e-4, "recalibrate": 1e-3}
-    return all(result[key] < bound for key, bound in small.items()) and (
-        result["train"] < 1e-3
-    )
+    """Whether all figures of an application are as they should be.
+
+    Some of these networks are so deep that they multiply the rounding of their input
+    beyond the usual bounds: there, four times what that does to Keras's own model is
+    allowed.
+    """
+    bounds = dict.fromkeys(("convert", "fold", "export"), max(1e-4, 4 * result["own"]))
+    bounds["recalibrate"] = max(1e-3, 4 * result["own_batch"])
+    bounds["train"] = 1e-3
+    return all(result[key] < bound for key, bound in bounds.items())
 
 
 def table(results):
