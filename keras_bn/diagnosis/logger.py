@@ -159,7 +159,11 @@ class StatisticsLogger(keras.callbacks.Callback):
         self.rows += new
         if self.filename is not None:
             text = _written(self.rows)
-            write_whole(self.filename, lambda path: path.write_text(text), force=True)
+            write_whole(
+                self.filename,
+                lambda path: path.write_text(text, encoding="utf-8"),
+                force=True,
+            )
         if self._events is not None:
             self._events.write(epoch, dict(_scalars(new)))
 

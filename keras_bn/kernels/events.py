@@ -26,7 +26,8 @@ class Events:
             step: a whole number.
             values: a dict of numbers by tag.
         """
-        with self._writer.as_default():
+        # Keras's TensorBoard callback has TensorFlow record at its own steps only.
+        with self._writer.as_default(), tf.summary.record_if(True):
             for tag, value in values.items():
                 scalar = tf.constant(value, tf.float32)
                 tf.summary.write(tag, scalar, step=step, metadata=_SCALAR)

@@ -71,12 +71,12 @@ def normalize_batch(x, gamma, beta, *, axes, epsilon):
         if dispatch.on_gpu():
             y, mean, variance, *saved = at_once()
         else:
-            few = count < PARTS_FROM
-            known = tf.get_static_value(few)
+            known = tf.get_static_value(count)
+            few = (count if known is None else known) < PARTS_FROM
             if known is None:
                 y, mean, variance, *saved = tf.cond(few, at_once, in_parts)
             else:
-                y, mean, variance, *saved = at_once() if known else in_parts()
+                y, mean, variance, *saved = at_once() if few else in_parts()
 
         def fast():
             return _from_rank_4(y, x, axis), mean, variance
@@ -197,19 +197,23 @@ def _power_sums(parts):
 def _moments_by_op(x, epsilon):
     """The moments by the op, each part of the rows a column of its own."""
     channels = x.shape[-1]
-    rows = tf.size(x) // channels
-    # The largest power of two that divides the number of rows, up to COLUMNS.
-    columns = tf.minimum(tf.bitwise.bitwise_and(rows, -rows), COLUMNS)
-    rows //= columns
-    width = columns * channels
-    parts = tf.reshape(x, [rows, 1, 1, width])
+    matrix = tf.reshape(x, [-1, channels])
+    rows = tf.shape(matrix)[0] // COLUMNS
+    even = rows * COLUMNS
+    width = COLUMNS * channels
+    parts = tf.reshape(matrix[:even], [rows, 1, 1, width])
     _, mean, variance, *_ = _op(parts, tf.ones([width]), tf.zeros([width]), epsilon)
     variance = _biased(variance, tf.cast(rows, tf.float32))
     mean = tf.reshape(mean, [-1, channels])
     variance = tf.reshape(variance, [-1, channels])
     whole = mean[0] + tf.reduce_mean(mean - mean[0], 0)
     between = tf.reduce_mean(tf.math.squared_difference(mean, whole), 0)
-    return whole, tf.reduce_mean(variance, 0) + between
+    whole = Moments(even, whole, tf.reduce_mean(variance, 0) + between)
+    rest = _float32(matrix[even:])
+    _, mean, variance = whole.merge(
+        Moments(tf.shape(rest)[0], *tf.nn.moments(rest, [0]))
+    )
+    return mean, variance
 
 
 def _float32(parameter):

@@ -215,6 +215,14 @@ def test_events_for_tensorboard(tmp_path):
     assert not found
 
 
+def test_events_where_others_are_not_recorded(tmp_path):
+    """As under `keras.callbacks.TensorBoard(update_freq=1000)`, at most steps."""
+    logger = keras_bn.StatisticsLogger(data(), log_dir=tmp_path / "logs")
+    with tf.summary.record_if(False):
+        fit(made(), logger)
+    assert {step for _, step in scalars(tmp_path / "logs")} == {0, 1, 2}
+
+
 def test_recalibrate_listed_before_it_leaves_nothing_to_record():
     callbacks = keras_bn.Recalibrate(data()), keras_bn.StatisticsLogger(data())
     with pytest.warns(UserWarning, match="fewer than 100"):
