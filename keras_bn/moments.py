@@ -83,7 +83,7 @@ class Moments(NamedTuple):
         return Moments(count, mean, variance)
 
     def unbiased(self) -> "Moments":
-        r"""The same moments with the unbiased variance, $\sigma^2\,n/(n-1)$.
+        """The same moments with the unbiased variance, `variance * n / (n - 1)`.
 
         Returns:
             `Moments` whose variance divides by `count − 1` instead of `count`. Where
