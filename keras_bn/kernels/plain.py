@@ -148,10 +148,11 @@ def normalize_batch(
             d_beta = layout.total(sum_g)
             if synchronized:
                 sum_g, sum_gx = synced.total(sum_g, sum_gx)
-            share = 1 / n
+            share = scale / n
             slope = normalized(rstd, sum_gx) * (rstd * share)
             through = finite * layout.spread(slope) + layout.spread(sum_g * share)
-            dx = layout.spread(scale) * (g - _where(counted, through))
+            # Both operands are of full size, or XLA would compute dx anew in each use.
+            dx = layout.spread(scale) * g - _where(counted, through)
             return tf.cast(dx, dtype), d_gamma, d_beta
 
         return tf.cast(y, dtype), gradient
