@@ -69,7 +69,7 @@ def draw(trained, before, after):
             (1 / WORST_STDDEV_RATIO, WORST_STDDEV_RATIO),
             "Moving std / the data's",
             "ratio",
-            "In the green band it is healthy",
+            "One outside the green is enough",
         ),
     ):
         axis.axvspan(*healthy, color=HEALTHY, alpha=0.12, lw=0)

@@ -10,8 +10,8 @@ import tensorflow as tf
 # TensorFlow has no public name for "is this graph compiled by XLA".
 from tensorflow.python.ops import control_flow_util
 
-# Elements from which the fused op is faster on a CPU: it costs 0.1 ms more to start
-# and about 6 ns less for each element (2 cores, `keras-bn bench --calibrate`).
+# Elements from which the fused op is faster on a CPU: it takes 0.15 ms more to start
+# and about 1 ns less for each element (2 cores, `keras-bn bench --calibrate`).
 FUSED_FROM = 2**17
 
 # What an axis of unknown size is taken for, by its place: a batch; anything else.

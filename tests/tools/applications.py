@@ -155,12 +155,14 @@ def _dropouts(model):
 def holds(result):
     """Whether all figures of an application are as they should be.
 
-    Some of these networks are so deep that they multiply the rounding of their input
-    beyond the usual bounds: there, four times what that does to Keras's own model is
-    allowed.
+    Some of these networks are so deep that they multiply a rounding beyond the usual
+    bounds: there, what one rounding of the input does to Keras's own model is allowed
+    once for every normalization, each of which rounds.
     """
-    bounds = dict.fromkeys(("convert", "fold", "export"), max(1e-4, 4 * result["own"]))
-    bounds["recalibrate"] = max(1e-3, 4 * result["own_batch"])
+    roundings = 1 + result["norms"]
+    usual = max(1e-4, roundings * result["own"])
+    bounds = dict.fromkeys(("convert", "fold", "export"), usual)
+    bounds["recalibrate"] = max(1e-3, roundings * result["own_batch"])
     bounds["train"] = 1e-3
     return all(result[key] < bound for key, bound in bounds.items())
 
