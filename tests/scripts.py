@@ -22,9 +22,9 @@ def run(script, *arguments, **environment):
     )
 
 
-def assert_is_a_drawing(path):
+def assert_is_a_drawing(path, least=500):
     from matplotlib import image
 
     pixels = image.imread(path)
-    assert min(pixels.shape[:2]) > 400
+    assert min(pixels.shape[:2]) > least
     assert len(np.unique(pixels[..., :3].reshape(-1, 3), axis=0)) > 100

@@ -61,7 +61,7 @@ def check(name, folder, printed, short):
     assert printed.splitlines()[-1] == f"The claim {verdict}"
     assert results["claim"] in " ".join(printed.split())
     assert f"Figures and picture are in {folder}" in printed
-    assert_is_a_drawing(folder / f"{name}.png")
+    assert_is_a_drawing(folder / f"{name}.png", least=400)
     return results
 
 
