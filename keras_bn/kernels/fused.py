@@ -67,16 +67,15 @@ def normalize_batch(x, gamma, beta, *, axes, epsilon):
             y, _, _, _, _, other = _op(inner, gamma, beta, epsilon, mean, variance)
             return y, mean, variance, mean, variance, other
 
+        known = tf.get_static_value(count)
         # What cuDNN saves for the backward pass is its own.
-        if dispatch.on_gpu():
-            y, mean, variance, *saved = at_once()
+        if dispatch.on_gpu() or (known is not None and known < PARTS_FROM):
+            found = at_once()
+        elif known is None:
+            found = tf.cond(count < PARTS_FROM, at_once, in_parts)
         else:
-            known = tf.get_static_value(count)
-            few = (count if known is None else known) < PARTS_FROM
-            if known is None:
-                y, mean, variance, *saved = tf.cond(few, at_once, in_parts)
-            else:
-                y, mean, variance, *saved = at_once() if few else in_parts()
+            found = in_parts()
+        y, mean, variance, *saved = found
 
         def fast():
             return _from_rank_4(y, x, axis), mean, variance
