@@ -38,15 +38,7 @@ def chain(strategy, make, shape):
         A function of no arguments.
     """
     with strategy.scope():
-        layers = [make() for _ in range(bench.depth(shape))]
-        for layer in layers:
-            layer.build(shape)
-
-    def forward(x):
-        for layer in layers:
-            x = layer(x, training=True)
-        return x
-
+        forward, weights = bench.in_line(make, shape)
     rng = np.random.default_rng(0)
     arguments = [
         strategy.experimental_distribute_values_from_function(
@@ -54,7 +46,6 @@ def chain(strategy, make, shape):
         )
         for _ in range(2)
     ]
-    weights = [w for layer in layers for w in layer.trainable_variables]
     step = modes.with_gradients(forward, weights, "eager")
     # A partial, or TensorFlow takes every new chain for a retrace of one function.
     run = tf.function(functools.partial(strategy.run, step), autograph=False)

@@ -108,6 +108,24 @@ def chain(
         keras.ops.convert_to_tensor(rng.normal(size=shape).astype("float32"), dtype)
         for _ in range(2)
     )
+    forward, weights = in_line(make, shape, training)
+    if not training:
+        run = modes.in_mode(forward, mode)
+        return lambda: run(x)
+    step = modes.with_gradients(forward, weights, mode)
+    return lambda: step(x, upstream)
+
+
+def in_line(make, shape, training=True):
+    """`depth(shape)` new layers one after another.
+
+    Args:
+        make, shape, training: as for `chain`.
+
+    Returns:
+        `(forward, weights)`: a function of one tensor that returns one, and the
+        trainable variables.
+    """
     layers = [make() for _ in range(depth(shape))]
     for layer in layers:
         layer.build(shape)
@@ -117,12 +135,7 @@ def chain(
             x = layer(x, training=training)
         return x
 
-    if not training:
-        run = modes.in_mode(forward, mode)
-        return lambda: run(x)
-    weights = [w for layer in layers for w in layer.trainable_variables]
-    step = modes.with_gradients(forward, weights, mode)
-    return lambda: step(x, upstream)
+    return forward, [w for layer in layers for w in layer.trainable_variables]
 
 
 def compare(shape, mode="tf.function", training=True, seconds=5.0, **options):
