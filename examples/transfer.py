@@ -161,29 +161,30 @@ def moved(figures, way):
 def parts_of(figures):
     same, other = DOMAINS
 
-    def gain(domain, way, over):
-        return accuracies(figures, domain, way) - accuracies(figures, domain, over)
+    def gain(says, domain, way, over):
+        values = accuracies(figures, domain, way) - accuracies(figures, domain, over)
+        return claims.Part(says, values, above=0, form="{:+.3f}")
 
     return [
-        claims.Part(
+        gain(
             "accuracy with statistics frozen, less that with all trainable",
-            gain(same, "statistics frozen", "trainable"),
-            above=0,
-            form="{:+.3f}",
+            same,
+            "statistics frozen",
+            "trainable",
         ),
-        claims.Part(
+        gain(
             f"{other}: accuracy with statistics recalibrated, less that with them as "
             "they were",
-            gain(other, "recalibrated", "statistics frozen"),
-            above=0,
-            form="{:+.3f}",
+            other,
+            "recalibrated",
+            "statistics frozen",
         ),
-        claims.Part(
+        gain(
             f"{other}: accuracy with statistics recalibrated, less that with all "
             "trainable",
-            gain(other, "recalibrated", "trainable"),
-            above=0,
-            form="{:+.3f}",
+            other,
+            "recalibrated",
+            "trainable",
         ),
         claims.Part(
             "frozen statistics that training moved",
