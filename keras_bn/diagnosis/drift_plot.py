@@ -3,8 +3,8 @@
 import numpy as np
 
 from keras_bn.diagnosis.findings import TYPICAL_MEAN_DRIFT, TYPICAL_STDDEV_RATIO
+from keras_bn.diagnosis.plots import HEALTHY
 
-_HEALTHY = "#3a7d44"
 # With more layers than this, colours stand for depth and not for names.
 _NAMED = 10
 
@@ -50,9 +50,9 @@ def draw(rows):
         " output", (epochs[-1], whole[-1].output_gap), va="center", weight="bold"
     )
 
-    mean.axhspan(0, TYPICAL_MEAN_DRIFT, color=_HEALTHY, alpha=0.1, lw=0)
+    mean.axhspan(0, TYPICAL_MEAN_DRIFT, color=HEALTHY, alpha=0.1, lw=0)
     ratio.axhspan(
-        1 / TYPICAL_STDDEV_RATIO, TYPICAL_STDDEV_RATIO, color=_HEALTHY, alpha=0.1, lw=0
+        1 / TYPICAL_STDDEV_RATIO, TYPICAL_STDDEV_RATIO, color=HEALTHY, alpha=0.1, lw=0
     )
     ratio.axhline(1, color="#888", lw=0.8)
     ratio.set_yscale("log", base=2)

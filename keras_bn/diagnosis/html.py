@@ -14,7 +14,7 @@ from keras_bn.diagnosis.findings import (
     WORST_MEAN_DRIFT,
     WORST_STDDEV_RATIO,
 )
-from keras_bn.diagnosis.plots import MEAN_LIMIT, RATIO_LIMIT, limit_of
+from keras_bn.diagnosis.plots import mean_limit, ratio_limit
 from keras_bn.version import __version__
 
 # Of a layer with more channels, this many are drawn, the outermost among them.
@@ -157,8 +157,8 @@ def _layers(record, findings):
     means = [layer.mean_drift for layer in record.layers]
     with np.errstate(divide="ignore", invalid="ignore"):
         ratios = [np.log2(layer.stddev_ratio) for layer in record.layers]
-    of_mean = limit_of(means, 1.5 * WORST_MEAN_DRIFT, MEAN_LIMIT)
-    of_ratio = limit_of(ratios, np.log2(3.0), np.log2(RATIO_LIMIT))
+    of_mean = mean_limit(means)
+    of_ratio = ratio_limit(ratios)
     of_means = f"−{of_mean:.2g}", "0", f"{of_mean:.2g} std"
     of_ratios = f"1/{2**of_ratio:.2g}", "1", f"{2**of_ratio:.2g}"
     rows = []

@@ -11,10 +11,10 @@ from keras_bn.diagnosis.findings import (
 )
 
 COLORS = {"error": "#c1272d", "warning": "#e07b00", "note": "#2f6690"}
-_HEALTHY = "#3a7d44"
+HEALTHY = "#3a7d44"
 # Points beyond are drawn at the edge, so that one channel doesn't flatten the rest.
-MEAN_LIMIT = 4.0
-RATIO_LIMIT = 16.0
+_MEAN_LIMIT = 4.0
+_RATIO_LIMIT = 16.0
 
 
 def draw(record, findings):
@@ -72,9 +72,9 @@ def _title(record, findings):
 
 def _means(axis, layers, colors):
     axis.set_title("Moving mean, off the data's by")
-    axis.axvspan(-WORST_MEAN_DRIFT, WORST_MEAN_DRIFT, color=_HEALTHY, alpha=0.08)
+    axis.axvspan(-WORST_MEAN_DRIFT, WORST_MEAN_DRIFT, color=HEALTHY, alpha=0.08)
     drifts = [layer.mean_drift for layer in layers]
-    limit = limit_of(drifts, 1.5 * WORST_MEAN_DRIFT, MEAN_LIMIT)
+    limit = mean_limit(drifts)
     for row, (drift, color) in enumerate(zip(drifts, colors, strict=True)):
         _dots(axis, row, drift, color, -limit, limit, 0.0)
     axis.set_xlim(-1.08 * limit, 1.08 * limit)
@@ -84,10 +84,10 @@ def _means(axis, layers, colors):
 
 def _ratios(axis, layers, colors):
     axis.set_title("Moving standard deviation / the data's")
-    axis.axvspan(1 / WORST_STDDEV_RATIO, WORST_STDDEV_RATIO, color=_HEALTHY, alpha=0.08)
+    axis.axvspan(1 / WORST_STDDEV_RATIO, WORST_STDDEV_RATIO, color=HEALTHY, alpha=0.08)
     with np.errstate(divide="ignore", invalid="ignore"):
         logs = [np.log2(layer.stddev_ratio) for layer in layers]
-    limit = 2 ** limit_of(logs, np.log2(3.0), np.log2(RATIO_LIMIT))
+    limit = 2 ** ratio_limit(logs)
     axis.set_xscale("log", base=2)
     for row, (log, color) in enumerate(zip(logs, colors, strict=True)):
         _dots(axis, row, 2**log, color, 1 / limit, limit, 1.0)
@@ -156,7 +156,7 @@ def _words(axis, record, findings):
     for row, name in enumerate(rows):
         mine = [f for f in findings if f.layer == name]
         if row < len(record.layers) and not mine:
-            axis.text(0, row, "healthy", va="center", color=_HEALTHY)
+            axis.text(0, row, "healthy", va="center", color=HEALTHY)
         elif mine:
             text = textwrap.fill(", ".join(f.kind for f in mine), 34)
             axis.text(0, row, text, va="center", color=_color(name, findings))
@@ -164,11 +164,20 @@ def _words(axis, record, findings):
 
 def _color(layer, findings):
     severities = {f.severity for f in findings if f.layer == layer}
-    return next((COLORS[s] for s in SEVERITIES if s in severities), _HEALTHY)
+    return next((COLORS[s] for s in SEVERITIES if s in severities), HEALTHY)
 
 
-def limit_of(values, least, most):
-    """How far from zero an axis must reach for all values, within bounds."""
+def mean_limit(drifts):
+    """How far from 0 the axis of drifts of the mean reaches, for these of the layers."""
+    return _limit(drifts, 1.5 * WORST_MEAN_DRIFT, _MEAN_LIMIT)
+
+
+def ratio_limit(logs):
+    """The same for logarithms, to base 2, of the ratios of standard deviations."""
+    return _limit(logs, np.log2(3.0), np.log2(_RATIO_LIMIT))
+
+
+def _limit(values, least, most):
     finite = np.concatenate([np.ravel(v)[np.isfinite(np.ravel(v))] for v in values])
     return float(np.clip(np.abs(finite).max(initial=0.0), least, most))
 
