@@ -168,7 +168,7 @@ def _color(layer, findings):
 
 
 def mean_limit(drifts):
-    """How far from 0 the axis of drifts of the mean reaches, for these of the layers."""
+    """How far from 0 the axis of the means' drifts reaches, for these of the layers."""
     return _limit(drifts, 1.5 * WORST_MEAN_DRIFT, _MEAN_LIMIT)
 
 
