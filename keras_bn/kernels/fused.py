@@ -1,5 +1,7 @@
 """TensorFlow's fused op, its differences from the plain kernel made good."""
 
+import math
+
 import tensorflow as tf
 
 from keras_bn.kernels import dispatch, plain
@@ -45,7 +47,7 @@ def normalize_batch(x, gamma, beta, *, axes, epsilon):
     count = count_of(x, channels, tf.float32)
 
     def slowly(x, gamma, beta):
-        return plain.normalize_batch(x, None, gamma, beta, axes=axes, epsilon=epsilon)
+        return plain.normalize_batch(x, None, gamma, beta, axes=(3,), epsilon=epsilon)
 
     def slow_gradients(x, gamma, upstream):
         beta = tf.zeros_like(gamma)  # without part in any gradient
@@ -56,29 +58,27 @@ def normalize_batch(x, gamma, beta, *, axes, epsilon):
 
     @tf.custom_gradient
     def normalize(x, gamma, beta):
-        inner = _to_rank_4(x, axis)
-
         def at_once():
-            y, mean, variance, *saved = _op(inner, gamma, beta, epsilon)
+            y, mean, variance, *saved = _op(x, gamma, beta, epsilon)
             return y, mean, _biased(variance, count), *saved
 
         def in_parts():
-            mean, variance = _moments(inner, epsilon)
-            y, _, _, _, _, other = _op(inner, gamma, beta, epsilon, mean, variance)
+            mean, variance = _moments(x, epsilon)
+            y, _, _, _, _, other = _op(x, gamma, beta, epsilon, mean, variance)
             return y, mean, variance, mean, variance, other
 
         known = tf.get_static_value(count)
         # What cuDNN saves for the backward pass is its own.
         if dispatch.on_gpu() or (known is not None and known < PARTS_FROM):
             found = at_once()
-        elif known is None:
-            found = tf.cond(count < PARTS_FROM, at_once, in_parts)
-        else:
+        elif math.prod(size or 1 for size in x.shape[:3]) >= PARTS_FROM:
             found = in_parts()
+        else:
+            found = tf.cond(count < PARTS_FROM, at_once, in_parts)
         y, mean, variance, *saved = found
 
         def fast():
-            return _from_rank_4(y, x, axis), mean, variance
+            return y, mean, variance
 
         def slow():
             y, moments = slowly(x, gamma, beta)
@@ -98,8 +98,8 @@ def normalize_batch(x, gamma, beta, *, axes, epsilon):
     def differentiate(upstream, x, gamma, large, saved):
         def fast(upstream, x, gamma):
             dx, d_gamma, d_beta, *_ = tf.raw_ops.FusedBatchNormGradV3(
-                y_backprop=_to_rank_4(upstream, axis),
-                x=_to_rank_4(x, axis),
+                y_backprop=upstream,
+                x=x,
                 scale=gamma,
                 reserve_space_1=saved[0],
                 reserve_space_2=saved[1],
@@ -107,7 +107,7 @@ def normalize_batch(x, gamma, beta, *, axes, epsilon):
                 epsilon=epsilon,
                 is_training=True,
             )
-            return _from_rank_4(dx, x, axis), d_gamma, d_beta
+            return dx, d_gamma, d_beta
 
         @tf.custom_gradient
         def gradients(upstream, x, gamma):
@@ -128,7 +128,8 @@ def normalize_batch(x, gamma, beta, *, axes, epsilon):
 
         return gradients(upstream, x, gamma)
 
-    y, mean, variance = normalize(x, gamma, beta)
+    y, mean, variance = normalize(_to_rank_4(x, axis), gamma, beta)
+    y = _from_rank_4(y, x, axis)
     return y, Moments(*(tf.stop_gradient(m) for m in (count, mean, variance)))
 
 
@@ -166,17 +167,17 @@ def _moments_about_zero(x):
     square of a sixteenth of the number of parts (four standard deviations with all of
     them) have no more error than the two passes of Keras's layer.
     """
-    channels = x.shape[-1]
-    matrix = tf.reshape(x, [-1, channels])
-    count = tf.shape(matrix)[0]
-    parts = tf.clip_by_value(count // PART, 1, PARTS)
-    rows = count // parts
-    even = tf.reshape(matrix[: parts * rows], [parts, rows, channels])
-    rest = matrix[None, parts * rows :]
-    sums, squares = (
-        tf.reduce_sum(one, 0) + tf.reduce_sum(other, 0)
-        for one, other in zip(_power_sums(even), _power_sums(rest), strict=True)
-    )
+    matrix = tf.reshape(x, [-1, x.shape[-1]])
+    count, known = tf.shape(matrix)[0], matrix.shape[0]
+    if known is None:
+        parts = tf.clip_by_value(count // PART, 1, PARTS)
+    else:
+        count, parts = known, min(max(known // PART, 1), PARTS)
+    even = count // parts * parts
+    sums, squares = _power_sums(matrix[:even], parts)
+    if known is None or even < known:
+        rest_sums, rest_squares = _power_sums(matrix[even:], 1)
+        sums, squares = sums + rest_sums, squares + rest_squares
     count = tf.cast(count, tf.float64)
     mean = sums / count
     variance = tf.maximum(squares / count - tf.square(mean), 0)
@@ -185,12 +186,13 @@ def _moments_about_zero(x):
     return tf.cast(mean, tf.float32), tf.cast(variance, tf.float32), near
 
 
-def _power_sums(parts):
-    """The sums over the middle axis of `parts` and of their squares, in float64."""
-    ones = tf.ones([tf.shape(parts)[0], 1, tf.shape(parts)[1]])
-    sums = tf.matmul(ones, parts)[:, 0]
-    norms = tf.raw_ops.EuclideanNorm(input=parts, axis=[1])
-    return tf.cast(sums, tf.float64), tf.square(tf.cast(norms, tf.float64))
+def _power_sums(x, parts):
+    """The sums of the rows of `x` and of their squares, in float64, part by part."""
+    x = tf.reshape(x, [parts, -1, x.shape[-1]])
+    ones = tf.ones([parts, 1, tf.shape(x)[1]])
+    sums = tf.cast(tf.matmul(ones, x)[:, 0], tf.float64)
+    norms = tf.cast(tf.raw_ops.EuclideanNorm(input=x, axis=[1]), tf.float64)
+    return tf.reduce_sum(sums, 0), tf.reduce_sum(tf.square(norms), 0)
 
 
 def _moments_by_op(x, epsilon):
