@@ -4,6 +4,12 @@ import math
 
 import tensorflow as tf
 
+from keras_bn.kernels import dispatch
+
+# How XLA sums a large input on a CPU: FOLD rows at a time, then PARTS sums of what is
+# left of the rows.
+FOLD, PARTS = 8, 16
+
 
 def at_least_float32(x):
     """`x` in float32, or as it is when that is float64: half types can't hold sums."""
@@ -43,31 +49,25 @@ class Layout:
     Args:
         x: the input, with known sizes along `axes`.
         axes: the channel axes, non-negative and ascending.
-        flat: whether the inside is a matrix `(rows, channels)`, if the channels are
-            last: XLA reduces it much faster than more axes.
     """
 
-    def __init__(self, x, axes, flat=False):
+    def __init__(self, x, axes):
         rank = len(x.shape)
         self._shape = x.shape
         self._channels = [x.shape[axis] for axis in axes]
         self._rows = [axis for axis in range(rank) if axis not in axes]
         last = tuple(axes) == tuple(range(rank - len(axes), rank))
-        self._flat = flat and last and rank > 2
         self._summed, self._keepdims = self._rows, not last
         self._inner = self._channels
-        if self._flat:
-            self._inner, self._summed = [math.prod(self._channels)], [0]
-        elif not last:
+        if not last:
             self._inner = [x.shape[i] if i in axes else 1 for i in range(rank)]
 
     def inner(self, x):
         """`x` in the shape the arithmetic runs in."""
-        return tf.reshape(x, [-1, self._inner[-1]]) if self._flat else x
+        return x
 
     def outer(self, y, x):
         """`y`, of the inner shape, in the shape of the input `x`."""
-        y = tf.reshape(y, tf.shape(x)) if self._flat else y
         y.set_shape(self._shape)
         return y
 
@@ -88,11 +88,8 @@ class Layout:
         """The mask as it broadcasts against `inner(x)`; None stays None."""
         if mask is None:
             return None
-        sizes = tf.shape(x)
+        sizes, rank = tf.shape(x), len(self._shape)
         mask = tf.broadcast_to(mask, tf.gather(sizes, self._rows))
-        if self._flat:
-            return tf.reshape(mask, [-1, 1])
-        rank = len(self._shape)
         return tf.reshape(
             mask, [sizes[i] if i in self._rows else 1 for i in range(rank)]
         )
@@ -120,6 +117,72 @@ class Layout:
         return value
 
 
+class Flat(Layout):
+    """The layout that XLA is fastest in: rows, channels, and what comes after them.
+
+    It has the fewest axes. But XLA on a CPU sums what it has just computed, squares of
+    differences say, in one thread and without vectors. So the rows of a large input, or
+    what comes after its channels, are cut into FOLD strips: these it adds up as fast as
+    any elements, and what is left is multiplied with ones.
+
+    Args:
+        x: the input, with known sizes along `axes` and after them.
+        axes: the channel axes, neighbours in ascending order.
+    """
+
+    def __init__(self, x, axes):
+        super().__init__(x, axes)
+        rows, rest = x.shape[: axes[0]], x.shape[axes[-1] + 1 :]
+        self._last = not rest.rank
+        cut = math.prod(size or 1 for size in (rows if self._last else rest))
+        # A GPU needs no strips, and multiplies in fewer bits.
+        self._folds = (
+            dispatch.is_huge(x.shape) and cut % FOLD == 0 and not dispatch.on_gpu()
+        )
+        self._strip = cut // FOLD
+        channels = math.prod(self._channels)
+        if self._last:
+            self._before, self._after = ([FOLD, -1] if self._folds else [-1]), []
+            self._inner = [channels]
+        else:
+            self._before = [-1]
+            self._after = [FOLD, self._strip] if self._folds else [cut]
+            self._inner = [1, channels] + [1] * len(self._after)
+        sizes = self._sizes(channels)
+        self._summed = [i for i in range(len(sizes)) if i != len(self._before)]
+
+    def _sizes(self, channels):
+        return [*self._before, channels, *self._after]
+
+    def inner(self, x):
+        return tf.reshape(x, self._sizes(math.prod(self._channels)))
+
+    def outer(self, y, x):
+        return super().outer(tf.reshape(y, tf.shape(x)), x)
+
+    def mask(self, mask, x):
+        mask = super().mask(mask, x)
+        return None if mask is None else tf.reshape(mask, self._sizes(1))
+
+    def sum(self, x):
+        if not self._folds:
+            return super().sum(x)
+        # Were what follows a sum too, XLA would make one slow sum of both.
+        if self._last:
+            parts = math.gcd(self._strip, PARTS)
+            strip = tf.reshape(tf.reduce_sum(x, 0), [parts, -1, *self._inner])
+            sums = tf.matmul(tf.ones([parts, 1, tf.shape(strip)[1]], x.dtype), strip)
+        else:
+            strip = tf.reshape(tf.reduce_sum(x, 2), [-1, self._strip])
+            sums = tf.matmul(strip, tf.ones([self._strip, 1], x.dtype))
+        return tf.reduce_sum(tf.reshape(sums, [-1, *self._inner]), 0)
+
+    def mean(self, x):
+        if not self._folds:
+            return super().mean(x)
+        return self.sum(x) / self.count(None, x, x.dtype)
+
+
 class Grouped(Layout):
     """The layout of a batch cut in order into groups, each with its own statistics.
 
@@ -135,7 +198,7 @@ class Grouped(Layout):
 
     def __init__(self, x, axes, size):
         super().__init__(x, axes)
-        self._axes, self._flat = axes, False
+        self._axes = axes
         self._inner = [d if i in axes else 1 for i, d in enumerate(x.shape)]
         self._summed = self._rows[1:]
         batch = tf.shape(x)[0]
@@ -164,3 +227,19 @@ class Grouped(Layout):
     def total(self, value):
         """The sum of a statistic over the groups."""
         return tf.reduce_sum(value, 0, keepdims=True)
+
+
+def layout_of(x, axes, group_size=None):
+    """The layout for the arithmetic on an input.
+
+    Args:
+        x: the input, with known sizes along `axes`.
+        axes: the channel axes, non-negative and ascending.
+        group_size: of the groups that the batch is cut into, or None.
+    """
+    if group_size is not None:
+        return Grouped(x, axes, group_size)
+    neighbours = axes[-1] - axes[0] < len(axes)
+    rest = x.shape[axes[-1] + 1 :]
+    flat = dispatch.in_xla() and neighbours and rest.is_fully_defined()
+    return Flat(x, axes) if flat else Layout(x, axes)

@@ -5,7 +5,7 @@ from typing import Any
 import tensorflow as tf
 
 from keras_bn.kernels import dispatch, synced
-from keras_bn.kernels.layout import Grouped, Layout, at_least_float32, broadcast
+from keras_bn.kernels.layout import at_least_float32, broadcast, layout_of
 from keras_bn.moments import Moments
 
 
@@ -91,10 +91,7 @@ def normalize_batch(
     Source: Ioffe and Szegedy, "Batch Normalization", 2015.
     """
     xla = dispatch.in_xla()
-    if group_size is None:
-        layout = Layout(x, axes, flat=xla)
-    else:
-        layout = Grouped(x, axes, group_size)
+    layout = layout_of(x, axes, group_size)
     wide = at_least_float32(x).dtype
     counted = layout.mask(mask, x)
     count = layout.count(counted, x, wide)
@@ -118,7 +115,8 @@ def normalize_batch(
         # lost to rounding is found again among the small differences.
         first = average(x)
         centred = x - layout.spread(first)
-        rest = average(centred)
+        # To sum them, XLA would write down differences that have another use besides.
+        rest = -average(layout.spread(first) - x) if xla else average(centred)
         centred -= layout.spread(rest)
         variance = average(tf.square(centred))
         moments = Moments(count, first, variance)
@@ -132,9 +130,7 @@ def normalize_batch(
         scale = gamma * rstd
         y = centred * layout.spread(scale) + beta
         if xla:
-            # Changes nothing, but has two operands of full size: XLA then computes y
-            # once, not again in each of its uses and, in a chain, in all of theirs.
-            y = tf.where(x == x, y, x)
+            y = _once(y, x)
 
         def gradient(upstream):
             g = tf.cast(upstream, wide)
@@ -151,8 +147,9 @@ def normalize_batch(
             share = scale / n
             slope = normalized(rstd, sum_gx) * (rstd * share)
             through = finite * layout.spread(slope) + layout.spread(sum_g * share)
-            # Both operands are of full size, or XLA would compute dx anew in each use.
             dx = layout.spread(scale) * g - _where(counted, through)
+            if xla:
+                dx = _once(dx, g)
             return tf.cast(dx, dtype), d_gamma, d_beta
 
         return tf.cast(y, dtype), gradient
@@ -162,6 +159,19 @@ def normalize_batch(
     y = normalize(layout.inner(x), gamma, beta)
     moments = Moments(*(layout.statistic(tf.stop_gradient(m)) for m in moments))
     return layout.outer(y, x), moments
+
+
+def _once(value, operand):
+    """`value`, for XLA on a CPU to compute once.
+
+    Otherwise it computes it anew in each of its uses and, in a chain of layers, in all
+    of theirs; but not what has several operands of full size.
+
+    Args:
+        value: a tensor that is NaN wherever `operand` is.
+        operand: a tensor of the same shape.
+    """
+    return tf.where(operand == operand, value, operand)
 
 
 def _where(mask, value):
