@@ -28,12 +28,14 @@ def compiled(function):
     """
 
     @functools.cache
-    def trace(specs, options, large):
+    def trace(specs, options, large, gpu):
         # A partial has no code of its own: TensorFlow would take the functions of
         # many layers for retraces of one, and warn.
         run = functools.partial(_run, function, specs, options, large)
         present = [spec for spec in specs if spec is not None]
-        return tf.function(run, input_signature=present, autograph=False)
+        compiled = tf.function(run, input_signature=present, autograph=False)
+        # It takes half as long to call as a function that might trace again.
+        return compiled.get_concrete_function()
 
     @functools.wraps(function)
     def call(x, mask, *parameters, axes, **options):
@@ -45,9 +47,11 @@ def compiled(function):
         specs = [tf.TensorSpec(sizes, x.dtype)]
         specs.append(None if mask is None else _spec(mask, [None] * len(mask.shape)))
         specs += [None if p is None else _spec(p, p.shape) for p in parameters]
-        given = [t for t in (x, mask, *parameters) if t is not None]
+        present = (t for t in (x, mask, *parameters) if t is not None)
+        given = map(tf.convert_to_tensor, present)
         fixed = tuple(sorted({**options, "axes": axes}.items()))
-        return trace(tuple(specs), fixed, dispatch.is_large(x.shape))(*given)
+        large, gpu = dispatch.is_large(x.shape), dispatch.on_gpu()
+        return trace(tuple(specs), fixed, large, gpu)(*given)
 
     return call
 
