@@ -199,6 +199,16 @@ def test_half_types_keep_float32_statistics(way, dtype):
         assert relative_error(got[name], want[name]) <= allowed, name
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_an_upstream_gradient_may_be_wider_than_the_output(way):
+    x, upstream, gamma, beta = draw((64, 4), (1,))
+    x, narrow = (tf.cast(t, "bfloat16") for t in (x, upstream))
+    want = step(WAYS[way], x, narrow, gamma, beta, (1,))
+    got = step(WAYS[way], x, tf.cast(narrow, "float32"), gamma, beta, (1,))
+    for name, value in want.items():
+        np.testing.assert_allclose(got[name], value, atol=1e-2, err_msg=name)
+
+
 @pytest.mark.parametrize(("shape", "axes"), [((5, 3), (1,)), ((2, 3, 2, 2), (1,))])
 @pytest.mark.parametrize("way", WAYS)
 def test_second_derivatives(way, shape, axes):

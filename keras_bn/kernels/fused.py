@@ -91,7 +91,8 @@ def normalize_batch(x, gamma, beta, *, axes, epsilon):
             # Copies belong to the graph of the backward pass, from where alone the
             # second derivative of a function differentiated from outside sees them.
             copy = tf.identity
-            return differentiate(copy(upstream), copy(x), copy(gamma), large, saved)
+            upstream = tf.cast(copy(upstream), x.dtype)
+            return differentiate(upstream, copy(x), copy(gamma), large, saved)
 
         return (fast() if large is None else tf.cond(large, slow, fast)), gradient
 
