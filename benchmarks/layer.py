@@ -26,20 +26,29 @@ SHAPES = [
 ]
 
 
-def measure(shape, axis=-1, mode="tf.function", seconds=5.0, training=True, **options):
+def measure(
+    shape,
+    axis=-1,
+    mode="tf.function",
+    seconds=5.0,
+    training=True,
+    backward=True,
+    **options,
+):
     """One row: who took how long, and how near to the machine's bandwidth."""
-    chains = peers.functions(shape, mode, axis, training, **options)
+    chains = peers.functions(shape, mode, axis, training, backward, **options)
     timings = bench.per_layer(bench.interleave(chains, seconds), shape)
     row = {
         "shape": shape,
         "axis": axis,
         "mode": mode,
         "training": training,
+        "backward": training and backward,
         **options,
         "ms": {name: timing._asdict() for name, timing in timings.items()},
         "ratio": timings[bench.PEER].median / timings[bench.OURS].median,
     }
-    if training and not options:
+    if row["backward"] and not options:
         elements = 1
         for n in shape:
             elements *= n
@@ -48,18 +57,23 @@ def measure(shape, axis=-1, mode="tf.function", seconds=5.0, training=True, **op
     return row
 
 
+def name(row):
+    """The input of a row, in words."""
+    axis = "" if row["axis"] == -1 else f", axis {row['axis']}"
+    return f"{tuple(row['shape'])}{axis}"
+
+
 def table(rows):
     """The rows as a table in Markdown."""
     names = ["Keras", "keras_bn", "fused op", "PyTorch"]
     head = ["input", *(f"{n}, ms" for n in names), "Keras / ours", "of bandwidth"]
     lines = [head, ["---"] * len(head)]
     for row in rows:
-        axis = "" if row["axis"] == -1 else f", axis {row['axis']}"
         times = (row["ms"].get(n) for n in names)
         share = row.get("of_copy_bandwidth")
         lines.append(
             [
-                f"{tuple(row['shape'])}{axis}",
+                name(row),
                 *("" if t is None else f"{t['median']:.3f}" for t in times),
                 f"{row['ratio']:.2f}",
                 "" if share is None else f"{share:.0%}",

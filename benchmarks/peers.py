@@ -65,7 +65,9 @@ def pytorch(shape, axis=-1, training=True):
     return step
 
 
-def functions(shape, mode="tf.function", axis=-1, training=True, **options):
+def functions(
+    shape, mode="tf.function", axis=-1, training=True, backward=True, **options
+):
     """The peers' chains for an input of this shape, by name."""
     peers = {
         bench.PEER: lambda: keras.layers.BatchNormalization(axis=axis, **options),
@@ -73,6 +75,9 @@ def functions(shape, mode="tf.function", axis=-1, training=True, **options):
     }
     if training and mode == "tf.function" and axis == -1 and not options:
         peers["fused op"] = FusedOp
-    chains = {n: bench.chain(m, shape, mode, training) for n, m in peers.items()}
-    torch_chain = None if options else pytorch(shape, axis, training)
+    dtype = keras.DTypePolicy(options.get("dtype", "float32")).compute_dtype
+    how = mode, training, dtype, backward
+    chains = {n: bench.chain(m, shape, *how) for n, m in peers.items()}
+    alike = backward and not options
+    torch_chain = pytorch(shape, axis, training) if alike else None
     return chains if torch_chain is None else {**chains, "PyTorch": torch_chain}

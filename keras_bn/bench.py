@@ -89,6 +89,7 @@ def chain(
     mode: str = "tf.function",
     training: bool = True,
     dtype: str = "float32",
+    backward: bool = True,
 ) -> Callable[[], Any]:
     """Layers one after another as one function of no arguments, on random data.
 
@@ -99,6 +100,7 @@ def chain(
         training: whether to take training steps, forward and backward with the
             update of the moving statistics; or inference steps, forward alone.
         dtype: of the input.
+        backward: whether training steps go backward.
 
     Returns:
         The function, for `depth(shape)` layers.
@@ -109,7 +111,7 @@ def chain(
         for _ in range(2)
     )
     forward, weights = in_line(make, shape, training)
-    if not training:
+    if not (training and backward):
         run = modes.in_mode(forward, mode)
         return lambda: run(x)
     step = modes.with_gradients(forward, weights, mode)
