@@ -179,30 +179,41 @@ def verdict(ratio: float) -> str:
     return "as fast" if ratio > 1 / MARGIN else f"SLOWER: {ratio:.2f} times as fast"
 
 
-def crossover(seconds: float = 20.0, channels: int = 64) -> tuple[list, int | None]:
-    """Where the fused kernel becomes the faster one on this machine.
+THRESHOLDS = {
+    "fused": ("large", "tf.function", range(14, 22)),
+    "strips": ("huge", "jit_compile", range(17, 23)),
+}
+
+
+def crossover(
+    what: str = "fused", seconds: float = 20.0, channels: int = 64
+) -> tuple[list, int | None]:
+    """Where a way for large inputs becomes the faster one on this machine.
 
     Args:
+        what: `"fused"` for the fused kernel in graph mode, `"strips"` for sums by
+            strips under XLA.
         seconds: how long to measure in all.
         channels: channels of the inputs.
 
     Returns:
-        A list of `(elements, ms of plain, ms of fused)` per layer, and the number of
-        elements from which the fused kernel stays faster; None if it never is.
+        A list of `(elements, ms without, ms with)` per layer, and the number of
+        elements from which it stays faster; None if it never is.
     """
+    assumption, mode, powers = THRESHOLDS[what]
     rows = []
-    for power in range(14, 22):
+    for power in powers:
         shape = (2**power // channels, channels)
         functions = {}
-        for large in (False, True):
-            with dispatch.assuming(large):
-                functions[str(large)] = chain(BatchNormalization, shape)
-                functions[str(large)]()
-        timings = per_layer(interleave(functions, seconds / 8), shape)
+        for taken in (False, True):
+            with dispatch.assuming(**{assumption: taken}):
+                functions[str(taken)] = chain(BatchNormalization, shape, mode)
+                functions[str(taken)]()
+        timings = per_layer(interleave(functions, seconds / len(powers)), shape)
         rows.append((2**power, timings["False"].median, timings["True"].median))
     start = None
-    for elements, plain, fused in reversed(rows):
-        if fused >= plain:
+    for elements, without, taken in reversed(rows):
+        if taken >= without:
             break
         start = elements
     return rows, start
@@ -236,7 +247,7 @@ def add_bench(commands) -> None:
     parser.add_argument(
         "--calibrate",
         action="store_true",
-        help="print what the threshold between the kernels would be here",
+        help="print what the thresholds between the kernels would be here",
     )
 
     def run(arguments):
@@ -245,15 +256,17 @@ def add_bench(commands) -> None:
 
         console = Console(highlight=False)
         if arguments.calibrate:
-            rows, start = crossover(arguments.seconds)
-            table = Table("elements", "plain, ms", "fused, ms")
-            for elements, *times in rows:
-                table.add_row(f"{elements:,}", *(f"{t:.3f}" for t in times))
-            console.print(table)
-            here = "none here" if start is None else f"{start:,} elements here"
-            console.print(
-                f"fused is faster from: {here}; built in: {dispatch.FUSED_FROM:,}"
-            )
+            built_in = dispatch.FUSED_FROM, dispatch.FOLDED_FROM
+            for what, threshold in zip(THRESHOLDS, built_in, strict=True):
+                rows, start = crossover(what, arguments.seconds / 2)
+                table = Table("elements", "without, ms", f"{what}, ms")
+                for elements, *times in rows:
+                    table.add_row(f"{elements:,}", *(f"{t:.3f}" for t in times))
+                console.print(table)
+                here = "none here" if start is None else f"{start:,} elements here"
+                console.print(
+                    f"{what}: faster from {here}; built in: {threshold:,}", style="bold"
+                )
             return 0
         shapes = arguments.shape or SHAPES
         table = Table("input", "Keras, ms", "keras_bn, ms", "ratio", "keras_bn is")

@@ -10,6 +10,7 @@ from distributed import strategy_of
 
 import keras_bn
 from keras_bn import bench
+from keras_bn.kernels import dispatch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks import bandwidth, layer, models, peers, sync
@@ -96,10 +97,29 @@ def test_calibrate(capsys, monkeypatch):
     timing = bench.Timing(16.0, 1.0, 1.0, 1)
     slower = {"False": timing, "True": timing._replace(median=32.0)}
     faster = {"False": timing, "True": timing._replace(median=8.0)}
-    answers = iter([slower, faster, slower, slower, faster, faster, faster, faster])
+    fused = [slower, faster, slower, slower, faster, faster, faster, faster]
+    strips = [slower] * 6
+    answers = iter(fused + strips)
     monkeypatch.setattr(bench, "interleave", lambda *_: next(answers))
     monkeypatch.setattr(bench, "chain", lambda *_: lambda: None)
-    assert "from: 262,144 elements here" in run(capsys, "--calibrate")
+    out = run(capsys, "--calibrate")
+    assert "fused: faster from 262,144 elements here; built in: 131,072" in out
+    assert "strips: faster from none here; built in: 524,288" in out
+
+
+def test_calibrate_takes_both_sides_of_a_threshold(monkeypatch):
+    seen = []
+
+    def chain(make, shape, mode):
+        seen.append((mode, dispatch.is_huge((1, 1)), dispatch.is_huge((2**30, 1))))
+        return lambda: None
+
+    timing = bench.Timing(1.0, 1.0, 1.0, 1)
+    monkeypatch.setattr(bench, "chain", chain)
+    monkeypatch.setattr(bench, "interleave", lambda f, _: dict.fromkeys(f, timing))
+    bench.crossover("strips")
+    sides = {("jit_compile", False, False), ("jit_compile", True, True)}
+    assert set(seen) == sides
 
 
 @pytest.mark.parametrize("shape", ["8", "8,0", "a,b", ""])

@@ -91,24 +91,31 @@ def is_large(shape) -> bool:
 
 def is_huge(shape) -> bool:
     """Whether sums by strips pay for an input of this shape under XLA."""
-    return elements(shape) >= FOLDED_FROM
+    assumed = _huge.get()
+    return elements(shape) >= FOLDED_FROM if assumed is None else assumed
 
 
 _large: contextvars.ContextVar = contextvars.ContextVar("large", default=None)
+_huge: contextvars.ContextVar = contextvars.ContextVar("huge", default=None)
 
 
 @contextlib.contextmanager
-def assuming(large: bool):
-    """Within, `is_large` is known to be so, whatever the shapes in the trace say.
+def assuming(large: bool | None = None, huge: bool | None = None):
+    """Within, an input is known to be so, whatever the shapes in the trace say.
 
     An eager call knows its sizes, but is traced without them so that one trace serves
     them all.
+
+    Args:
+        large: what `Known.large` is to be; None for what the shapes say.
+        huge: the same of `is_huge`.
     """
-    token = _large.set(large)
+    tokens = _large.set(large), _huge.set(huge)
     try:
         yield
     finally:
-        _large.reset(token)
+        _large.reset(tokens[0])
+        _huge.reset(tokens[1])
 
 
 def known(x, axes, epsilon, special) -> Known:
