@@ -108,6 +108,10 @@ class Layout:
         """The mean of all that belongs to one channel; NaN of nothing."""
         return tf.reduce_mean(x, self._summed, keepdims=self._keepdims)
 
+    def near_mean(self, x):
+        """A mean of enough of each channel to be within some deviations of all."""
+        return self.mean(x)
+
     def spread(self, value):
         """A statistic as it broadcasts against the input: as it is."""
         return value
@@ -181,6 +185,13 @@ class Flat(Layout):
         if not self._folds:
             return super().mean(x)
         return self.sum(x) / self.count(None, x, x.dtype)
+
+    def near_mean(self, x):
+        if not self._folds:
+            return super().near_mean(x)
+        # The mean of a strip is off by at most (FOLD − 1)^½ standard deviations.
+        strip = x[:1] if self._last else x[:, :, :1]
+        return tf.reduce_mean(strip, self._summed, keepdims=self._keepdims)
 
 
 class Grouped(Layout):

@@ -98,10 +98,10 @@ def normalize_batch(
     synchronized = synchronized and synced.active()
     moments: Any = None
 
-    def average(x):
+    def average(x, mean=layout.mean):
         """The mean over what counts in each channel."""
         if counted is None and group_size is None:
-            return layout.mean(x)
+            return mean(x)
         return layout.sum(_where(counted, x)) / tf.maximum(count, 1)
 
     @tf.custom_gradient
@@ -113,7 +113,7 @@ def normalize_batch(
         dtype, x = x.dtype, tf.cast(x, wide)
         # The mean comes in two parts, `first + rest`: what the sum of large numbers
         # lost to rounding is found again among the small differences.
-        first = average(x)
+        first = average(x, layout.near_mean)
         centred = x - layout.spread(first)
         # To sum them, XLA would write down differences that have another use besides.
         rest = -average(layout.spread(first) - x) if xla else average(centred)
