@@ -66,6 +66,7 @@ def name(row):
 def table(rows):
     """The rows as a table in Markdown."""
     names = ["Keras", "keras_bn", "fused op", "PyTorch"]
+    names += ["Flax"] if any("Flax" in row["ms"] for row in rows) else []
     head = ["input", *(f"{n}, ms" for n in names), "Keras / ours", "of bandwidth"]
     lines = [head, ["---"] * len(head)]
     for row in rows:

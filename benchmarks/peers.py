@@ -65,6 +65,41 @@ def pytorch(shape, axis=-1, training=True):
     return step
 
 
+def flax(shape, axis=-1, training=True):
+    """The same chain in Flax, compiled by XLA; None where it is not installed."""
+    try:
+        import jax
+        from flax import nnx
+    except ModuleNotFoundError:
+        return None
+    rng = np.random.default_rng(0)
+    x, upstream = (
+        jax.numpy.asarray(rng.normal(size=shape).astype("float32")) for _ in range(2)
+    )
+    how = {"momentum": MOMENTUM, "epsilon": EPSILON, "axis": axis}
+    layers = [
+        nnx.BatchNorm(shape[axis], **how, rngs=nnx.Rngs(0))
+        for _ in range(bench.depth(shape))
+    ]
+    model = nnx.Sequential(*layers)
+    model.train() if training else model.eval()
+
+    @nnx.jit
+    def infer(model, x):
+        return model(x)
+
+    @nnx.jit
+    def step(model, x, upstream):
+        def product(model, x):
+            return (model(x) * upstream).sum()
+
+        return nnx.grad(product, argnums=(0, 1))(model, x)
+
+    if not training:
+        return lambda: jax.block_until_ready(infer(model, x))
+    return lambda: jax.block_until_ready(step(model, x, upstream))
+
+
 def functions(
     shape, mode="tf.function", axis=-1, training=True, backward=True, **options
 ):
@@ -78,6 +113,10 @@ def functions(
     dtype = keras.DTypePolicy(options.get("dtype", "float32")).compute_dtype
     how = mode, training, dtype, backward
     chains = {n: bench.chain(m, shape, *how) for n, m in peers.items()}
-    alike = backward and not options
-    torch_chain = pytorch(shape, axis, training) if alike else None
-    return chains if torch_chain is None else {**chains, "PyTorch": torch_chain}
+    if options or not backward:
+        return chains
+    others = {
+        "PyTorch": pytorch(shape, axis, training),
+        "Flax": flax(shape, axis, training),
+    }
+    return chains | {n: chain for n, chain in others.items() if chain is not None}
