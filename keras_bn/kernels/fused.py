@@ -67,11 +67,13 @@ def normalize_batch(x, gamma, beta, *, axes, epsilon):
             y, _, _, _, _, other = _op(x, gamma, beta, epsilon, mean, variance)
             return y, mean, variance, mean, variance, other
 
-        known = tf.get_static_value(count)
+        # Of an unknown batch there is one sample at least, or nothing to be wrong.
+        least = math.prod(size or 1 for size in x.shape[:3])
+        few = x.shape.is_fully_defined() and least < PARTS_FROM
         # What cuDNN saves for the backward pass is its own.
-        if dispatch.on_gpu() or (known is not None and known < PARTS_FROM):
+        if few or dispatch.on_gpu():
             found = at_once()
-        elif math.prod(size or 1 for size in x.shape[:3]) >= PARTS_FROM:
+        elif least >= PARTS_FROM:
             found = in_parts()
         else:
             found = tf.cond(count < PARTS_FROM, at_once, in_parts)
