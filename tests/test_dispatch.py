@@ -133,6 +133,18 @@ def test_xla_is_seen_from_inside(kernels):
     assert set(kernels) == {"plain"}
 
 
+def test_what_was_traced_outside_of_xla_is_refused_inside():
+    """For XLA would lower the fused op to E[x²] − E[x]², and be silently wrong."""
+    shape = (64, 32, 32, 32)
+    layer = keras_bn.BatchNormalization()
+    layer.build(shape)
+    traced = tf.function(lambda x: layer(x, training=True), autograph=False)
+    outside = traced.get_concrete_function(tf.TensorSpec(shape))
+    inside = tf.function(lambda x: outside(x), jit_compile=True, autograph=False)
+    with pytest.raises(tf.errors.InvalidArgumentError, match="EuclideanNorm"):
+        inside(tf.zeros(shape))
+
+
 def test_eager_calls_choose_by_their_own_size(kernels):
     layer = keras_bn.BatchNormalization()
     layer(tf.zeros([4, 77]), training=True)

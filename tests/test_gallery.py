@@ -171,6 +171,7 @@ def test_restart_is_the_same_for_a_seed_and_another_for_others(example):
 
     def trained(seed):
         restart(seed)
+        model.reset_metrics()
         start = model.get_weights()
         losses = [float(model.train_on_batch(x, y)) for _ in range(3)]
         return start, losses
