@@ -29,12 +29,13 @@ def compiled(function):
 
     @functools.cache
     def trace(specs, options, large, gpu):
+        # `gpu` is asked for while tracing: here it only tells traces apart.
         # A partial has no code of its own: TensorFlow would take the functions of
         # many layers for retraces of one, and warn.
         run = functools.partial(_run, function, specs, options, large)
         present = [spec for spec in specs if spec is not None]
         compiled = tf.function(run, input_signature=present, autograph=False)
-        # It takes half as long to call as a function that might trace again.
+        # A concrete function takes half as long to call as one that may trace again.
         return compiled.get_concrete_function()
 
     @functools.wraps(function)

@@ -6,8 +6,8 @@ import tensorflow as tf
 
 from keras_bn.kernels import dispatch
 
-# How XLA sums a large input on a CPU: FOLD rows at a time, then PARTS sums of what is
-# left of the rows.
+# How a large input is summed for XLA on a CPU: cut into FOLD strips, which are added
+# up; what is left of strips of rows is summed in up to PARTS parts.
 FOLD, PARTS = 8, 16
 
 
@@ -126,8 +126,8 @@ class Flat(Layout):
 
     It has the fewest axes. But XLA on a CPU sums what it has just computed, squares of
     differences say, in one thread and without vectors. So the rows of a large input, or
-    what comes after its channels, are cut into FOLD strips: these it adds up as fast as
-    any elements, and what is left is multiplied with ones.
+    what comes after its channels, are cut into FOLD strips if their known sizes allow:
+    these it adds up as fast as any elements, and what is left is multiplied with ones.
 
     Args:
         x: the input, with known sizes along `axes` and after them.
