@@ -1,4 +1,4 @@
-"""All of them in five minutes, into RESULTS.md, results.json and ratios.png."""
+"""All but `fold` in five minutes, into RESULTS.md, results.json and ratios.png."""
 
 import argparse
 import json

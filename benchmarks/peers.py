@@ -66,7 +66,7 @@ def pytorch(shape, axis=-1, training=True):
 
 
 def flax(shape, axis=-1, training=True):
-    """The same chain in Flax, compiled by XLA; None where it is not installed."""
+    """The same chain in Flax, always compiled by XLA; None where it isn't installed."""
     try:
         import jax
         from flax import nnx
@@ -91,9 +91,10 @@ def flax(shape, axis=-1, training=True):
     @nnx.jit
     def step(model, x, upstream):
         def product(model, x):
-            return (model(x) * upstream).sum()
+            y = model(x)
+            return (y * upstream).sum(), y
 
-        return nnx.grad(product, argnums=(0, 1))(model, x)
+        return nnx.grad(product, argnums=(0, 1), has_aux=True)(model, x)
 
     if not training:
         return lambda: jax.block_until_ready(infer(model, x))

@@ -134,7 +134,7 @@ def test_xla_is_seen_from_inside(kernels):
 
 
 def test_what_was_traced_outside_of_xla_is_refused_inside():
-    """For XLA would lower the fused op to E[x²] − E[x]², and be silently wrong."""
+    """For XLA lowers the fused op to E[x²] − E[x]². Fewer rows are not refused."""
     shape = (64, 32, 32, 32)
     layer = keras_bn.BatchNormalization()
     layer.build(shape)
