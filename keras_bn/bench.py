@@ -181,7 +181,7 @@ def verdict(ratio: float) -> str:
 
 THRESHOLDS = {
     "fused": ("large", "tf.function", range(14, 22)),
-    "strips": ("huge", "jit_compile", range(17, 23)),
+    "strips": ("strips", "jit_compile", range(15, 22)),
 }
 
 
@@ -256,7 +256,7 @@ def add_bench(commands) -> None:
 
         console = Console(highlight=False)
         if arguments.calibrate:
-            built_in = dispatch.FUSED_FROM, dispatch.FOLDED_FROM
+            built_in = dispatch.FUSED_FROM, dispatch.STRIPS_FROM
             for what, threshold in zip(THRESHOLDS, built_in, strict=True):
                 rows, start = crossover(what, arguments.seconds / 2)
                 table = Table("elements", "without, ms", f"{what}, ms")

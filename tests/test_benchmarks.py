@@ -98,20 +98,21 @@ def test_calibrate(capsys, monkeypatch):
     slower = {"False": timing, "True": timing._replace(median=32.0)}
     faster = {"False": timing, "True": timing._replace(median=8.0)}
     fused = [slower, faster, slower, slower, faster, faster, faster, faster]
-    strips = [slower] * 6
+    strips = [slower] * 7
     answers = iter(fused + strips)
     monkeypatch.setattr(bench, "interleave", lambda *_: next(answers))
     monkeypatch.setattr(bench, "chain", lambda *_: lambda: None)
     out = run(capsys, "--calibrate")
     assert "fused: faster from 262,144 elements here; built in: 131,072" in out
-    assert "strips: faster from none here; built in: 524,288" in out
+    assert "strips: faster from none here; built in: 131,072" in out
 
 
 def test_calibrate_takes_both_sides_of_a_threshold(monkeypatch):
     seen = []
 
     def chain(make, shape, mode):
-        seen.append((mode, dispatch.is_huge((1, 1)), dispatch.is_huge((2**30, 1))))
+        small, large = dispatch.by_strips((1, 1), 1), dispatch.by_strips((2**30, 1), 1)
+        seen.append((mode, small, large))
         return lambda: None
 
     timing = bench.Timing(1.0, 1.0, 1.0, 1)

@@ -65,6 +65,25 @@ def test_sizes(shape, large):
     assert is_large(shape) == large
 
 
+@pytest.mark.parametrize(
+    ("shape", "channels", "strips"),
+    [
+        ((128, 256), 256, False),
+        ((512, 256), 256, True),
+        ((256, 512), 512, True),
+        ((128, 1024), 1024, False),
+        ((128, 8192), 8192, False),
+        ((None, 8192), 8192, False),
+        ((None, 7, 7, 512), 512, True),
+        ((None, 64, 56, 56), 64, True),
+        ((0, 56, 56, 64), 64, False),
+    ],
+    ids=str,
+)
+def test_sums_by_strips(shape, channels, strips):
+    assert dispatch.by_strips(shape, channels) == strips
+
+
 @pytest.fixture
 def kernels(monkeypatch):
     """The kernels that a test traces, by name."""

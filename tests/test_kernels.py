@@ -20,7 +20,7 @@ def run_plain(x, gamma, beta, axes):
 
 def run_strips(x, gamma, beta, axes):
     """The plain kernel as XLA gets it for the largest inputs, whatever the size."""
-    with dispatch.assuming(huge=True):
+    with dispatch.assuming(strips=True):
         return run_plain(x, gamma, beta, axes)
 
 
@@ -254,7 +254,7 @@ def test_a_mask_is_cut_into_strips_with_its_input(shape, axis):
         return plain.normalize_batch(x, mask, gamma, beta, axes=axes, epsilon=EPSILON)
 
     def in_strips(*args):
-        with dispatch.assuming(huge=True):
+        with dispatch.assuming(strips=True):
             return kernel(*args)
 
     want = step((kernel, "graph"), x, upstream, gamma, beta, (axis,))

@@ -139,12 +139,11 @@ class Flat(Layout):
         rows, rest = x.shape[: axes[0]], x.shape[axes[-1] + 1 :]
         self._last = not rest.rank
         cut = math.prod(size or 1 for size in (rows if self._last else rest))
-        # A GPU needs no strips, and multiplies in fewer bits.
-        self._folds = (
-            dispatch.is_huge(x.shape) and cut % FOLD == 0 and not dispatch.on_gpu()
-        )
-        self._strip = cut // FOLD
         channels = math.prod(self._channels)
+        pays = dispatch.by_strips(x.shape, channels)
+        # A GPU needs no strips, and multiplies in fewer bits.
+        self._folds = pays and cut % FOLD == 0 and not dispatch.on_gpu()
+        self._strip = cut // FOLD
         if self._last:
             self._before, self._after = ([FOLD, -1] if self._folds else [-1]), []
             self._inner = [channels]
