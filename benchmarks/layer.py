@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 
 from benchmarks import bandwidth, peers
 from keras_bn import bench
@@ -49,11 +50,8 @@ def measure(
         "ratio": timings[bench.PEER].median / timings[bench.OURS].median,
     }
     if row["backward"] and not options:
-        elements = 1
-        for n in shape:
-            elements *= n
         rate = bandwidth.step_rate(shape, timings[bench.OURS].median)
-        row["of_copy_bandwidth"] = rate / bandwidth.copy_rate(elements, 0.5)
+        row["of_copy_bandwidth"] = rate / bandwidth.copy_rate(math.prod(shape), 0.5)
     return row
 
 

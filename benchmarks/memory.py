@@ -37,21 +37,18 @@ def step(kind):
     import tensorflow as tf
 
     import keras_bn
+    from keras_bn import bench
 
     cls = (keras.layers if kind == "Keras" else keras_bn).BatchNormalization
-    layers = [cls() for _ in range(LAYERS)]
-    for layer in layers:
-        layer.build(SHAPE)
+    forward, variables = bench.in_line(cls, SHAPE, length=LAYERS)
     x, upstream = tf.random.normal(SHAPE), tf.random.normal(SHAPE)
-    weights = [w.value for layer in layers for w in layer.trainable_variables]
+    weights = [variable.value for variable in variables]
 
     @tf.function(autograph=False)
     def train(x):
         with tf.GradientTape() as tape:
             tape.watch(x)
-            y = x
-            for layer in layers:
-                y = layer(y, training=True)
+            y = forward(x)
         return tape.gradient(y, [x, *weights], output_gradients=upstream)[1:]
 
     forget_peak()

@@ -118,17 +118,18 @@ def chain(
     return lambda: step(x, upstream)
 
 
-def in_line(make, shape, training=True):
-    """`depth(shape)` new layers one after another.
+def in_line(make, shape, training=True, length=None):
+    """New layers one after another.
 
     Args:
         make, shape, training: as for `chain`.
+        length: how many; `depth(shape)` by default.
 
     Returns:
         `(forward, weights)`: a function of one tensor that returns one, and the
         trainable variables.
     """
-    layers = [make() for _ in range(depth(shape))]
+    layers = [make() for _ in range(length or depth(shape))]
     for layer in layers:
         layer.build(shape)
 
@@ -179,9 +180,10 @@ def verdict(ratio: float) -> str:
     return "as fast" if ratio > 1 / MARGIN else f"SLOWER: {ratio:.2f} times as fast"
 
 
+# What is assumed of an input, in which mode, powers of two of elements, the threshold.
 THRESHOLDS = {
-    "fused": ("large", "tf.function", range(14, 22)),
-    "strips": ("strips", "jit_compile", range(15, 22)),
+    "fused": ("large", "tf.function", range(14, 22), dispatch.FUSED_FROM),
+    "strips": ("strips", "jit_compile", range(15, 22), dispatch.STRIPS_FROM),
 }
 
 
@@ -200,7 +202,7 @@ def crossover(
         A list of `(elements, ms without, ms with)` per layer, and the number of
         elements from which it stays faster; None if it never is.
     """
-    assumption, mode, powers = THRESHOLDS[what]
+    assumption, mode, powers, _ = THRESHOLDS[what]
     rows = []
     for power in powers:
         shape = (2**power // channels, channels)
@@ -256,8 +258,7 @@ def add_bench(commands) -> None:
 
         console = Console(highlight=False)
         if arguments.calibrate:
-            built_in = dispatch.FUSED_FROM, dispatch.STRIPS_FROM
-            for what, threshold in zip(THRESHOLDS, built_in, strict=True):
+            for what, (*_, threshold) in THRESHOLDS.items():
                 rows, start = crossover(what, arguments.seconds / 2)
                 table = Table("elements", "without, ms", f"{what}, ms")
                 for elements, *times in rows:

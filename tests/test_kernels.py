@@ -8,6 +8,7 @@ import tensorflow as tf
 from steps import array, in_mode, relative_error
 
 import keras_bn
+from keras_bn import bench
 from keras_bn.kernels import dispatch, fused, modes, plain
 
 EPSILON = 1e-3
@@ -272,16 +273,8 @@ def test_xla_computes_nothing_anew_for_each_layer(shape):
     """
 
     def instructions(depth):
-        layers = [keras_bn.BatchNormalization() for _ in range(depth)]
-        for layer in layers:
-            layer.build(shape)
-
-        def forward(x):
-            for layer in layers:
-                x = layer(x, training=True)
-            return x
-
-        weights = [w for layer in layers for w in layer.trainable_variables]
+        make = keras_bn.BatchNormalization
+        forward, weights = bench.in_line(make, shape, length=depth)
         run = modes.with_gradients(forward, weights, "jit_compile")
         x = tf.zeros(shape)
         text = run.experimental_get_compiler_ir(x, x)(stage="optimized_hlo")
