@@ -2,9 +2,8 @@
 
 import argparse
 import json
-import math
 
-from benchmarks import bandwidth, peers
+from benchmarks import markdown, peers
 from keras_bn import bench
 from keras_bn.kernels import modes
 
@@ -16,8 +15,11 @@ SHAPES = [
     ((8, 7, 7, 64), -1),
     ((32, 128, 64), -1),
     ((256, 1024), -1),
+    ((512, 768), -1),
+    ((64, 50, 128), -1),
     ((4, 16, 16, 16, 32), -1),
     ((32, 7, 7, 512), -1),
+    ((24, 20, 20, 96), -1),
     ((64, 32, 32, 32), -1),
     ((8192, 256), -1),
     ((32, 28, 28, 128), -1),
@@ -36,23 +38,30 @@ def measure(
     backward=True,
     **options,
 ):
-    """One row: who took how long, and how near to the machine's bandwidth."""
-    chains = peers.functions(shape, mode, axis, training, backward, **options)
+    """One row: who took how long, traced as in `fit` with the batch size unknown.
+
+    For training steps in graph mode, also what the ratio is with all sizes known.
+    """
+    how = {"mode": mode, "axis": axis, "training": training, "backward": backward}
+    chains = peers.functions(shape, **how, **options)
     timings = bench.per_layer(bench.interleave(chains, seconds), shape)
     row = {
         "shape": shape,
-        "axis": axis,
-        "mode": mode,
-        "training": training,
+        **how,
         "backward": training and backward,
         **options,
         "ms": {name: timing._asdict() for name, timing in timings.items()},
-        "ratio": timings[bench.PEER].median / timings[bench.OURS].median,
+        "ratio": ratio(timings),
     }
-    if row["backward"] and not options:
-        rate = bandwidth.step_rate(shape, timings[bench.OURS].median)
-        row["of_copy_bandwidth"] = rate / bandwidth.copy_rate(math.prod(shape), 0.5)
+    if row["backward"] and mode == "tf.function" and not options:
+        chains = peers.functions(shape, **how, known=True)
+        row["known_ratio"] = ratio(bench.interleave(chains, seconds / 2))
     return row
+
+
+def ratio(timings):
+    """Keras's time over ours."""
+    return timings[bench.PEER].median / timings[bench.OURS].median
 
 
 def name(row):
@@ -63,22 +72,19 @@ def name(row):
 
 def table(rows):
     """The rows as a table in Markdown."""
-    names = ["Keras", "keras_bn", "fused op", "PyTorch"]
-    names += ["Flax"] if any("Flax" in row["ms"] for row in rows) else []
-    head = ["input", *(f"{n}, ms" for n in names), "Keras / ours", "of bandwidth"]
-    lines = [head, ["---"] * len(head)]
+    names = ["Keras", "keras_bn", "fused op", "PyTorch", "Flax"]
+    names = [n for n in names if any(n in row["ms"] for row in rows)]
+    known = any("known_ratio" in row for row in rows)
+    head = ["input", *(f"{n}, ms" for n in names), "Keras / ours"]
+    head += ["known sizes, Keras / ours"] if known else []
+    lines = []
     for row in rows:
         times = (row["ms"].get(n) for n in names)
-        share = row.get("of_copy_bandwidth")
-        lines.append(
-            [
-                name(row),
-                *("" if t is None else f"{t['median']:.3f}" for t in times),
-                f"{row['ratio']:.2f}",
-                "" if share is None else f"{share:.0%}",
-            ]
-        )
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        line = [name(row), *("" if t is None else f"{t['median']:.3f}" for t in times)]
+        line.append(f"{row['ratio']:.2f}")
+        line += [f"{row['known_ratio']:.2f}"] if known else []
+        lines.append(line)
+    return markdown.table(head, lines)
 
 
 def main(argv=None):

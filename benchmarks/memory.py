@@ -1,23 +1,12 @@
 """Peak memory of a training step over a deep chain, each in a process of its own."""
 
 import argparse
-import os
-import subprocess
-import sys
 from pathlib import Path
+
+from benchmarks import process
 
 SHAPE, LAYERS = (16, 112, 112, 64), 8
 KINDS = ("Keras", "keras_bn")
-
-
-def measure(kind):
-    """Bytes of a step of this kind above what the process held before."""
-    command = [sys.executable, "-m", "benchmarks.memory", "--kind", kind]
-    environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"}
-    result = subprocess.run(
-        command, capture_output=True, text=True, check=True, env=environment
-    )
-    return int(result.stdout.split()[-1])
 
 
 def resident(peak=False):
@@ -31,26 +20,29 @@ def forget_peak():
     Path("/proc/self/clear_refs").write_text("5")
 
 
-def step(kind):
+def step(kind, jit=False):
     """Take two training steps; how far memory grew at its peak (Linux alone)."""
     import keras
     import tensorflow as tf
 
     import keras_bn
     from keras_bn import bench
+    from keras_bn.kernels import modes
 
     cls = (keras.layers if kind == "Keras" else keras_bn).BatchNormalization
-    forward, variables = bench.in_line(cls, SHAPE, length=LAYERS)
+    unknown = (None, *SHAPE[1:])
+    forward, variables = bench.in_line(cls, unknown, length=LAYERS)
     x, upstream = tf.random.normal(SHAPE), tf.random.normal(SHAPE)
     weights = [variable.value for variable in variables]
 
-    @tf.function(autograph=False)
     def train(x):
         with tf.GradientTape() as tape:
             tape.watch(x)
             y = forward(x)
         return tape.gradient(y, [x, *weights], output_gradients=upstream)[1:]
 
+    mode = "jit_compile" if jit else "tf.function"
+    train = modes.in_mode(train, mode, [(unknown, "float32")])
     forget_peak()
     before = resident()
     for _ in range(2):
@@ -58,19 +50,34 @@ def step(kind):
     return resident(peak=True) - before
 
 
+def measure(jit=False):
+    """Bytes by kind, under XLA or not, and the ratio of ours to Keras's."""
+    how = ["--jit"] if jit else []
+    grown = {
+        kind: process.number("benchmarks.memory", "--kind", kind, *how)
+        for kind in KINDS
+    }
+    return {**grown, "ratio": grown["keras_bn"] / grown["Keras"]}
+
+
+def words(result):
+    """A result of `measure` as a sentence."""
+    mib = {kind: f"{result[kind] / 2**20:.0f} MiB" for kind in KINDS}
+    return (
+        f"{mib['keras_bn']}, {result['ratio']:.2f} of Keras's {mib['Keras']}, "
+        f"for {LAYERS} layers of {SHAPE}"
+    )
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--kind", choices=KINDS)
-    kind = parser.parse_args(argv).kind
-    if kind:
-        print(step(kind))
-        return None
-    bytes_ = {kind: measure(kind) for kind in KINDS}
-    ratio = bytes_["keras_bn"] / bytes_["Keras"]
-    for name, value in bytes_.items():
-        print(f"{name}: {value / 2**20:.0f} MiB")
-    print(f"ours / Keras's: {ratio:.2f}")
-    return {**bytes_, "ratio": ratio}
+    parser.add_argument("--kind", choices=KINDS, help="measure it here, in bytes")
+    parser.add_argument("--jit", action="store_true", help="under XLA")
+    arguments = parser.parse_args(argv)
+    if arguments.kind:
+        print(step(arguments.kind, arguments.jit))
+    else:
+        print(words(measure(arguments.jit)))
 
 
 if __name__ == "__main__":

@@ -1,106 +1,110 @@
-"""What normalization costs in whole models, trained by `fit` as users do."""
+"""Whole models, trained as users train them: the first step, and those after it.
+
+    python -m benchmarks.models                     four models, 8 minutes
+    python -m benchmarks.models --full              and all else, 22 minutes
+    python -m benchmarks.models --application ResNet50 --size 96
+    python -m benchmarks.models --application ResNet50 --of predict
+
+The last one measures first steps alone.
+"""
 
 import argparse
-import time
+import json
+from pathlib import Path
 
-import keras
-import numpy as np
-import tensorflow as tf
-
-import keras_bn
-
-APPLICATIONS = ("MobileNetV2", "ResNet50")
-KINDS = ("Keras", "keras_bn", "without")
+from benchmarks import applications, first, markdown, steps
 
 
-class Nothing(keras.layers.Layer):
-    """What takes the place of a normalization that is left out."""
+def measure(application, size, batch, rounds=3, fits=5):
+    """One row: the first step of `fit`, and the steps after it.
 
-    def call(self, x, mask=None):
-        return x
-
-
-def build(application, size, kind):
-    """The application with Keras's normalization, ours, or none."""
-
-    def replace(layer):
-        if not isinstance(layer, keras.layers.BatchNormalization):
-            return layer.__class__.from_config(layer.get_config())
-        if kind == "without":
-            return Nothing(name=layer.name)
-        cls = keras_bn.BatchNormalization if kind == "keras_bn" else type(layer)
-        return cls.from_config(layer.get_config())
-
-    model = getattr(keras.applications, application)(
-        weights=None, input_shape=(size, size, 3), classes=10
-    )
-    model = keras.models.clone_model(model, clone_function=replace)
-    model.compile("sgd", "sparse_categorical_crossentropy")
-    return model
-
-
-class StepTimes(keras.callbacks.Callback):
-    """Seconds of each training step."""
-
-    def on_train_begin(self, logs=None):
-        self.times = []
-
-    def on_train_batch_begin(self, batch, logs=None):
-        self.start = time.perf_counter()
-
-    def on_train_batch_end(self, batch, logs=None):
-        self.times.append(time.perf_counter() - self.start)
-
-
-def measure(application, size, batch, rounds=5, steps=4):
-    """Milliseconds per step of each kind, and our share of normalization by Keras's."""
-    rng = np.random.default_rng(0)
-    x = rng.normal(size=(batch, size, size, 3)).astype("float32")
-    labels = rng.integers(0, 10, batch)
-    data = tf.data.Dataset.from_tensor_slices((x, labels)).batch(batch).repeat()
-    models = {kind: build(application, size, kind) for kind in KINDS}
-    times = {kind: [] for kind in KINDS}
-    for turn in range(rounds + 1):
-        for kind, model in models.items():
-            timer = StepTimes()
-            model.fit(
-                data, steps_per_epoch=steps, verbose=0, callbacks=[timer], shuffle=False
-            )
-            times[kind] += timer.times if turn else []
-    ms = {kind: 1e3 * float(np.median(t)) for kind, t in times.items()}
-    share = (ms["keras_bn"] - ms["without"]) / (ms["Keras"] - ms["without"])
+    Args:
+        application, size, batch: the model, as in `applications.FULL`.
+        rounds: how many fresh processes of each kind for the first step.
+        fits: how often each model is fitted for the steps after it.
+    """
+    where = application, size, batch
     return {
         "model": application,
         "size": size,
         "batch": batch,
-        "ms": ms,
-        "share": share,
+        "first": first.measure(*where, rounds=rounds),
+        **steps.measure(*where, rounds=fits),
     }
 
 
+def other_first_steps(rounds=3):
+    """Rows of `first.measure` for everything but `fit` in graph mode."""
+    rows = [
+        first.measure(*model, of=of, rounds=rounds)
+        for of in ("evaluate", "predict")
+        for model in applications.USUAL
+    ]
+    # One model alone, for XLA takes long to compile it.
+    compiled = first.measure(*applications.USUAL[0], jit=True, rounds=rounds)
+    return [*rows, compiled]
+
+
 def table(rows):
-    """The rows as a table in Markdown."""
-    lines = ["| model | Keras, ms | ours, ms | without, ms | our share of the cost |"]
-    lines.append("| --- | --- | --- | --- | --- |")
-    for row in rows:
-        cells = " | ".join(f"{row['ms'][kind]:.0f}" for kind in KINDS)
-        name = f"{row['model']}, {row['size']}×{row['size']}, batch {row['batch']}"
-        lines.append(f"| {name} | {cells} | {row['share']:.2f} |")
-    return "\n".join(lines)
+    """The rows of `measure` as a table in Markdown."""
+    head = ["model", "first step, Keras, s", "ours, s", "ours / Keras"]
+    head += ["step, Keras, ms", "ours, ms", "without, ms"]
+    head += ["share of the cost left (range)"]
+    return markdown.table(
+        head,
+        [
+            [applications.title(r), *first.cells(r["first"]), *steps.cells(r)]
+            for r in rows
+        ],
+    )
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--size", type=int, default=96)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--first",
+        choices=first.KINDS,
+        metavar="KIND",
+        help="take one first step here, and print its seconds alone",
+    )
+    parser.add_argument("--application", metavar="NAME", help="this model alone")
+    parser.add_argument("--size", type=int, default=96, help="side of its images")
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--rounds", type=int, default=5)
-    arguments = parser.parse_args(argv)
-    rows = [
-        measure(name, arguments.size, arguments.batch, arguments.rounds)
-        for name in APPLICATIONS
-    ]
-    print(table(rows))
-    return rows
+    parser.add_argument(
+        "--of", choices=first.CALLS, default="fit", help="what takes the first step"
+    )
+    parser.add_argument("--jit", action="store_true", help="under XLA")
+    parser.add_argument(
+        "--rounds", type=int, default=3, help="fresh processes for each first step"
+    )
+    parser.add_argument(
+        "--fits", type=int, default=5, help="rounds of `fit` for the steps after it"
+    )
+    parser.add_argument("--full", action="store_true", help="all models, all calls")
+    parser.add_argument("--json", metavar="FILE")
+    a = parser.parse_args(argv)
+    if a.first and not a.application:
+        parser.error("--first needs --application")
+    if a.first:
+        print(first.seconds(a.first, a.application, a.size, a.batch, a.of, a.jit))
+        return
+    chosen = applications.FULL if a.full else applications.USUAL
+    if a.application:
+        chosen = [(a.application, a.size, a.batch)]
+    if a.jit or a.of != "fit":
+        rows = [first.measure(*m, a.of, a.jit, a.rounds) for m in chosen]
+        print(first.table(rows))
+    else:
+        rows = [measure(*model, a.rounds, a.fits) for model in chosen]
+        print(table(rows))
+        if a.full:
+            others = other_first_steps(a.rounds)
+            print(first.table(others))
+            rows += others
+    if a.json:
+        Path(a.json).write_text(json.dumps(rows, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -102,19 +102,30 @@ def flax(shape, axis=-1, training=True):
 
 
 def functions(
-    shape, mode="tf.function", axis=-1, training=True, backward=True, **options
+    shape,
+    mode="tf.function",
+    axis=-1,
+    training=True,
+    backward=True,
+    known=False,
+    **options,
 ):
-    """The peers' chains for an input of this shape, by name."""
+    """The peers' chains for an input of this shape, by name.
+
+    TensorFlow's are traced with the batch size unknown, as in `fit`. With all sizes
+    `known`, there are Keras's and ours alone.
+    """
     peers = {
         bench.PEER: lambda: keras.layers.BatchNormalization(axis=axis, **options),
         bench.OURS: lambda: keras_bn.BatchNormalization(axis=axis, **options),
     }
-    if training and mode == "tf.function" and axis == -1 and not options:
+    alone = known or bool(options)
+    if training and mode == "tf.function" and axis == -1 and not alone:
         peers["fused op"] = FusedOp
     dtype = keras.DTypePolicy(options.get("dtype", "float32")).compute_dtype
-    how = mode, training, dtype, backward
+    how = mode, training, dtype, backward, known
     chains = {n: bench.chain(m, shape, *how) for n, m in peers.items()}
-    if options or not backward:
+    if alone or not backward:
         return chains
     others = {
         "PyTorch": pytorch(shape, axis, training),

@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import keras
 import numpy as np
 
-from keras_bn.kernels import dispatch, modes
+from keras_bn import kernels
+from keras_bn.kernels import modes, plan
 from keras_bn.layer import BatchNormalization
 
 SHAPES = ((32, 64), (128, 256), (256, 1024), (32, 28, 28, 128), (16, 56, 56, 64))
@@ -90,6 +91,7 @@ def chain(
     training: bool = True,
     dtype: str = "float32",
     backward: bool = True,
+    known: bool = False,
 ) -> Callable[[], Any]:
     """Layers one after another as one function of no arguments, on random data.
 
@@ -101,6 +103,7 @@ def chain(
             update of the moving statistics; or inference steps, forward alone.
         dtype: of the input.
         backward: whether training steps go backward.
+        known: whether the batch size is known while tracing; in `fit` it is not.
 
     Returns:
         The function, for `depth(shape)` layers.
@@ -110,11 +113,12 @@ def chain(
         keras.ops.convert_to_tensor(rng.normal(size=shape).astype("float32"), dtype)
         for _ in range(2)
     )
-    forward, weights = in_line(make, shape, training)
+    spec = (shape if known else (None, *shape[1:]), dtype)
+    forward, weights = in_line(make, spec[0], training, depth(shape))
     if not (training and backward):
-        run = modes.in_mode(forward, mode)
+        run = modes.in_mode(forward, mode, [spec])
         return lambda: run(x)
-    step = modes.with_gradients(forward, weights, mode)
+    step = modes.with_gradients(forward, weights, mode, [spec, spec])
     return lambda: step(x, upstream)
 
 
@@ -180,45 +184,51 @@ def verdict(ratio: float) -> str:
     return "as fast" if ratio > 1 / MARGIN else f"SLOWER: {ratio:.2f} times as fast"
 
 
-# What is assumed of an input, in which mode, powers of two of elements, the threshold.
-THRESHOLDS = {
-    "fused": ("large", "tf.function", range(14, 22), dispatch.FUSED_FROM),
-    "strips": ("strips", "jit_compile", range(15, 22), dispatch.STRIPS_FROM),
-}
-
-
-def crossover(
-    what: str = "fused", seconds: float = 20.0, channels: int = 64
-) -> tuple[list, int | None]:
-    """Where a way for large inputs becomes the faster one on this machine.
+def crossover(seconds: float = 20.0, channels: int = 64) -> tuple[list, int | None]:
+    """Where the fused kernel becomes the faster one on this machine.
 
     Args:
-        what: `"fused"` for the fused kernel in graph mode, `"strips"` for sums by
-            strips under XLA.
         seconds: how long to measure in all.
         channels: channels of the inputs.
 
     Returns:
-        A list of `(elements, ms without, ms with)` per layer, and the number of
-        elements from which it stays faster; None if it never is.
+        A list of `(elements, ms of the plain kernel, ms of the fused one)` per layer,
+        and the number of elements from which the fused one stays faster; None if it
+        never is.
     """
-    assumption, mode, powers, _ = THRESHOLDS[what]
     rows = []
-    for power in powers:
+    for power in range(14, 22):
         shape = (2**power // channels, channels)
-        functions = {}
-        for taken in (False, True):
-            with dispatch.assuming(**{assumption: taken}):
-                functions[str(taken)] = chain(BatchNormalization, shape, mode)
-                functions[str(taken)]()
-        timings = per_layer(interleave(functions, seconds / len(powers)), shape)
-        rows.append((2**power, timings["False"].median, timings["True"].median))
+        plans = {name: plan.Plan(name, axes=(1,)) for name in ("plain", "fused")}
+        functions = {name: _by_plan(each, shape) for name, each in plans.items()}
+        timings = per_layer(interleave(functions, seconds / 8), shape)
+        rows.append((2**power, timings["plain"].median, timings["fused"].median))
     start = None
-    for elements, without, taken in reversed(rows):
-        if taken >= without:
+    for elements, plain, fused in reversed(rows):
+        if fused >= plain:
             break
         start = elements
     return rows, start
+
+
+def _by_plan(how, shape):
+    """A training step of a chain of kernels by one plan, as a function."""
+    rng = np.random.default_rng(0)
+    x, upstream = (
+        keras.ops.convert_to_tensor(rng.normal(size=shape).astype("float32"))
+        for _ in range(2)
+    )
+    gamma, beta = (keras.Variable(np.full(shape[-1:], v, "float32")) for v in (1, 0))
+
+    def forward(x):
+        for _ in range(depth(shape)):
+            x, _ = kernels.forward(
+                x, None, gamma.value, beta.value, epsilon=1e-3, plan=how
+            )
+        return x
+
+    step = modes.with_gradients(forward, [gamma, beta], "tf.function")
+    return lambda: step(x, upstream)
 
 
 def add_bench(commands) -> None:
@@ -249,7 +259,7 @@ def add_bench(commands) -> None:
     parser.add_argument(
         "--calibrate",
         action="store_true",
-        help="print what the thresholds between the kernels would be here",
+        help="print from which size on a plan with the fused kernel is faster here",
     )
 
     def run(arguments):
@@ -258,16 +268,16 @@ def add_bench(commands) -> None:
 
         console = Console(highlight=False)
         if arguments.calibrate:
-            for what, (*_, threshold) in THRESHOLDS.items():
-                rows, start = crossover(what, arguments.seconds / 2)
-                table = Table("elements", "without, ms", f"{what}, ms")
-                for elements, *times in rows:
-                    table.add_row(f"{elements:,}", *(f"{t:.3f}" for t in times))
-                console.print(table)
-                here = "none here" if start is None else f"{start:,} elements here"
-                console.print(
-                    f"{what}: faster from {here}; built in: {threshold:,}", style="bold"
-                )
+            rows, start = crossover(arguments.seconds)
+            table = Table("elements", "plain, ms", "fused, ms")
+            for elements, *times in rows:
+                table.add_row(f"{elements:,}", *(f"{t:.3f}" for t in times))
+            console.print(table)
+            here = "none here" if start is None else f"{start:,} elements here"
+            console.print(
+                f"fused: faster from {here}; built in: {plan.FUSED_FROM:,}",
+                style="bold",
+            )
             return 0
         shapes = arguments.shape or SHAPES
         table = Table("input", "Keras, ms", "keras_bn, ms", "ratio", "keras_bn is")

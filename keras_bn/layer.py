@@ -1,101 +1,17 @@
-"""The layer: arguments, weights, call, config."""
+"""The layer: signature, weights, call, config."""
 
-import math
-import operator
 from typing import Any
 
 import keras
 import numpy as np
 from keras import constraints, initializers, ops, regularizers
 
-from keras_bn import kernels, moving, renorm
-
-
-@kernels.compiled
-def _train(
-    x,
-    mask,
-    gamma,
-    beta,
-    mean,
-    variance,
-    updates,
-    *renorm_state,
-    axes,
-    epsilon,
-    synchronized,
-    virtual_batch_size,
-    rule,
-    renorm_momentum,
-):
-    """One training step: the output and the new state, in the order it was given."""
-    if renorm_state:
-        # The correction is one more step on the output: not in a half type.
-        x = ops.cast(x, keras.backend.result_type(x.dtype, "float32"))
-    y, batch = kernels.normalize_batch(
-        x,
-        mask,
-        gamma,
-        beta,
-        axes=axes,
-        epsilon=epsilon,
-        synchronized=synchronized,
-        group_size=virtual_batch_size,
-    )
-    old, new_renorm = moving.Statistics(mean, variance, updates), []
-    if renorm_state:
-        old_renorm = renorm.Statistics(*renorm_state[:3])
-        limits = renorm.Bounds(*renorm_state[3:])
-        r, d = renorm.correction(old_renorm, batch, limits, epsilon)
-        # gamma (x̂ r + d) + beta, from y = gamma x̂ + beta: at r = 1 and d = 0 it is y
-        # itself, to the bit.
-        offset = d if gamma is None else gamma * d
-        if beta is not None:
-            offset += beta * (1.0 - r)
-        y = kernels.affine(y, r, offset, axes=axes)
-        new, new_renorm = renorm.update(
-            old, old_renorm, batch, rule, renorm_momentum, epsilon
-        )
-    else:
-        new = moving.update(old, batch, rule)
-    state = [*new, *new_renorm]
-    if kernels.replicated() and not synchronized:
-        state = _agreed([*old, *renorm_state[:3]], state, batch, rule)
-    return y, *_present(state)
-
-
-def _agreed(old, new, batch, rule):
-    """The new state on which replicas agree that took different steps from the old."""
-    mean, variance = moving.usable_parts(batch, rule)
-    if len(mean.shape) > len(old[0].shape):
-        mean, variance = ops.any(mean, axis=0), ops.any(variance, axis=0)
-    both = ops.stack([mean, variance])
-    taken = (mean, variance, both, variance, mean, mean)[: len(new)]
-    kept = [v for v in zip(old, new, taken, strict=True) if v[0] is not None]
-    return kernels.agree(*zip(*kept, strict=True))
-
-
-@kernels.compiled
-def _normalize(x, mask, gamma, beta, *, axes, epsilon):
-    """The output under the batch's own statistics, and these."""
-    return kernels.normalize_batch(x, mask, gamma, beta, axes=axes, epsilon=epsilon)
-
-
-@kernels.compiled
-def _infer(x, mask, gamma, beta, mean, variance, *, axes, epsilon):
-    """The output under the moving statistics; the mask has no part in it."""
-    return kernels.normalize_with(
-        x, mean, variance, gamma, beta, axes=axes, epsilon=epsilon
-    )
-
-
-def _present(values):
-    return [value for value in values if value is not None]
+from keras_bn import arguments, kernels, moving, renorm, step
 
 
 @keras.saving.register_keras_serializable(package="keras_bn")
 class BatchNormalization(keras.layers.Layer):
-    """Batch normalization, in the place of `keras.layers.BatchNormalization`.
+    """Drop-in replacement for `keras.layers.BatchNormalization`.
 
     Same arguments, weights and numbers. In training, each channel is normalized with
     the mean and population variance of the batch,
@@ -150,8 +66,10 @@ class BatchNormalization(keras.layers.Layer):
             floating or integer dtype.
         training: whether to use and record batch statistics: bool, None, or a bool
             tensor.
-        mask: tensor of the shape of `inputs` without its channel axes (sizes of 1
-            broadcast), true where an element counts.
+        mask: tensor of the shape of the leading axes of `inputs`, all but the last, as
+            `Masking` and `Embedding` give it; or of the shape of `inputs` without its
+            channel axes, where that is another. Sizes of 1 broadcast. True where an
+            element counts.
 
     Returns:
         A tensor of the shape of `inputs`, in the layer's compute dtype.
@@ -205,9 +123,9 @@ class BatchNormalization(keras.layers.Layer):
         **kwargs,
     ):
         super().__init__(**kwargs)
-        self.axis = _check_axis(axis)
-        self.momentum = None if momentum is None else _check_momentum(momentum)
-        self.epsilon = _check_epsilon(epsilon)
+        self.axis = arguments.check_axis(axis)
+        self.momentum = None if momentum is None else arguments.check_momentum(momentum)
+        self.epsilon = arguments.check_epsilon(epsilon)
         self.center = center
         self.scale = scale
         self.beta_initializer = initializers.get(beta_initializer)
@@ -219,10 +137,12 @@ class BatchNormalization(keras.layers.Layer):
         self.beta_constraint = constraints.get(beta_constraint)
         self.gamma_constraint = constraints.get(gamma_constraint)
         self.renorm = renorm
-        self.renorm_clipping = _check_clipping(renorm, renorm_clipping)
-        self.renorm_momentum = _check_momentum(renorm_momentum, "renorm_momentum")
+        self.renorm_clipping = arguments.check_clipping(renorm, renorm_clipping)
+        self.renorm_momentum = arguments.check_momentum(
+            renorm_momentum, "renorm_momentum"
+        )
         self.synchronized = synchronized
-        self.virtual_batch_size = _check_group_size(
+        self.virtual_batch_size = arguments.check_group_size(
             virtual_batch_size, synchronized=synchronized, renorm=renorm
         )
         self.unbiased = unbiased
@@ -239,7 +159,7 @@ class BatchNormalization(keras.layers.Layer):
         self.updates: Any = None
 
     def build(self, input_shape):
-        self._axes = _channel_axes(self.axis, input_shape)
+        self._axes = arguments.channel_axes(self.axis, input_shape)
         if self.virtual_batch_size is not None and 0 in self._axes:
             raise ValueError(
                 "`virtual_batch_size` cuts the batch along axis 0, which must not be a "
@@ -304,26 +224,29 @@ class BatchNormalization(keras.layers.Layer):
         if mask is None and ops.is_tensor(training):
             # Keras hands on the mask of the only tensor argument; here are two.
             mask = getattr(inputs, "_keras_mask", None)
-        x = _to_float(inputs, self.compute_dtype)
-        mask = _check_mask(mask, x, self._axes)
+        x = arguments.to_float(inputs, self.compute_dtype)
+        mask = arguments.align_mask(mask, x, self._axes)
         if not self.trainable or self.freeze_statistics:
             training = False
 
         def train():
-            y, *state = self._train(x, mask)
-            return [ops.cast(y, self.compute_dtype), *state]
+            tensors = x, mask, *self._affine, self._state, self._bounds
+            y, state = step.train(*tensors, settings=self._settings)
+            return ops.cast(y, self.compute_dtype), state
 
         def infer():
-            state = [ops.convert_to_tensor(variable) for variable in self._state]
-            return [ops.cast(self._infer(x), self.compute_dtype), *state]
+            state = self._state
+            y = step.infer(x, None, *self._affine, state, settings=self._settings)
+            return ops.cast(y, self.compute_dtype), state
 
         if ops.is_tensor(training):
-            y, *state = kernels.choose(ops.cast(training, "bool"), train, infer)
+            y, state = kernels.cond(ops.cast(training, "bool"), train, infer)
         else:
-            y, *state = train() if training else infer()
+            y, state = train() if training else infer()
         if ops.is_tensor(training) or training:
-            for variable, new in zip(self._state, state, strict=True):
-                variable.assign(new)
+            for variable, new in zip(self._moving, state, strict=True):
+                if variable is not None:
+                    variable.assign(new)
         return y
 
     def normalize_batch(self, inputs, mask=None):
@@ -346,19 +269,22 @@ class BatchNormalization(keras.layers.Layer):
         >>> print(np.round(y.numpy().T, 2), moments.mean.numpy())
         [[-1.  1.]] [2.]
         """
-        x = _to_float(inputs, self.compute_dtype)
-        mask = _check_mask(mask, x, self._axes)
-        y, moments = _normalize(
-            x, mask, *self._affine, axes=self._axes, epsilon=self.epsilon
+        x = arguments.to_float(inputs, self.compute_dtype)
+        mask = arguments.align_mask(mask, x, self._axes)
+        y, moments = step.normalize(
+            x, mask, *self._affine, settings=step.Settings(self._axes, self.epsilon)
         )
         return ops.cast(y, self.compute_dtype), moments
 
     def compute_output_shape(self, input_shape):
-        _channel_axes(self.axis, input_shape, sizes_known=False)
+        arguments.channel_axes(self.axis, input_shape, sizes_known=False)
         return input_shape
 
     def load_own_variables(self, store):
-        self._check_stored(store)
+        names = [variable.name for variable in self.variables]
+        key = str(names.index("moving_variance"))
+        if key in store.keys():  # noqa: SIM118 (a store is not a dict)
+            arguments.check_variance(np.asarray(store[key]), self.name)
         super().load_own_variables(store)
 
     def get_config(self):
@@ -414,180 +340,44 @@ class BatchNormalization(keras.layers.Layer):
         return self.renorm and any(callable(bound) for bound in bounds)
 
     @property
-    def _state(self):
-        """The variables that training moves, in the order that `_train` gives them."""
-        return _present(
-            [
-                self.moving_mean,
-                self.moving_variance,
-                self.updates,
-                self.moving_stddev,
-                self.renorm_mean,
-                self.renorm_stddev,
-            ]
+    def _settings(self):
+        return step.Settings(
+            self._axes,
+            self.epsilon,
+            self._rule,
+            self.renorm_momentum,
+            self.synchronized,
+            self.virtual_batch_size,
         )
+
+    @property
+    def _moving(self):
+        """The variables that training moves."""
+        return step.State(
+            mean=self.moving_mean,
+            variance=self.moving_variance,
+            updates=self.updates,
+            stddev=self.moving_stddev,
+            renorm_mean=self.renorm_mean,
+            renorm_stddev=self.renorm_stddev,
+        )
+
+    @property
+    def _state(self):
+        """Their values now."""
+        return step.State(*(None if v is None else v.value for v in self._moving))
 
     @property
     def _affine(self):
         return [None if w is None else w.value for w in (self.gamma, self.beta)]
 
-    def _train(self, x, mask):
-        moving_state = [self.moving_mean.value, self.moving_variance.value]
+    @property
+    def _bounds(self):
+        """The bounds of renormalization in force, or None without it."""
+        if not self.renorm:
+            return None
         updates = None if self.updates is None else self.updates.value
-        renorm_state = []
-        if self.renorm:
-            variables = (self.moving_stddev, self.renorm_mean, self.renorm_stddev)
-            renorm_state += [variable.value for variable in variables]
-            renorm_state += renorm.bounds(
-                self.renorm_clipping, updates, self.moving_mean.dtype
-            )
-        return _train(
-            x,
-            mask,
-            *self._affine,
-            *moving_state,
-            updates,
-            *renorm_state,
-            axes=self._axes,
-            epsilon=self.epsilon,
-            synchronized=self.synchronized,
-            virtual_batch_size=self.virtual_batch_size,
-            rule=self._rule,
-            renorm_momentum=self.renorm_momentum,
-        )
-
-    def _infer(self, x):
-        statistics = self.moving_mean.value, self.moving_variance.value
-        return _infer(
-            x, None, *self._affine, *statistics, axes=self._axes, epsilon=self.epsilon
-        )
-
-    def _check_stored(self, store):
-        """Refuse a stored moving variance that no training can have left behind."""
-        names = [variable.name for variable in self.variables]
-        key = str(names.index("moving_variance"))
-        if key not in store.keys():  # noqa: SIM118 (a store is not a dict)
-            return
-        variance = np.asarray(store[key])
-        bad = np.argwhere(~(np.isfinite(variance) & (variance >= 0)))
-        if len(bad):
-            channel = tuple(int(i) for i in bad[0])
-            raise ValueError(
-                f"Layer {self.name!r} can't load a moving variance that is negative or "
-                f"not finite. Received: {variance[channel]} in channel "
-                f"{channel[0] if len(channel) == 1 else channel}"
-            )
-
-
-def _check_axis(axis):
-    """The axis as an int, or as a list of two or more ints."""
-    several = isinstance(axis, list | tuple)
-    try:
-        if isinstance(axis, bool):
-            raise TypeError
-        axes = [operator.index(a) for a in (axis if several else [axis])]
-    except TypeError:
-        raise ValueError(
-            f"`axis` must be an int or a list of ints. Received: axis={axis!r}"
-        ) from None
-    if not axes:
-        raise ValueError(f"`axis` must name at least one axis. Received: axis={axis!r}")
-    if len(set(axes)) < len(axes):
-        raise ValueError(f"`axis` must not repeat an axis. Received: axis={axis!r}")
-    return axes if len(axes) > 1 else axes[0]
-
-
-def _check_momentum(momentum, name="momentum"):
-    if not 0.0 <= (number := float(momentum)) <= 1.0:
-        raise ValueError(
-            f"`{name}` must be between 0 and 1. Received: {name}={momentum!r}"
-        )
-    return number
-
-
-def _check_clipping(renorm_used, clipping):
-    if not renorm_used:
-        return clipping
-    clipping = dict(clipping or {})
-    if unknown := set(clipping) - set(renorm.KEYS):
-        raise ValueError(
-            f"`renorm_clipping` takes the keys {list(renorm.KEYS)}. "
-            f"Received: {sorted(unknown)}"
-        )
-    rmax, rmin, dmax = (
-        None if callable(clipping.get(key)) else clipping.get(key)
-        for key in renorm.KEYS
-    )
-    if rmax is not None and rmin is not None and rmax < rmin:
-        raise ValueError(
-            "`rmax` in `renorm_clipping` must not be less than `rmin`. "
-            f"Received: rmax={rmax}, rmin={rmin}"
-        )
-    if dmax is not None and dmax < 0:
-        raise ValueError(
-            f"`dmax` in `renorm_clipping` must be 0 or greater. Received: dmax={dmax}"
-        )
-    return clipping
-
-
-def _check_group_size(size, **excluded):
-    if size is None:
-        return None
-    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-        raise ValueError(
-            "`virtual_batch_size` must be a positive int or None. "
-            f"Received: virtual_batch_size={size!r}"
-        )
-    for name, value in excluded.items():
-        if value:
-            raise ValueError(
-                f"`virtual_batch_size` and `{name}` exclude each other. "
-                f"Received: virtual_batch_size={size}, {name}={value}"
-            )
-    return size
-
-
-def _check_epsilon(epsilon):
-    if not 0.0 <= (number := float(epsilon)) < math.inf:
-        raise ValueError(
-            "`epsilon` must be a finite number, 0 or greater. "
-            f"Received: epsilon={epsilon!r}"
-        )
-    return number
-
-
-def _channel_axes(axis, input_shape, sizes_known=True):
-    """The channel axes of an input of this shape, non-negative and ascending."""
-    rank, shape = len(input_shape), tuple(input_shape)
-    if rank < 2:
-        raise ValueError(
-            "BatchNormalization needs inputs of rank 2 or more, "
-            f"(batch, ..., channels). Received: input shape {shape}"
-        )
-    axes = axis if isinstance(axis, list) else [axis]
-    for a in axes:
-        if not -rank <= a < rank:
-            raise ValueError(
-                f"`axis` must be between {-rank} and {rank - 1} for inputs of shape "
-                f"{shape}. Received: axis={axis}"
-            )
-    positive = sorted(a % rank for a in axes)
-    if len(set(positive)) < len(axes):
-        raise ValueError(
-            f"`axis` must not repeat an axis of inputs of shape {shape}. "
-            f"Received: axis={axis}"
-        )
-    if len(axes) == rank:
-        raise ValueError(
-            f"`axis` must leave an axis to take statistics over in inputs of shape "
-            f"{shape}. Received: axis={axis}"
-        )
-    if sizes_known and any(shape[a] is None for a in positive):
-        raise ValueError(
-            f"The size of the channel axis must be known. Received: axis={axis}, "
-            f"input shape {shape}"
-        )
-    return tuple(positive)
+        return renorm.bounds(self.renorm_clipping, updates, self.moving_mean.dtype)
 
 
 def _root_of(initializer):
@@ -597,35 +387,3 @@ def _root_of(initializer):
         return ops.sqrt(initializer(shape, dtype=dtype))
 
     return draw
-
-
-def _to_float(inputs, compute_dtype):
-    """The inputs in a float dtype; integers in the compute dtype, float32 at least."""
-    dtype = keras.backend.standardize_dtype(inputs.dtype)
-    if keras.backend.is_float_dtype(dtype):
-        return inputs
-    if "int" in dtype or dtype == "bool":
-        return ops.cast(inputs, keras.backend.result_type(compute_dtype, "float32"))
-    raise TypeError(f"Inputs must be real numbers. Received: inputs of dtype {dtype}")
-
-
-def _check_mask(mask, x, axes):
-    """The mask as a bool tensor, once its shape is known to fit; None stays None."""
-    if mask is None:
-        return None
-    mask = ops.convert_to_tensor(mask)
-    shape = tuple(x.shape)
-    expected = tuple(size for i, size in enumerate(shape) if i not in axes)
-    received = tuple(mask.shape)
-    fits = len(received) == len(expected) and all(
-        got in (None, 1, size) or size is None
-        for got, size in zip(received, expected, strict=True)
-    )
-    if not fits:
-        raise ValueError(
-            "The mask must have the shape of the inputs without the channel axis: "
-            f"{expected} for inputs of shape {shape} with the channels on axis "
-            f"{axes[0] if len(axes) == 1 else list(axes)}. "
-            f"Received: mask of shape {received}"
-        )
-    return ops.cast(mask, "bool")

@@ -29,8 +29,8 @@ class Rule(NamedTuple):
         return self.debias or self.momentum is None
 
 
-class Statistics(NamedTuple):
-    """Moving statistics, one value per channel each.
+class State(NamedTuple):
+    """Everything that a training step may change, one value per channel each.
 
     Args:
         mean: the moving mean.
@@ -38,16 +38,22 @@ class Statistics(NamedTuple):
         updates: how many updates the mean and the variance have taken, of shape
             `(2, *mean.shape)`; None where nobody counts. They are counted apart for
             each channel, for a bad batch may skip one and not another.
+        stddev: moving standard deviation, for renormalization, or None.
+        renorm_mean: the mean that renormalization corrects toward, or None.
+        renorm_stddev: the standard deviation that it corrects toward, or None.
     """
 
     mean: Any
     variance: Any
     updates: Any = None
+    stddev: Any = None
+    renorm_mean: Any = None
+    renorm_stddev: Any = None
 
 
 def update(
-    old: Statistics, batch: Moments, rule: Rule, spread=lambda variance: variance
-) -> Statistics:
+    old: State, batch: Moments, rule: Rule, spread=lambda variance: variance
+) -> State:
     r"""Moving statistics after a batch, or after several groups of one in order.
 
     $$\mu \leftarrow m\,\mu + (1-m)\,\bar x, \qquad
@@ -61,7 +67,7 @@ def update(
     moving variance that wants the unbiased variance of a single element.
 
     Args:
-        old: the present `Statistics`.
+        old: the present `State`.
         batch: `Moments` of the batch, in any float dtype; or of the groups it was cut
             into, along one more leading axis: the result is then that of one update
             per group, in closed form.
@@ -69,14 +75,14 @@ def update(
         spread: what the second statistic keeps of a variance, if not itself.
 
     Returns:
-        The new `Statistics`, in the dtypes of the old ones.
+        The `State` with new mean, variance and updates, in the dtypes of the old ones.
 
     Source: Ioffe and Szegedy, 2015; Keras's `momentum`, which is 1 − PyTorch's. The
     debiased weights: Kingma and Ba, "Adam", 2015, section 3.
 
     >>> import numpy as np
     >>> batch = Moments(8.0, np.array([1.0, np.nan]), np.array([4.0, 4.0]))
-    >>> new = update(Statistics(np.zeros(2), np.ones(2)), batch, Rule(momentum=0.5))
+    >>> new = update(State(np.zeros(2), np.ones(2)), batch, Rule(momentum=0.5))
     >>> print(new.mean.numpy(), new.variance.numpy())
     [0.5 0. ] [2.5 1. ]
     """
@@ -87,9 +93,10 @@ def update(
     variance, variance_updates = advance(
         old.variance, spread(batch.variance), known, updates[1], rule
     )
+    new = old._replace(mean=mean, variance=variance)
     if old.updates is None:
-        return Statistics(mean, variance)
-    return Statistics(mean, variance, ops.stack([mean_updates, variance_updates]))
+        return new
+    return new._replace(updates=ops.stack([mean_updates, variance_updates]))
 
 
 def usable_parts(batch: Moments, rule: Rule):

@@ -8,22 +8,9 @@ from keras.optimizers.schedules import LearningRateSchedule
 
 from keras_bn import moving
 from keras_bn.moments import Moments
+from keras_bn.moving import State
 
 KEYS = ("rmax", "rmin", "dmax")
-
-
-class Statistics(NamedTuple):
-    """The moving statistics that renormalization adds, one value per channel each.
-
-    Args:
-        stddev: moving standard deviation, the square root of the moving variance.
-        renorm_mean: the mean that training is corrected toward.
-        renorm_stddev: the standard deviation that training is corrected toward.
-    """
-
-    stddev: Any
-    renorm_mean: Any
-    renorm_stddev: Any
 
 
 class Bounds(NamedTuple):
@@ -55,7 +42,7 @@ def bounds(clipping, updates, dtype) -> Bounds:
     return Bounds(*(value(key) for key in KEYS))
 
 
-def correction(old: Statistics, batch: Moments, limits: Bounds, epsilon):
+def correction(old: State, batch: Moments, limits: Bounds, epsilon):
     r"""The factor and offset that tie a batch to the moving statistics.
 
     $$r = \operatorname{clip}\frac{\sqrt{s^2+\epsilon}}{\sigma_r}, \qquad
@@ -63,7 +50,7 @@ def correction(old: Statistics, batch: Moments, limits: Bounds, epsilon):
       y = \gamma\,(\hat x\,r + d) + \beta$$
 
     Args:
-        old: the present `Statistics`.
+        old: the present `State`.
         batch: `Moments` of the batch.
         limits: the `Bounds` of r and d.
         epsilon: added to the variance; `renorm_stddev` is at least its root.
@@ -85,21 +72,15 @@ def correction(old: Statistics, batch: Moments, limits: Bounds, epsilon):
 
 
 def update(
-    old_moving: moving.Statistics,
-    old: Statistics,
-    batch: Moments,
-    rule: moving.Rule,
-    renorm_momentum,
-    epsilon,
-):
+    old: State, batch: Moments, rule: moving.Rule, renorm_momentum, epsilon
+) -> State:
     """All moving statistics after a batch.
 
     The moving standard deviation takes the step, and the moving variance follows from
     it, as in Keras. A channel whose batch moments are not usable keeps everything.
 
     Args:
-        old_moving: the present moving mean, variance and update count.
-        old: the present `Statistics` of renormalization.
+        old: the present `State`.
         batch: `Moments` of the batch.
         rule: how the moving mean and standard deviation take it in.
         renorm_momentum: weight of the old value in the statistics that training is
@@ -107,28 +88,27 @@ def update(
         epsilon: added to the variance under the root.
 
     Returns:
-        The new `(moving.Statistics, Statistics)`.
+        The new `State`.
     """
 
     def deviation(variance):
         return ops.sqrt(variance + epsilon)
 
-    new = moving.update(
-        old_moving._replace(variance=old.stddev), batch, rule, deviation
-    )
+    new = moving.update(old._replace(variance=old.stddev), batch, rule, deviation)
+    stddev = new.variance
     reference = moving.update(
-        moving.Statistics(old.renorm_mean, old.renorm_stddev),
+        State(old.renorm_mean, old.renorm_stddev),
         batch,
         moving.Rule(renorm_momentum),
         deviation,
     )
-    stddev = new.variance
     _, known = moving.usable_parts(batch, rule)
     variance = ops.relu(stddev * stddev - epsilon)
-    variance = ops.where(known, variance, old_moving.variance)
-    return (
-        new._replace(variance=variance),
-        Statistics(stddev, reference.mean, reference.variance),
+    return new._replace(
+        variance=ops.where(known, variance, old.variance),
+        stddev=stddev,
+        renorm_mean=reference.mean,
+        renorm_stddev=reference.variance,
     )
 
 

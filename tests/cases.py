@@ -29,6 +29,12 @@ class Case(NamedTuple):
     def axes(self):
         return (self.axis % len(self.shape),)
 
+    def means_the_leading_axes(self, sizes):
+        """Whether a mask of these sizes, meant otherwise, is taken for theirs."""
+        last = self.axes == (len(self.shape) - 1,)
+        pairs = zip(sizes, self.shape[:-1], strict=True)
+        return not last and all(size in (1, whole) for size, whole in pairs)
+
     def values(self):
         """`(x, upstream, gamma, beta, mask)`, the last None without one."""
         rng = np.random.default_rng(self.seed)
@@ -36,8 +42,8 @@ class Case(NamedTuple):
         x = rng.normal(self.offset, rng.uniform(0.5, 3), self.shape)
         gamma, beta = rng.normal(1, 0.5, channels), rng.normal(size=channels)
         mask = None
-        if self.mask is not None:
-            rest = [n for a, n in enumerate(self.shape) if a not in self.axes]
+        rest = [n for a, n in enumerate(self.shape) if a not in self.axes]
+        if self.mask is not None and not self.means_the_leading_axes(rest):
             mask = rng.random(rest) < self.mask
         return x, rng.normal(size=self.shape), gamma, beta, mask
 

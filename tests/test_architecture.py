@@ -18,6 +18,7 @@ ORDER = [
     {"moments"},
     {"kernels", "moving"},
     {"renorm"},
+    {"step", "arguments"},
     {"layer"},
     {"tools", "verify", "bench"},
     {"diagnosis", "verify_table"},

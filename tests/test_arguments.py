@@ -136,30 +136,32 @@ def test_an_axis_out_of_range_in_compute_output_shape():
         (
             -1,
             (4,),
-            "The mask must have the shape of the inputs without the channel axis: "
-            "(4, 5) for inputs of shape (4, 5, 3) with the channels on axis 2. "
+            "The mask must have the shape of the inputs' leading axes, (4, 5), "
+            "for inputs of shape (4, 5, 3) with the channels on axis 2. "
             "Received: mask of shape (4,)",
         ),
         (
             -1,
             (4, 5, 3),
-            "The mask must have the shape of the inputs without the channel axis: "
-            "(4, 5) for inputs of shape (4, 5, 3) with the channels on axis 2. "
+            "The mask must have the shape of the inputs' leading axes, (4, 5), "
+            "for inputs of shape (4, 5, 3) with the channels on axis 2. "
             "Received: mask of shape (4, 5, 3)",
         ),
         (
             1,
-            (4, 5),
-            "The mask must have the shape of the inputs without the channel axis: "
-            "(4, 3) for inputs of shape (4, 5, 3) with the channels on axis 1. "
-            "Received: mask of shape (4, 5)",
+            (4, 6),
+            "The mask must have the shape of the inputs' leading axes, (4, 5), "
+            "or (4, 3), theirs without the channels, "
+            "for inputs of shape (4, 5, 3) with the channels on axis 1. "
+            "Received: mask of shape (4, 6)",
         ),
         (
             [1, 2],
-            (4, 5),
-            "The mask must have the shape of the inputs without the channel axis: "
-            "(4,) for inputs of shape (4, 5, 3) with the channels on axis [1, 2]. "
-            "Received: mask of shape (4, 5)",
+            (5,),
+            "The mask must have the shape of the inputs' leading axes, (4, 5), "
+            "or (4,), theirs without the channels, "
+            "for inputs of shape (4, 5, 3) with the channels on axis [1, 2]. "
+            "Received: mask of shape (5,)",
         ),
     ],
 )

@@ -1,20 +1,36 @@
 """The benchmarks run, and measure what they say."""
 
 import argparse
+import os
+import subprocess
 import sys
 from pathlib import Path
 
+import keras
 import numpy as np
 import pytest
 from distributed import strategy_of
 
 import keras_bn
 from keras_bn import bench
-from keras_bn.kernels import dispatch
+from keras_bn.kernels import plan
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from benchmarks import bandwidth, layer, models, peers, sync
+from benchmarks import __main__ as everything
+from benchmarks import (
+    applications,
+    first,
+    layer,
+    markdown,
+    memory,
+    models,
+    peers,
+    process,
+    steps,
+    sync,
+)
 
+ROOT = Path(__file__).parent.parent
 SHAPE = (8, 4)
 
 
@@ -37,12 +53,46 @@ def test_every_peer_takes_its_step(training):
         function()
 
 
-def test_a_row_of_the_layer_table():
+@pytest.mark.parametrize("known", [True, False])
+def test_the_batch_size_is_known_to_tracing_or_not(known, monkeypatch):
+    seen = []
+
+    class Spy(keras_bn.BatchNormalization):
+        def call(self, x, training=None):
+            seen.append(x.shape[0])
+            return super().call(x, training=training)
+
+    monkeypatch.setattr(keras_bn, "BatchNormalization", Spy)
+    functions = peers.functions(SHAPE, known=known)
+    functions[bench.OURS]()
+    assert set(seen) == {SHAPE[0] if known else None}
+    if known:
+        assert set(functions) == {bench.PEER, bench.OURS}
+
+
+@pytest.fixture
+def no_others(monkeypatch):
+    """TensorFlow's peers alone: the others fight it for the cores of a busy machine."""
+    for name in ("pytorch", "flax"):
+        monkeypatch.setattr(peers, name, lambda *_: None)
+
+
+def test_a_row_of_the_layer_table(no_others):
     row = layer.measure(SHAPE, seconds=0.01)
     ms = row["ms"]
     assert row["ratio"] == ms["Keras"]["median"] / ms["keras_bn"]["median"]
-    assert "(8, 4)" in layer.table([row])
-    assert row["of_copy_bandwidth"] > 0
+    assert row["known_ratio"] > 0
+    table = layer.table([row])
+    assert "(8, 4)" in table
+    assert f" {row['known_ratio']:.2f} |" in table
+
+
+def test_what_no_row_has_is_no_column(no_others):
+    row = layer.measure(SHAPE, seconds=0.01, training=False)
+    assert "known_ratio" not in row
+    head = layer.table([row]).splitlines()[0]
+    assert "known" not in head
+    assert "fused op" not in head
 
 
 def test_a_row_of_the_synchronization_table():
@@ -68,15 +118,226 @@ def test_synchronized_replicas_are_measured_synchronized():
     np.testing.assert_allclose(layers[0].moving_variance.numpy(), rows.var(0), 1e-5)
 
 
-def test_bandwidth_counts_the_bytes():
-    assert bandwidth.step_rate((1000, 1000), 36.0) == pytest.approx(1e9)
+def test_models_differ_in_nothing_but_their_normalization():
+    built = {k: applications.build("MobileNetV2", 32, k) for k in applications.KINDS}
+    instead = {
+        "Keras": keras.layers.BatchNormalization,
+        "keras_bn": keras_bn.BatchNormalization,
+        "without": applications.Nothing,
+    }
+    norms = 0
+    for layers in zip(*(model.layers for model in built.values()), strict=True):
+        assert len({str(each.output.shape) for each in layers}) == 1
+        theirs = type(layers[0])
+        is_norm = theirs is keras.layers.BatchNormalization
+        norms += is_norm
+        for kind, each in zip(built, layers, strict=True):
+            assert type(each) is (instead[kind] if is_norm else theirs)
+    assert norms == 52
 
 
-@pytest.mark.parametrize(("kind", "weights"), [("Keras", 4), ("without", 0)])
-def test_models_lose_nothing_but_their_normalization(kind, weights):
-    model = models.build("MobileNetV2", 32, kind)
-    names = [w.name for w in model.weights]
-    assert bool(names.count("moving_mean")) == bool(weights)
+def test_jit_reaches_the_model():
+    for jit in (False, True):
+        model = applications.build("MobileNetV2", 32, "Keras", jit)
+        assert model.jit_compile is jit
+
+
+def test_the_batch_size_of_the_data_is_not_static():
+    images, labels = applications.data(size=4, batch=3).element_spec
+    assert images.shape.as_list() == [None, 4, 4, 3]
+    assert labels.shape.as_list() == [None]
+
+
+def ended(stdout="", stderr="", returncode=0):
+    """A stand-in for `subprocess.run`, and the commands it was called with."""
+    commands = []
+
+    def run(command, **options):
+        commands.append(command)
+        return subprocess.CompletedProcess(command, returncode, stdout, stderr)
+
+    return run, commands
+
+
+def test_a_process_gives_its_last_line(monkeypatch):
+    run, commands = ended("Downloading 3 files\n12.5\n")
+    monkeypatch.setattr(subprocess, "run", run)
+    assert process.number("benchmarks.models", "--size", 96) == 12.5
+    assert commands == [[sys.executable, "-m", "benchmarks.models", "--size", "96"]]
+
+
+def test_a_process_that_fails_is_heard(monkeypatch):
+    monkeypatch.setattr(subprocess, "run", ended("1\n", "no such model", 1)[0])
+    with pytest.raises(RuntimeError, match="no such model"):
+        process.number("benchmarks.models")
+
+
+def processes(monkeypatch, *answers):
+    """Let processes answer these numbers; the kinds and options they were given."""
+    seen, answers = [], iter(answers)
+
+    def number(module, *arguments):
+        assert module in ("benchmarks.models", "benchmarks.memory")
+        seen.append([str(a) for a in arguments])
+        return next(answers)
+
+    monkeypatch.setattr(process, "number", number)
+    return seen
+
+
+def test_first_steps_are_taken_in_turn(monkeypatch):
+    seen = processes(monkeypatch, 4.0, 2.0, 6.0, 9.0, 5.0, 3.0)
+    row = first.measure("MobileNetV2", 64, 8, of="predict", jit=True, rounds=3)
+    assert [arguments[:2] for arguments in seen] == [
+        ["--first", "Keras"],
+        ["--first", "keras_bn"],
+    ] * 3
+    for arguments in seen:
+        model = ["--application", "MobileNetV2", "--size", "64", "--batch", "8"]
+        assert arguments[2:] == [*model, "--of", "predict", "--jit"]
+    assert row["rounds"] == {"Keras": [4.0, 6.0, 5.0], "keras_bn": [2.0, 9.0, 3.0]}
+    assert row["seconds"] == {"Keras": 5.0, "keras_bn": 3.0}
+    assert row["ratio"] == 0.6
+    title = "MobileNetV2, 64×64, batch 8"
+    expected = f"| {title} | `predict` under XLA | 5.0 | 3.0 | 0.60 |"
+    assert first.table([row]).splitlines()[-1] == expected
+
+
+def test_the_other_first_steps(monkeypatch):
+    processes(monkeypatch, *[1.0] * 100)
+    rows = models.other_first_steps(rounds=1)
+    usual = len(applications.USUAL)
+    assert [r["of"] for r in rows if not r["jit"]] == (
+        ["evaluate"] * usual + ["predict"] * usual
+    )
+    assert [(r["of"], r["model"]) for r in rows if r["jit"]] == [("fit", "MobileNetV2")]
+
+
+def test_the_command_understands_what_first_steps_are_asked_with(monkeypatch, capsys):
+    asked = processes(monkeypatch, 1.0, 1.0)
+    first.measure("DenseNet121", 64, 8, of="evaluate", jit=True, rounds=1)
+    taken = []
+    monkeypatch.setattr(first, "seconds", lambda *each: taken.append(each) or 2.5)
+    for arguments in asked:
+        models.main(arguments)
+    assert taken == [
+        (kind, "DenseNet121", 64, 8, "evaluate", True) for kind in ("Keras", "keras_bn")
+    ]
+    assert capsys.readouterr().out.splitlines()[-1] == "2.5"
+
+
+def test_the_first_step_of_no_model_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        models.main(["--first", "Keras"])
+    assert "--first needs --application" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("of", first.CALLS)
+def test_one_step_is_taken_alone(of, monkeypatch):
+    inputs = keras.Input((4, 4, 3))
+    pooled = keras.layers.GlobalAveragePooling2D()(inputs)
+    model = keras.Model(inputs, keras.layers.Dense(10, "softmax")(pooled))
+    model.compile("sgd", "sparse_categorical_crossentropy")
+    monkeypatch.setattr(applications, "build", lambda *_: model)
+    assert first.seconds("Keras", "any", 4, 3, of) > 0
+    if of == "fit":
+        assert model.optimizer.iterations.numpy() == 1
+
+
+def test_the_share_of_the_cost_is_that_of_each_round():
+    times = {
+        "Keras": [[0.3, 0.3, 9.0], [0.2, 0.2, 0.2], [0.5, 0.5, 0.5]],
+        "keras_bn": [[0.2, 0.2, 0.2], [0.175, 0.175, 0.0], [0.2, 0.2, 0.2]],
+        "without": [[0.1, 0.1, 0.1]] * 3,
+    }
+    row = steps.summary(times)
+    np.testing.assert_allclose(row["shares"], [0.5, 0.75, 0.25])
+    assert row["share"] == pytest.approx(0.5)
+    assert row["range"] == pytest.approx([0.25, 0.75])
+    assert row["ms"] == pytest.approx({"Keras": 300, "keras_bn": 200, "without": 100})
+    assert steps.cells(row) == ["300", "200", "100", "0.50 (0.25 to 0.75)"]
+
+
+def test_the_round_that_traces_is_not_counted(monkeypatch):
+    class Model:
+        def __init__(self, kind):
+            self.fits, self.ms = 0, {"Keras": 3, "keras_bn": 2, "without": 1}[kind]
+
+        def fit(self, images, steps_per_epoch, callbacks, **_):
+            timer = callbacks[0]
+            timer.on_train_begin()
+            timer.times = [1e-3 * self.ms if self.fits else 1e3] * steps_per_epoch
+            self.fits += 1
+
+    monkeypatch.setattr(applications, "build", lambda name, size, kind: Model(kind))
+    row = steps.measure("any", 4, 2, rounds=2, steps=3)
+    assert row["ms"] == pytest.approx({"Keras": 3, "keras_bn": 2, "without": 1})
+    assert row["shares"] == pytest.approx([0.5, 0.5])
+
+
+def a_model(monkeypatch):
+    """A row of the table of models, of numbers that nobody measured."""
+    processes(monkeypatch, 4.0, 3.0)
+    rounds = {"Keras": [[0.3]], "keras_bn": [[0.2]], "without": [[0.1]]}
+    monkeypatch.setattr(steps, "measure", lambda *_, **__: steps.summary(rounds))
+    return models.measure("ResNet50", 96, 16, rounds=1)
+
+
+def test_a_row_of_the_models_table(monkeypatch):
+    head, _, row = models.table([a_model(monkeypatch)]).splitlines()
+    assert row == (
+        "| ResNet50, 96×96, batch 16 | 4.0 | 3.0 | 0.75 | 300 | 200 | 100 "
+        "| 0.50 (0.50 to 0.50) |"
+    )
+    assert head.count("|") == row.count("|")
+
+
+def test_what_users_run_is_the_first_table_of_the_report(monkeypatch):
+    whole = a_model(monkeypatch)
+    ms = {name: {"median": 1.0} for name in ("Keras", "keras_bn")}
+    chain = {"shape": SHAPE, "axis": -1, "ms": ms, "ratio": 1.0, "known_ratio": 1.25}
+    bytes_ = {"Keras": 2**21, "keras_bn": 2**20, "ratio": 0.5}
+    page = everything.report(
+        {
+            "machine": "here",
+            "models": [whole],
+            "first steps": [whole["first"]],
+            "layers": {everything.GRAPH: [chain]},
+            "synchronization": [],
+            "memory": {"graph mode": bytes_},
+        }
+    )
+    titles = [line for line in page.splitlines() if line.startswith("## ")]
+    assert titles[0] == "## Whole models, `fit`"
+    assert models.table([whole]) in page
+    assert first.table([whole["first"]]) in page
+    assert layer.table([chain]) in page
+    assert "- graph mode: 1 MiB, 0.50 of Keras's 2 MiB" in page
+
+
+@pytest.mark.parametrize("jit", [False, True])
+def test_memory_is_ours_by_keras(jit, monkeypatch):
+    seen = processes(monkeypatch, 200.0, 150.0)
+    assert memory.measure(jit) == {"Keras": 200.0, "keras_bn": 150.0, "ratio": 0.75}
+    how = ["--jit"] if jit else []
+    assert seen == [["--kind", "Keras", *how], ["--kind", "keras_bn", *how]]
+
+
+def test_a_table_in_markdown():
+    assert markdown.table(["a"], [["1"], ["2"]]) == "| a |\n| --- |\n| 1 |\n| 2 |"
+
+
+def test_triton_comes_before_tensorflow(tmp_path):
+    stand_in = "import sys\nprint('tensorflow' in sys.modules)\n"
+    (tmp_path / "triton.py").write_text(stand_in)
+    result = subprocess.run(
+        [sys.executable, "-c", "import benchmarks.process"],
+        env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert result.stdout == "False\n"
 
 
 def run(capsys, *argv):
@@ -95,32 +356,40 @@ def test_command(capsys):
 
 def test_calibrate(capsys, monkeypatch):
     timing = bench.Timing(16.0, 1.0, 1.0, 1)
-    slower = {"False": timing, "True": timing._replace(median=32.0)}
-    faster = {"False": timing, "True": timing._replace(median=8.0)}
-    fused = [slower, faster, slower, slower, faster, faster, faster, faster]
-    strips = [slower] * 7
-    answers = iter(fused + strips)
+    slower = {"plain": timing, "fused": timing._replace(median=32.0)}
+    faster = {"plain": timing, "fused": timing._replace(median=8.0)}
+    answers = iter([slower, faster, slower, slower, faster, faster, faster, faster])
     monkeypatch.setattr(bench, "interleave", lambda *_: next(answers))
-    monkeypatch.setattr(bench, "chain", lambda *_: lambda: None)
     out = run(capsys, "--calibrate")
-    assert "fused: faster from 262,144 elements here; built in: 131,072" in out
-    assert "strips: faster from none here; built in: 131,072" in out
+    built_in = f"{plan.FUSED_FROM:,}"
+    assert f"fused: faster from 262,144 elements here; built in: {built_in}" in out
 
 
-def test_calibrate_takes_both_sides_of_a_threshold(monkeypatch):
-    seen = []
+def test_calibrate_says_so_where_the_fused_kernel_never_wins(monkeypatch):
+    timings = dict.fromkeys(("plain", "fused"), bench.Timing(1.0, 1.0, 1.0, 1))
+    monkeypatch.setattr(bench, "interleave", lambda *_: timings)
+    rows, start = bench.crossover()
+    assert [elements for elements, *_ in rows] == [2**power for power in range(14, 22)]
+    assert start is None
 
-    def chain(make, shape, mode):
-        small, large = dispatch.by_strips((1, 1), 1), dispatch.by_strips((2**30, 1), 1)
-        seen.append((mode, small, large))
-        return lambda: None
 
-    timing = bench.Timing(1.0, 1.0, 1.0, 1)
-    monkeypatch.setattr(bench, "chain", chain)
-    monkeypatch.setattr(bench, "interleave", lambda f, _: dict.fromkeys(f, timing))
-    bench.crossover("strips")
-    sides = {("jit_compile", False, False), ("jit_compile", True, True)}
-    assert set(seen) == sides
+def test_calibrate_runs_the_kernel_it_names(monkeypatch):
+    ran = []
+
+    def forward(x, mask, gamma, beta, *, epsilon, plan):
+        ran.append(plan.kernel)
+        return x, None
+
+    def interleave(functions, seconds):
+        for name, function in functions.items():
+            ran.clear()
+            function()
+            assert set(ran) == {name}
+        return dict.fromkeys(functions, bench.Timing(1.0, 1.0, 1.0, 1))
+
+    monkeypatch.setattr(bench.kernels, "forward", forward)
+    monkeypatch.setattr(bench, "interleave", interleave)
+    bench.crossover()
 
 
 @pytest.mark.parametrize("shape", ["8", "8,0", "a,b", ""])

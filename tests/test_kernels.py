@@ -1,5 +1,7 @@
 """Every kernel against the oracle, and none less accurate than it may be."""
 
+import functools
+
 import keras
 import numpy as np
 import oracle
@@ -8,25 +10,23 @@ import tensorflow as tf
 from steps import array, in_mode, relative_error
 
 import keras_bn
-from keras_bn import bench
-from keras_bn.kernels import dispatch, fused, modes, plain
+from keras_bn import bench, kernels
+from keras_bn.kernels import modes
+from keras_bn.kernels.plan import Plan
 
 EPSILON = 1e-3
 NAMES = ("y", "mean", "variance", "dx", "d_gamma", "d_beta")
 
 
-def run_plain(x, gamma, beta, axes):
-    return plain.normalize_batch(x, None, gamma, beta, axes=axes, epsilon=EPSILON)
+def run_kernel(x, gamma, beta, axes, mask=None, **plan):
+    how = Plan(axes=axes, **plan)
+    return kernels.forward(x, mask, gamma, beta, epsilon=EPSILON, plan=how)
 
 
-def run_strips(x, gamma, beta, axes):
-    """The plain kernel as XLA gets it for the largest inputs, whatever the size."""
-    with dispatch.assuming(strips=True):
-        return run_plain(x, gamma, beta, axes)
-
-
-def run_fused(x, gamma, beta, axes):
-    return fused.normalize_batch(x, gamma, beta, axes=axes, epsilon=EPSILON)
+run_plain = functools.partial(run_kernel, kernel="plain")
+run_fused = functools.partial(run_kernel, kernel="fused")
+run_either = functools.partial(run_kernel, kernel="either")
+run_once = functools.partial(run_kernel, kernel="plain", once=True)
 
 
 def run_keras(x, gamma, beta, axes):
@@ -40,13 +40,14 @@ def run_keras(x, gamma, beta, axes):
     return tf.cast(y, x.dtype), (None, *moments)
 
 
-# XLA lowers the fused op to E[x²] − E[x]²: the dispatch never sends it there.
 WAYS = {
     "plain": (run_plain, "graph"),
     "plain under XLA": (run_plain, "xla"),
-    "plain under XLA, in strips": (run_strips, "xla"),
+    "plain under XLA, once": (run_once, "xla"),
     "fused": (run_fused, "graph"),
+    "either": (run_either, "graph"),
 }
+ONE_AXIS = ("fused", "either")
 SHAPES = [
     ((6, 5), (1,)),
     ((4, 3, 5), (2,)),
@@ -72,8 +73,11 @@ def draw(shape, axes, mean=0.5, seed=0):
     return x, upstream, gamma, rng.normal(size=along).astype("float32")
 
 
-def step(way, x, upstream, gamma, beta, axes, unknown_sizes=False):
-    """Output, moments and gradients by one kernel in one mode."""
+def stepper(way, axes, shape=None):
+    """A function that gives output, moments and gradients by one kernel in one mode.
+
+    With a shape, sizes other than those of the channels are unknown while tracing.
+    """
     kernel, mode = way
 
     def run(x, upstream, gamma, beta):
@@ -84,13 +88,24 @@ def step(way, x, upstream, gamma, beta, axes, unknown_sizes=False):
         return y, mean, variance, *grads
 
     function = in_mode(run, mode)
-    if unknown_sizes:
-        sizes = [n if a in axes else None for a, n in enumerate(x.shape)]
-        per_channel = tf.TensorSpec(gamma.shape)
-        spec = [tf.TensorSpec(sizes, x.dtype)] * 2 + [per_channel] * 2
+    if shape is not None:
+        sizes = [n if a in axes else None for a, n in enumerate(shape)]
+        per_channel = tf.TensorSpec([shape[a] for a in axes])
+        spec = [tf.TensorSpec(sizes)] * 2 + [per_channel] * 2
         function = tf.function(run, input_signature=spec, jit_compile=mode == "xla")
-    results = function(*(tf.constant(t) for t in (x, upstream, gamma, beta)))
-    return dict(zip(NAMES, map(array, results), strict=True))
+
+    def call(*data):
+        results = function(*(tf.constant(t) for t in data))
+        return dict(zip(NAMES, map(array, results), strict=True))
+
+    return call
+
+
+def step(way, x, upstream, gamma, beta, axes, unknown_sizes=False):
+    """Output, moments and gradients by one kernel in one mode."""
+    return stepper(way, axes, x.shape if unknown_sizes else None)(
+        x, upstream, gamma, beta
+    )
 
 
 def oracle_step(x, upstream, gamma, beta, axes):
@@ -107,7 +122,7 @@ def oracle_step(x, upstream, gamma, beta, axes):
         (way, shape, axes)
         for way in WAYS
         for shape, axes in SHAPES
-        if way != "fused" or len(axes) == 1
+        if way not in ONE_AXIS or len(axes) == 1
     ],
     ids=str,
 )
@@ -119,23 +134,36 @@ def test_against_the_oracle(way, shape, axes, unknown_sizes):
         np.testing.assert_allclose(got[name], value, rtol=2e-5, atol=2e-5, err_msg=name)
 
 
-@pytest.mark.parametrize("mean", [0.0, 2.0, 3.5, 7.0, 1e2, 1e4, 1e5])
+@pytest.mark.parametrize("mean", [0.0, 7.0, 1e2, 3e3, 3e4])
 @pytest.mark.parametrize(
-    "shape", [(64, 8), (8, 16, 16, 4), (1569, 32), (32768, 8)], ids=str
+    "shape",
+    [(64, 8), (8, 16, 16, 4), (1569, 32), (32768, 16), (200_704, 16)],
+    ids=str,
 )
 @pytest.mark.parametrize("way", WAYS)
-def test_error_is_at_most_twice_keras(way, shape, mean):
+def test_error_is_within_the_budget(way, shape, mean):
+    """Three times Keras's where that is below 1e-3, and never above 1e-3.
+
+    Errors are means over draws: a single one may be small by luck.
+    """
     axes = (len(shape) - 1,)
-    data = draw(shape, axes, mean)
-    want = oracle_step(*data, axes)
-    got = step(WAYS[way], *data, axes)
-    keras_mode = "xla" if "XLA" in way else "graph"
-    reference = step((run_keras, keras_mode), *data, axes)
-    for name, value in want.items():
+    ours = stepper(WAYS[way], axes)
+    theirs = stepper((run_keras, "xla" if "XLA" in way else "graph"), axes)
+    errors = {name: [] for name in NAMES}
+    for seed in range(3):
+        data = draw(shape, axes, mean, seed)
+        want = oracle_step(*data, axes)
+        got, reference = ours(*data), theirs(*data)
+        for name, value in want.items():
+            # A mean near 0 is as good as its error in standard deviations.
+            unit = min(np.max(np.abs(value)), 1.0) if name == "mean" else 1.0
+            pair = [unit * relative_error(r[name], value) for r in (got, reference)]
+            errors[name].append(pair)
+    for name, pairs in errors.items():
+        mine, keras_error = np.mean(pairs, axis=0)
         # Some 50 roundings, below which both are as good as exact, and one luckier.
         floor = 3e-6
-        allowed = max(2 * relative_error(reference[name], value), floor)
-        assert relative_error(got[name], value) <= allowed, name
+        assert mine <= min(max(3 * keras_error, floor), 1e-3), name
 
 
 @pytest.mark.parametrize("value", [1.0, 1e4 + 0.1, 1e8])
@@ -167,7 +195,7 @@ def test_a_bad_value_stays_in_its_channel(way, shape, axes, bad):
 
 
 @pytest.mark.parametrize("shape", [(0, 3), (0, 4, 4, 3)], ids=str)
-@pytest.mark.parametrize("way", ["plain", "fused"])
+@pytest.mark.parametrize("way", ["plain", "fused", "either"])
 def test_empty_batch(way, shape):
     data = draw(shape, (len(shape) - 1,))
     got = step(WAYS[way], *data, (len(shape) - 1,), unknown_sizes=True)
@@ -195,7 +223,7 @@ def test_half_types_keep_float32_statistics(way, dtype):
     )
     reference = step((run_keras, "graph"), *cast, axes)
     for name in want:
-        allowed = max(2 * relative_error(reference[name], want[name]), 3e-6)
+        allowed = max(3 * relative_error(reference[name], want[name]), 3e-6)
         assert relative_error(got[name], want[name]) <= allowed, name
 
 
@@ -244,24 +272,34 @@ def test_second_derivatives(way, shape, axes):
         np.testing.assert_allclose(array(g), w, rtol=2e-4, atol=2e-4)
 
 
-@pytest.mark.parametrize(("shape", "axis"), [((24, 8), 1), ((3, 5, 4, 6), 1)], ids=str)
-def test_a_mask_is_cut_into_strips_with_its_input(shape, axis):
-    x, upstream, gamma, beta = draw(shape, (axis,))
-    rows = [n for i, n in enumerate(shape) if i != axis]
-    mask = np.random.default_rng(1).random(rows) < 0.6
-    x[~np.broadcast_to(np.expand_dims(mask, axis), shape)] = np.nan
-
-    def kernel(x, gamma, beta, axes):
-        return plain.normalize_batch(x, mask, gamma, beta, axes=axes, epsilon=EPSILON)
-
-    def in_strips(*args):
-        with dispatch.assuming(strips=True):
-            return kernel(*args)
-
-    want = step((kernel, "graph"), x, upstream, gamma, beta, (axis,))
-    got = step((in_strips, "xla"), x, upstream, gamma, beta, (axis,))
+@pytest.mark.parametrize("bad", [0.0, np.nan, np.inf, 1e30])
+@pytest.mark.parametrize("shape", [(64, 5), (2048, 70), (4, 8, 8, 5)], ids=str)
+@pytest.mark.parametrize("way", WAYS)
+def test_the_first_samples_may_be_anything(way, shape, bad):
+    """The shift is taken from them: constant, or lost in one channel alone."""
+    axes = (len(shape) - 1,)
+    data = draw(shape, axes)
+    data[0][:16, ..., 2] = bad
+    if bad == 0.0:
+        data[0][:16] = 0.0
+    got, want = step(WAYS[way], *data, axes), oracle_step(*data, axes)
     for name, value in want.items():
-        np.testing.assert_allclose(got[name], value, atol=1e-5, err_msg=name)
+        kept = [c for c in range(shape[-1]) if c != 2 or bad == 0.0]
+        np.testing.assert_allclose(
+            got[name][..., kept], value[..., kept], rtol=1e-4, atol=2e-5, err_msg=name
+        )
+    if bad in (np.inf, np.nan):
+        assert not np.isfinite(got["mean"][2] + got["variance"][2])
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_rows_in_order(way):
+    """The first rows say least of the rest: a shift three deviations from the mean."""
+    data = draw((4096, 3), (1,), mean=100)
+    data[0].sort(axis=0)
+    got, want = step(WAYS[way], *data, (1,)), oracle_step(*data, (1,))
+    for name, value in want.items():
+        assert relative_error(got[name], value) < 1e-5, name
 
 
 @pytest.mark.parametrize("shape", [(32, 64), (16, 8, 8, 16), (64, 32, 32, 32)], ids=str)
@@ -284,11 +322,11 @@ def test_xla_computes_nothing_anew_for_each_layer(shape):
     assert six - four <= 1.1 * (four - two)
 
 
-def test_fused_keeps_only_the_input_alive():
-    """Of full size, the backward pass reads x and the upstream gradient alone."""
+def test_fused_keeps_one_tensor_of_full_size():
+    """The backward pass reads the shifted input and the upstream gradient alone."""
     x, upstream, gamma, beta = draw((4, 8, 8, 3), (3,))
 
-    @tf.function
+    @tf.function(autograph=False)
     def run(x, upstream):
         with tf.GradientTape() as tape:
             tape.watch(x)
@@ -296,9 +334,10 @@ def test_fused_keeps_only_the_input_alive():
         return tape.gradient(y, x, output_gradients=upstream)
 
     graph = run.get_concrete_function(tf.constant(x), tf.constant(upstream)).graph
-    *_, backward = (op for op in graph.get_operations() if op.type == "StatelessIf")
-    whole = [source(t) for t in backward.inputs if t.shape == x.shape]
-    assert set(whole) == {source(t) for t in graph.inputs}
+    ops = graph.get_operations()
+    (backward,) = (op for op in ops if op.type == "FusedBatchNormGradV3")
+    read = [source(t) for t in backward.inputs if t.shape == x.shape]
+    assert [op.type for op in read] == ["Placeholder", "Sub"]
 
 
 def source(tensor):
@@ -308,60 +347,20 @@ def source(tensor):
     return tensor.op
 
 
-@pytest.mark.parametrize(
-    ("rows", "shift", "near"),
-    [(1024, 1.8, True), (1024, 2.2, False), (4096, 3.8, True), (4100, 4.2, False)],
-)
-def test_one_pass_is_near_enough_up_to_some_standard_deviations(rows, shift, near):
-    """What it says then is nearly exact; else it says that it is not."""
-    x = np.random.default_rng(0).normal(size=(rows, 3))
-    x = (x - x.mean(0)) / x.std(0)
-    x[:, 1] += shift
-    x = x.astype("float32")
-    mean, variance, said = map(array, fused._moments_about_zero(tf.constant(x)))
-    assert said == near
-    _, want_mean, want_variance = oracle.moments(x, (1,))
-    if near:
-        np.testing.assert_allclose(mean, want_mean, rtol=1e-6, atol=1e-6)
-        np.testing.assert_allclose(variance, want_variance, rtol=1e-6)
+def test_the_fused_kernel_has_no_conditional():
+    """It is what makes a model of many layers quick to start."""
 
-
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
-@pytest.mark.parametrize("rows", [1024, 4097, 65551])
-def test_parts_by_the_op_serve_any_number_of_rows(rows, dtype):
-    """Without a cut, 65,551 rows in one column are off by 4e-6."""
-    x = np.random.default_rng(0).normal(5.0, 1.0, (rows, 8)).astype(dtype)
-    got = map(array, fused._moments_by_op(tf.constant(x), EPSILON))
-    _, *want = oracle.moments(x, (1,))
-    for mine, exact in zip(got, want, strict=True):
-        np.testing.assert_allclose(mine, exact, rtol=1e-6)
-
-
-@pytest.mark.parametrize("rows", [64, 4096, None])
-def test_a_known_number_of_rows_is_settled_while_tracing(rows):
-    """Only where it is unknown does the op wait in the branches of a conditional."""
-
-    @tf.function(input_signature=[tf.TensorSpec([rows, 4])])
+    @tf.function(input_signature=[tf.TensorSpec([None, 32, 32, 64])], autograph=False)
     def run(x):
-        return run_fused(x, None, None, (1,))[0]
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y, _ = run_fused(x, None, None, (3,))
+        return tape.gradient(y, x)
 
-    kinds = {op.type for op in run.get_concrete_function().graph.get_operations()}
-    assert ("FusedBatchNormV3" in kinds) == (rows is not None)
-
-
-@pytest.mark.parametrize("large", [True, False])
-def test_a_large_mean_leaves_the_fused_op(monkeypatch, large):
-    """And only then: at run time, in one and the same graph."""
-    x, _, gamma, beta = draw((256, 4), (1,))
-    if large:
-        x[:, 2] += 100
-    function = tf.function(lambda x: run_fused(x, gamma, beta, (1,))[0])
-    plain_y = array(tf.function(lambda x: run_plain(x, gamma, beta, (1,))[0])(x))
-    monkeypatch.setattr(fused, "LARGE_MEAN", np.inf)
-    fused_y = array(tf.function(lambda x: run_fused(x, gamma, beta, (1,))[0])(x))
-    assert (plain_y != fused_y).any()
-    monkeypatch.undo()
-    np.testing.assert_array_equal(array(function(x)), plain_y if large else fused_y)
+    graph = run.get_concrete_function().graph
+    kinds = {op.type for op in graph.get_operations()}
+    assert {"FusedBatchNormV3", "FusedBatchNormGradV3"} <= kinds
+    assert not {"If", "StatelessIf", "While", "EuclideanNorm"} & kinds
 
 
 def test_keras_reference_is_keras():

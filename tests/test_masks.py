@@ -138,17 +138,96 @@ def test_inference_does_not_look_at_the_mask():
     np.testing.assert_array_equal(layer(x, mask=mask), layer(x))
 
 
-def test_unknown_sizes():
-    layer, _, _ = ours((8, 3, 5), 1)
-    shapes = [
-        tf.TensorSpec([None, 3, None], tf.float64),
-        tf.TensorSpec([None, None], bool),
-    ]
+def spec(*shape, dtype=tf.float64):
+    return tf.TensorSpec(shape, dtype)
 
-    @tf.function(input_signature=shapes)
+
+def test_unknown_sizes():
+    """What is known of them says that the mask goes without the channel axis."""
+    layer, _, _ = ours((8, 3, 5), 1)
+
+    @tf.function(input_signature=[spec(None, 3, None), spec(None, 5, dtype=tf.bool)])
     def run(x, mask):
         return layer(x, training=True, mask=mask)
 
     x, _, mask = draw((8, 3, 5), 1)
     other, _, _ = ours((8, 3, 5), 1)
     np.testing.assert_allclose(run(x, mask), other(x, training=True, mask=mask))
+
+
+# Masks of the leading axes, as Masking and Embedding give them, wherever the channels
+# are: each channel then has a count of its own.
+LEADING = [((8, 5, 3), 1), ((8, 5, 5), 1), ((4, 3, 2, 5), 1), ((4, 3, 2, 5), 2)]
+
+
+def leading(shape, seed=0):
+    rng = np.random.default_rng(seed)
+    mask = rng.random(shape[:-1]) < 0.6
+    return rng.normal(3, 2, shape), rng.normal(size=shape), mask
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("shape", "axis"), LEADING)
+def test_a_mask_of_the_leading_axes_is_the_oracles(shape, axis, mode):
+    """Channel by channel, as the oracle knows of no mask along channels."""
+    x, upstream, mask = leading(shape)
+    layer, gamma, beta = ours(shape, axis)
+    got = Step(layer, mode, mask)(x, upstream)
+    elements = np.broadcast_to(mask[..., None], shape)
+    for c in range(shape[axis]):
+        one = [np.take(t, [c], axis) for t in (x, upstream, elements)]
+        want = oracle_step(
+            layer, *one[:2], (axis,), gamma[[c]], beta[[c]], np.squeeze(one[2], axis)
+        )
+        for name, value in want.items():
+            whole = got[name].ndim > 1
+            mine = np.take(got[name], [c], axis if whole else 0)
+            assert relative_error(mine, value) < 1e-12, (name, c)
+
+
+@pytest.mark.parametrize(("shape", "axis"), LEADING)
+def test_a_mask_of_the_leading_axes_is_keras(shape, axis):
+    x, upstream, mask = leading(shape)
+    layer, gamma, beta = ours(shape, axis)
+    theirs = keras.layers.BatchNormalization(axis=axis, dtype="float64")
+    theirs.build(shape)
+    set_parameters(theirs, gamma, beta)
+    got = Step(layer, mask=mask)(x, upstream)
+    want = Step(theirs, mask=tf.constant(mask))(x, upstream)
+    for name in want:
+        assert relative_error(got[name], want[name]) < 1e-7, name
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_channel_that_is_masked_whole_keeps_its_statistics(mode):
+    x, upstream, mask = leading((8, 5, 3))
+    mask[:, 2] = False
+    layer, _, _ = ours((8, 5, 3), 1)
+    got = Step(layer, mode, mask)(x, upstream)
+    kept = [0, 0, 1, 0, 0]
+    np.testing.assert_array_equal(got["moving_mean"] == 0, kept)
+    np.testing.assert_array_equal(got["moving_variance"] == 1, kept)
+
+
+def test_what_may_be_either_is_the_leading_axes_and_refused_in_words_if_not():
+    layer, _, _ = ours((8, 3, 5), 1)
+
+    @tf.function(input_signature=[spec(None, 3, None), spec(None, None, dtype=tf.bool)])
+    def run(x, mask):
+        return layer(x, training=True, mask=mask)
+
+    x, _, mask = leading((8, 3, 5))
+    other, _, _ = ours((8, 3, 5), 1)
+    np.testing.assert_allclose(run(x, mask), other(x, training=True, mask=mask))
+    before = layer.get_weights()
+    with pytest.raises(tf.errors.InvalidArgumentError, match="The mask must have the"):
+        run(x, np.ones((8, 5), bool))
+    for was, now in zip(before, layer.get_weights(), strict=True):
+        np.testing.assert_array_equal(now, was)
+
+
+@pytest.mark.parametrize("shape", [(8,), (8, 4), (8, 3, 5), (8, 3, 1)])
+def test_masks_of_other_shapes_are_refused_in_words(shape):
+    layer, _, _ = ours((8, 3, 5), 1)
+    with pytest.raises(ValueError, match=r"leading axes, \(8, 3\), or \(8, 5\)"):
+        layer(np.ones((8, 3, 5)), training=True, mask=np.ones(shape, bool))

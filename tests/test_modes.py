@@ -8,7 +8,7 @@ from steps import array
 from tensorflow.python.framework import op_callbacks
 
 import keras_bn
-from keras_bn import kernels
+from keras_bn import kernels, step
 
 
 def small_model(cls, dtype="float64"):
@@ -86,29 +86,34 @@ def test_one_trace_serves_every_batch_size_in_eager_calls():
     traces = []
 
     @kernels.compiled
-    def traced(x, mask, *parameters, axes):
+    def traced(x, mask, *, settings, plan):
         traces.append(x.shape)
         return x * 2
 
     for batch in range(1, 21):
         x = tf.ones((batch, 3 + batch, 2))
-        np.testing.assert_array_equal(traced(x, None, axes=(2,)), 2 * np.ones(x.shape))
+        doubled = traced(x, None, settings=step.Settings((2,), 1e-3))
+        np.testing.assert_array_equal(doubled, 2 * np.ones(x.shape))
     assert traces == [(None, None, 2)]
 
 
 def test_compiled_puts_absent_arguments_back_in_place():
     @kernels.compiled
-    def first_given(x, mask, gamma, beta, *, axes, offset):
+    def first_given(x, mask, gamma, state, *, settings, plan):
         assert gamma is None
-        return x + beta + offset, mask
+        assert state.updates is None
+        return x + state.mean + settings.epsilon, mask, state
 
-    x, beta = tf.ones((2, 3)), tf.constant([1.0, 2.0, 3.0])
-    y, mask = first_given(
-        x, tf.constant([True, False]), None, beta, axes=(1,), offset=10
-    )
+    x = tf.ones((2, 3))
+    state = step.State(tf.constant([1.0, 2.0, 3.0]), tf.zeros(3))
+    mask = tf.constant([[True], [False]])
+    y, got, new = first_given(x, mask, None, state, settings=step.Settings((1,), 10.0))
     np.testing.assert_array_equal(y, [[12, 13, 14]] * 2)
-    np.testing.assert_array_equal(mask, [True, False])
-    y, mask = first_given(x, None, None, beta, axes=(1,), offset=20)
+    np.testing.assert_array_equal(got, mask)
+    assert isinstance(new, step.State)
+    assert new.updates is None
+    np.testing.assert_array_equal(new.mean, state.mean)
+    y, mask, _ = first_given(x, None, None, state, settings=step.Settings((1,), 20.0))
     np.testing.assert_array_equal(y, [[22, 23, 24]] * 2)
     assert mask is None
 

@@ -81,7 +81,7 @@ def test_unbiased():
 
 
 def exponential(old, batch, momentum):
-    new = moving.update(moving.Statistics(*old), batch, moving.Rule(momentum))
+    new = moving.update(moving.State(*old), batch, moving.Rule(momentum))
     return new.mean.numpy(), new.variance.numpy()
 
 

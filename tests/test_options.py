@@ -425,7 +425,7 @@ def test_groups_in_closed_form_are_one_update_each(rule):
     count = np.array([[4.0], [0.0], [1.0], [5.0], [2.0], [3.0]])
     mean[3, 1] = np.nan
     variance[5, 2] = np.inf
-    old = moving.Statistics(
+    old = moving.State(
         rng.normal(size=3),
         rng.uniform(1, 2, 3),
         np.array([[2, 0, 1], [1, 0, 1]]) if rule.counts else None,
@@ -503,17 +503,17 @@ def test_inference_never_looks_at_the_groups():
         ),
         (
             {"renorm": True, "renorm_clipping": {"rmix": 1}},
-            "`renorm_clipping` takes the keys ['rmax', 'rmin', 'dmax']. "
-            "Received: ['rmix']",
+            "Received invalid keys for `renorm_clipping`, which takes "
+            "['rmax', 'rmin', 'dmax']. Received: ['rmix']",
         ),
         (
             {"renorm": True, "renorm_clipping": {"rmax": 1, "rmin": 2}},
-            "`rmax` in `renorm_clipping` must not be less than `rmin`. "
+            "rmax should be greater than or equal to rmin in `renorm_clipping`. "
             "Received: rmax=1, rmin=2",
         ),
         (
             {"renorm": True, "renorm_clipping": {"dmax": -1}},
-            "`dmax` in `renorm_clipping` must be 0 or greater. Received: dmax=-1",
+            "dmax should be non-negative in `renorm_clipping`. Received: dmax=-1",
         ),
         (
             {"renorm_momentum": 2},
@@ -593,8 +593,12 @@ def test_gradients_of_options_against_differences(arguments, mode):
     if arguments.get("renorm"):
         # r and d are constants to differentiation: hold them at their values.
         r, d = renorm.correction(
-            renorm.Statistics(
-                *(layer.moving_stddev, layer.renorm_mean, layer.renorm_stddev)
+            moving.State(
+                mean=None,
+                variance=None,
+                stddev=layer.moving_stddev,
+                renorm_mean=layer.renorm_mean,
+                renorm_stddev=layer.renorm_stddev,
             ),
             keras_bn.Moments(7.0, x.mean(0), x.var(0)),
             renorm.bounds({}, None, "float64"),

@@ -1,4 +1,4 @@
-"""Accuracy under stress: at most twice the error of the better of two peers."""
+"""Accuracy under stress: at most three times the error of the better of two peers."""
 
 import accuracy
 import pytest
@@ -8,10 +8,10 @@ LARGE = [row for row in accuracy.ROWS if "elements" in row]
 
 
 @pytest.mark.parametrize("row", accuracy.ROWS)
-def test_error_is_at_most_twice_the_better_peers(row):
+def test_error_is_at_most_three_times_the_better_peers(row):
     errors = accuracy.measure(row)
     for quantity in accuracy.QUANTITIES:
-        allowed = 2 * max(
+        allowed = 3 * max(
             accuracy.peers_best(errors, quantity), accuracy.rounding_unit(row)
         )
         for mode in accuracy.MODES:

@@ -233,12 +233,12 @@ def test_a_wrong_layer_fails_where_it_is_wrong(
 
 
 def test_a_kernel_of_the_wrong_sign_fails(monkeypatch):
-    right = keras_bn.kernels.normalize_batch
+    right = keras_bn.kernels.forward
 
     def wrong(x, mask, gamma, beta, **options):
         return right(x, mask, gamma, -beta, **options)
 
-    monkeypatch.setattr(keras_bn.kernels, "normalize_batch", wrong)
+    monkeypatch.setattr(keras_bn.kernels, "forward", wrong)
     record = run(verify.Case(*SHAPE, "float32", "tf.function"))
     assert failing(record) == {"output", "dbeta"}
 

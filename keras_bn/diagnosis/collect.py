@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import keras
 import numpy as np
 
+from keras_bn.arguments import align_mask
 from keras_bn.moments import Moments
 from keras_bn.tools.fold import is_normalization
 from keras_bn.tools.graph import (
@@ -389,11 +390,8 @@ def _counted(values, mask, axis):
     if mask is None:
         return values.ravel()
     axes = axis if isinstance(axis, list) else [axis]
-    mask = np.expand_dims(
-        np.asarray(keras.ops.convert_to_numpy(mask), bool),
-        [a % values.ndim for a in axes],
-    )
-    return values[np.broadcast_to(mask, values.shape)]
+    mask = align_mask(mask, values, sorted(a % values.ndim for a in axes))
+    return values[np.broadcast_to(keras.ops.convert_to_numpy(mask), values.shape)]
 
 
 def _loss(model, y, outputs):

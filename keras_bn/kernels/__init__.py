@@ -1,6 +1,8 @@
 """The one entry to the kernels: everything above here calls these functions.
 
-This folder is the only place that names TensorFlow. In all of it
+`formulas`, `layout` and `plan` are arithmetic in `keras.ops` and serve any backend. A
+backend's own folder has what is fast there, how a gradient is attached, how a function
+is compiled and how replicas talk. In all of it
 
 - `x` is the input, `(batch, ..., channels)` or with the channels elsewhere;
 - `axes` are the channel axes, non-negative and ascending: usually one;
@@ -15,20 +17,26 @@ if keras.backend.backend() != "tensorflow":
         f"{keras.backend.backend()!r}; set it to 'tensorflow' before importing keras."
     )
 
-from keras_bn.kernels.batch import normalize_batch
-from keras_bn.kernels.compiled import compiled
-from keras_bn.kernels.events import Events
-from keras_bn.kernels.plain import affine, normalize_with
-from keras_bn.kernels.synced import active as replicated
-from keras_bn.kernels.synced import agree, choose
+from keras_bn.kernels.layout import broadcast
+from keras_bn.kernels.plan import Plan
+from keras_bn.kernels.tensorflow import modes
+from keras_bn.kernels.tensorflow.batch import checked, forward
+from keras_bn.kernels.tensorflow.compiled import compiled
+from keras_bn.kernels.tensorflow.context import make_plan
+from keras_bn.kernels.tensorflow.events import Events
+from keras_bn.kernels.tensorflow.synced import active as replicated
+from keras_bn.kernels.tensorflow.synced import agree, cond
 
 __all__ = [
     "Events",
-    "affine",
+    "Plan",
     "agree",
-    "choose",
+    "broadcast",
+    "checked",
     "compiled",
-    "normalize_batch",
-    "normalize_with",
+    "cond",
+    "forward",
+    "make_plan",
+    "modes",
     "replicated",
 ]

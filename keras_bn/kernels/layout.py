@@ -2,18 +2,12 @@
 
 import math
 
-import tensorflow as tf
+from keras import ops
 
-from keras_bn.kernels import dispatch
+from keras_bn.kernels.formulas import where
 
-# How a large input is summed for XLA on a CPU: cut into FOLD strips, which are added
-# up; what is left of strips of rows is summed in up to PARTS parts.
-FOLD, PARTS = 8, 16
-
-
-def at_least_float32(x):
-    """`x` in float32, or as it is when that is float64: half types can't hold sums."""
-    return x if x.dtype == tf.float64 else tf.cast(x, tf.float32)
+# How many elements of each channel give the shift: enough to be near its mean.
+SHIFT_ROWS = 16
 
 
 def broadcast(value, shape, axes):
@@ -28,18 +22,11 @@ def broadcast(value, shape, axes):
     if tuple(axes) == tuple(range(first, len(shape))):
         return value
     sizes = [shape[i] if i in axes else 1 for i in range(first, len(shape))]
-    return tf.reshape(value, sizes)
-
-
-def count_of(x, channels, dtype):
-    """How many elements of `x` belong to each of its channels: a scalar of `dtype`."""
-    if x.shape.is_fully_defined():
-        return tf.constant(x.shape.num_elements() // channels, dtype)
-    return tf.cast(tf.size(x, tf.int64) // channels, dtype)
+    return ops.reshape(value, sizes)
 
 
 class Layout:
-    """Moves between the shapes of the caller and those the arithmetic runs in.
+    """How statistics line up with an input: the shapes that the arithmetic runs in.
 
     Inside a kernel the input is `inner(x)`, and every statistic or parameter has a
     shape that broadcasts against it, so that no formula mentions an axis. With the
@@ -53,11 +40,11 @@ class Layout:
 
     def __init__(self, x, axes):
         rank = len(x.shape)
-        self._shape = x.shape
+        self._axes = axes
         self._channels = [x.shape[axis] for axis in axes]
         self._rows = [axis for axis in range(rank) if axis not in axes]
         last = tuple(axes) == tuple(range(rank - len(axes), rank))
-        self._summed, self._keepdims = self._rows, not last
+        self._keepdims = not last
         self._inner = self._channels
         if not last:
             self._inner = [x.shape[i] if i in axes else 1 for i in range(rank)]
@@ -68,49 +55,58 @@ class Layout:
 
     def outer(self, y, x):
         """`y`, of the inner shape, in the shape of the input `x`."""
-        y.set_shape(self._shape)
         return y
 
-    def parameter(self, value, dtype):
-        """A value per channel, or one number for all, in the inner shape."""
-        if isinstance(value, float):
-            return tf.fill(self._inner, tf.constant(value, dtype))
-        value = tf.cast(value, dtype)
-        return value if value.shape == self._inner else tf.reshape(value, self._inner)
+    def parameter(self, value, fill, dtype):
+        """A value per channel in the inner shape; `fill` for all if it is None."""
+        if value is None:
+            return ops.full(self._inner, fill, dtype)
+        return _reshaped(ops.cast(value, dtype), self._inner)
 
     def statistic(self, value):
-        """A value per channel, from the inner shape back to the caller's."""
-        if value.shape.rank == 0 or value.shape == self._channels:
-            return value
-        return tf.reshape(value, self._channels)
+        """A value per channel, or one for all, from the inner shape to the caller's."""
+        all_alike = math.prod(value.shape) < math.prod(self._channels)
+        return _reshaped(value, [] if all_alike else self._channels)
 
     def mask(self, mask, x):
-        """The mask as it broadcasts against `inner(x)`; None stays None."""
+        """The mask with the sizes of the input but along its channels; or None."""
         if mask is None:
             return None
-        sizes, rank = tf.shape(x), len(self._shape)
-        mask = tf.broadcast_to(mask, tf.gather(sizes, self._rows))
-        return tf.reshape(
-            mask, [sizes[i] if i in self._rows else 1 for i in range(rank)]
-        )
+        sizes = [
+            1 if axis in self._axes and mask.shape[axis] == 1 else size
+            for axis, size in enumerate(ops.shape(x))
+        ]
+        return ops.broadcast_to(mask, sizes)
 
-    def count(self, mask, x, dtype):
-        """How many elements stand behind each statistic: a scalar of `dtype`."""
+    def count(self, x, mask):
+        """How many elements stand behind each statistic, in the dtype of `x`."""
         if mask is not None:
-            return tf.reduce_sum(tf.cast(mask, dtype))
-        return count_of(x, math.prod(self._channels), dtype)
+            return self.sum(ops.cast(mask, x.dtype))
+        sizes = ops.shape(x)
+        rows = [sizes[axis] for axis in self._rows]
+        known = math.prod(n for n in rows if isinstance(n, int))
+        unknown = [n for n in rows if not isinstance(n, int)]
+        return ops.cast(math.prod(unknown, start=known), x.dtype)
+
+    def shift(self, x, mask):
+        """A value near the mean of each channel, a constant to differentiation.
+
+        It is the mean of the first few elements. What no mask leaves out is not known
+        to be among the first: then, of all.
+        """
+        if mask is not None or 0 in self._axes:
+            return self._mean(x, mask)
+        each = math.prod(x.shape[axis] or 1 for axis in self._rows[1:])
+        few = x[: -(-SHIFT_ROWS // max(each, 1))]
+        return ops.stop_gradient(ops.mean(few, self._rows, keepdims=self._keepdims))
+
+    def _mean(self, x, mask):
+        x = where(mask, ops.stop_gradient(x))
+        return self.sum(x) / ops.maximum(self.count(x, mask), 1)
 
     def sum(self, x):
         """The sum over everything that belongs to one channel, in the inner shape."""
-        return tf.reduce_sum(x, self._summed, keepdims=self._keepdims)
-
-    def mean(self, x):
-        """The mean of all that belongs to one channel; NaN of nothing."""
-        return tf.reduce_mean(x, self._summed, keepdims=self._keepdims)
-
-    def near_mean(self, x):
-        """A mean of enough of each channel to be within some deviations of all."""
-        return self.mean(x)
+        return ops.sum(x, self._rows, keepdims=self._keepdims)
 
     def spread(self, value):
         """A statistic as it broadcasts against the input: as it is."""
@@ -121,76 +117,33 @@ class Layout:
         return value
 
 
-class Flat(Layout):
-    """The layout that XLA is fastest in: rows, channels, and what comes after them.
-
-    It has the fewest axes. But XLA on a CPU sums what it has just computed, squares of
-    differences say, in one thread and without vectors. So the rows of a large input, or
-    what comes after its channels, are cut into FOLD strips if their known sizes allow:
-    these it adds up as fast as any elements, and what is left is multiplied with ones.
+class Images(Layout):
+    """The layout of ops for images: four axes, the channels last.
 
     Args:
-        x: the input, with known sizes along `axes` and after them.
-        axes: the channel axes, neighbours in ascending order.
+        x: the input, with known sizes along `axes`.
+        axes: the one channel axis, non-negative.
     """
 
     def __init__(self, x, axes):
-        super().__init__(x, axes)
-        rows, rest = x.shape[: axes[0]], x.shape[axes[-1] + 1 :]
-        self._last = not rest.rank
-        cut = math.prod(size or 1 for size in (rows if self._last else rest))
-        channels = math.prod(self._channels)
-        pays = dispatch.by_strips(x.shape, channels)
-        # A GPU needs no strips, and multiplies in fewer bits.
-        self._folds = pays and cut % FOLD == 0 and not dispatch.on_gpu()
-        self._strip = cut // FOLD
-        if self._last:
-            self._before, self._after = ([FOLD, -1] if self._folds else [-1]), []
-            self._inner = [channels]
-        else:
-            self._before = [-1]
-            self._after = [FOLD, self._strip] if self._folds else [cut]
-            self._inner = [1, channels] + [1] * len(self._after)
-        sizes = self._sizes(channels)
-        self._summed = [i for i in range(len(sizes)) if i != len(self._before)]
-
-    def _sizes(self, channels):
-        return [*self._before, channels, *self._after]
+        rank, (axis,) = len(x.shape), axes
+        self._rank = rank
+        self._last = [i for i in range(rank) if i != axis] + [axis]
+        self._moves = axis != rank - 1
+        super().__init__(self.inner(x), (3,))
 
     def inner(self, x):
-        return tf.reshape(x, self._sizes(math.prod(self._channels)))
+        if self._moves:
+            x = ops.transpose(x, self._last)
+        return x if self._rank == 4 else ops.reshape(x, [-1, 1, 1, x.shape[-1]])
 
     def outer(self, y, x):
-        return super().outer(tf.reshape(y, tf.shape(x)), x)
-
-    def mask(self, mask, x):
-        mask = super().mask(mask, x)
-        return None if mask is None else tf.reshape(mask, self._sizes(1))
-
-    def sum(self, x):
-        if not self._folds:
-            return super().sum(x)
-        # Were what follows a sum too, XLA would make one slow sum of both.
-        if self._last:
-            parts = math.gcd(self._strip, PARTS)
-            strip = tf.reshape(tf.reduce_sum(x, 0), [parts, -1, *self._inner])
-            sums = tf.matmul(tf.ones([parts, 1, tf.shape(strip)[1]], x.dtype), strip)
-        else:
-            strip = tf.reshape(tf.reduce_sum(x, 2), [-1, self._strip])
-            sums = tf.matmul(strip, tf.ones([self._strip, 1], x.dtype))
-        return tf.reduce_sum(tf.reshape(sums, [-1, *self._inner]), 0)
-
-    def mean(self, x):
-        if not self._folds:
-            return super().mean(x)
-        return self.sum(x) / self.count(None, x, x.dtype)
-
-    def near_mean(self, x):
-        if not self._folds:
-            return super().near_mean(x)
-        # The mean of a strip is off by at most (FOLD − 1)^½ standard deviations.
-        strip = x[:1] if self._last else x[:, :, :1]
-        return tf.reduce_mean(strip, self._summed, keepdims=self._keepdims)
+        if self._rank != 4:
+            sizes = ops.shape(x)
+            y = ops.reshape(y, [sizes[i] for i in self._last])
+        if self._moves:
+            y = ops.transpose(y, [self._last.index(i) for i in range(self._rank)])
+        return y
 
 
 class Grouped(Layout):
@@ -208,48 +161,36 @@ class Grouped(Layout):
 
     def __init__(self, x, axes, size):
         super().__init__(x, axes)
-        self._axes = axes
         self._inner = [d if i in axes else 1 for i, d in enumerate(x.shape)]
-        self._summed = self._rows[1:]
-        batch = tf.shape(x)[0]
-        self._groups = tf.maximum(1, batch // size)
-        self._group = tf.minimum(tf.range(batch) // size, self._groups - 1)
+        batch = ops.shape(x)[0]
+        self._groups = ops.maximum(batch // size, 1)
+        self._group = ops.minimum(ops.arange(batch) // size, self._groups - 1)
 
-    def count(self, mask, x, dtype):
-        """How many elements stand behind the statistics of each group."""
+    def count(self, x, mask):
         if mask is None:
-            mask = self.mask(True, x)
-        return self.sum(tf.cast(mask, dtype))
+            ones = [1 if i in self._axes else n for i, n in enumerate(ops.shape(x))]
+            mask = ops.ones(ones, "bool")
+        return self.sum(ops.cast(mask, x.dtype))
 
     def statistic(self, value):
         """A value per group and channel, with the groups along the leading axis."""
-        return tf.reshape(value, [self._groups, *(value.shape[a] for a in self._axes)])
+        return ops.reshape(value, [self._groups, *(value.shape[a] for a in self._axes)])
+
+    def shift(self, x, mask):
+        return self._mean(x, mask)
 
     def sum(self, x):
         """The sum over what belongs to one channel of one group."""
-        samples = tf.reduce_sum(x, self._summed, keepdims=True)
-        return tf.math.unsorted_segment_sum(samples, self._group, self._groups)
+        samples = ops.sum(x, self._rows[1:], keepdims=True)
+        return ops.segment_sum(samples, self._group, self._groups)
 
     def spread(self, value):
         """The statistics of each sample's own group."""
-        return tf.gather(value, self._group)
+        return ops.take(value, self._group, axis=0)
 
     def total(self, value):
-        """The sum of a statistic over the groups."""
-        return tf.reduce_sum(value, 0, keepdims=True)
+        return ops.sum(value, 0, keepdims=True)
 
 
-def layout_of(x, axes, group_size=None):
-    """The layout for the arithmetic on an input.
-
-    Args:
-        x: the input, with known sizes along `axes`.
-        axes: the channel axes, non-negative and ascending.
-        group_size: of the groups that the batch is cut into, or None.
-    """
-    if group_size is not None:
-        return Grouped(x, axes, group_size)
-    neighbours = axes[-1] - axes[0] < len(axes)
-    rest = x.shape[axes[-1] + 1 :]
-    flat = dispatch.in_xla() and neighbours and rest.is_fully_defined()
-    return Flat(x, axes) if flat else Layout(x, axes)
+def _reshaped(value, shape):
+    return value if list(value.shape) == list(shape) else ops.reshape(value, shape)

@@ -18,7 +18,7 @@ def active() -> bool:
     return replica is not None and replica.num_replicas_in_sync > 1
 
 
-def choose(condition, first, second):
+def cond(condition, first, second):
     """`first()` where the condition holds, else `second()`.
 
     Among replicas both run and one is taken: a reduction inside a conditional would
@@ -26,68 +26,76 @@ def choose(condition, first, second):
 
     Args:
         condition: bool scalar, equal on every replica.
-        first, second: functions that return lists of tensors, alike in shape and
-            dtype.
+        first, second: functions that return tensors in the same structure, alike in
+            shape and dtype; None may stand for a tensor in both.
 
     Returns:
-        A list of tensors.
+        The structure with the tensors taken.
     """
     if not active():
         return tf.cond(condition, first, second)
-    pairs = zip(first(), second(), strict=True)
-    return [tf.where(condition, one, other) for one, other in pairs]
+
+    def taken(one, other):
+        return None if one is None else tf.where(condition, one, other)
+
+    return tf.nest.map_structure(taken, first(), second())
 
 
-def merge(local: Moments, rest):
+def merge(local: Moments, shift):
     """The moments of all replicas together.
 
     The parts are merged as Chan, Golub and LeVeque do (`Moments.merge`), in the order
-    of the replicas and about the mean of the first that has elements: large means
+    of the replicas and about the shift of the first that has elements: large means
     stay exact.
 
     Args:
-        local: this replica's `Moments`.
-        rest: what its mean lost to rounding, of the shape of `local.mean`.
+        local: this replica's `Moments`, of its input less the shift.
+        shift: what was taken off its input, of the shape of `local.mean`.
 
     Returns:
-        The merged `Moments`, equal on every replica, and what their mean lost.
+        `(moments, shift)`: those of all replicas, about the shift, which is equal on
+        every replica too.
     """
-    parts = _gather(local.count, local.mean, rest, local.variance)
-    shift = tf.zeros_like(rest)
-    for count, mean, _, _ in reversed(parts):
-        shift = tf.where(count > 0, mean, shift)
+    parts = _gather(local.count, shift, local.mean, local.variance)
+    common = tf.zeros_like(shift)
+    for count, own, _, _ in reversed(parts):
+        common = tf.where(count > 0, own, common)
     merged, *others = (
-        Moments(count, (mean - shift) + rest, variance)
-        for count, mean, rest, variance in parts
+        Moments(count, (own - common) + mean, variance)
+        for count, own, mean, variance in parts
     )
     for other in others:
         merged = merged.merge(other)
-    return merged._replace(mean=shift), merged.mean
+    return merged, common
 
 
 def agree(old, new, taken):
-    """The mean of the steps that replicas took apart from each other.
+    """Average the replicas' steps, so that all end with the same state.
 
     Where a replica had nothing to take in (a bad batch, or an empty share), it has no
     part in the mean; where none had, the old value stays, to the bit.
 
     Args:
-        old: list of tensors that are equal on every replica, floats first.
+        old: tuple of tensors that are equal on every replica, floats first; None for
+            what there is not.
         new: what they became on this replica.
-        taken: list of bools of the same shapes, which of them took a step.
+        taken: bools of the same shapes, which of them took a step.
 
     Returns:
-        List of tensors, equal on every replica, of the dtypes of `old`.
+        List of tensors, equal on every replica, of the dtypes of `old`; None where
+        `old` is.
     """
     dtype = old[0].dtype
-    steps = [tf.cast(n - o, dtype) for o, n in zip(old, new, strict=True)]
-    sums = total(*steps, *(tf.cast(t, dtype) for t in taken))
-    agreed = []
-    for value, step, count in zip(old, sums[: len(old)], sums[len(old) :], strict=True):
+    present = [i for i, value in enumerate(old) if value is not None]
+    steps = [tf.cast(new[i] - old[i], dtype) for i in present]
+    sums = total(*steps, *(tf.cast(taken[i], dtype) for i in present))
+    agreed = [None] * len(old)
+    pairs = zip(sums[: len(steps)], sums[len(steps) :], strict=True)
+    for i, (step, count) in zip(present, pairs, strict=True):
         step /= tf.maximum(count, 1)
-        if value.dtype.is_integer:
+        if old[i].dtype.is_integer:
             step = tf.round(step)
-        agreed.append(value + tf.cast(step, value.dtype))
+        agreed[i] = old[i] + tf.cast(step, old[i].dtype)
     return agreed
 
 

@@ -6,13 +6,15 @@ MODES = ("eager", "tf.function", "jit_compile")
 TENSORFLOW_VERSION = tf.__version__
 
 
-def in_mode(function, mode):
+def in_mode(function, mode, signature=None):
     """`function`, to be run in one of the `MODES`.
 
     Args:
         function: takes and returns tensors.
         mode: "eager", "tf.function", or "jit_compile" for
             `tf.function(jit_compile=True)`.
+        signature: what is known of its arguments while tracing: a list of
+            `(shape, dtype)`, with None for unknown sizes; by default, all there is.
 
     Returns:
         A function of the same arguments.
@@ -24,16 +26,22 @@ def in_mode(function, mode):
         raise ValueError(f"`mode` must be one of {MODES}. Received: mode={mode!r}")
     if mode == "eager":
         return function
-    return tf.function(function, jit_compile=mode == "jit_compile", autograph=False)
+    specs = None if signature is None else [tf.TensorSpec(*each) for each in signature]
+    return tf.function(
+        function,
+        input_signature=specs,
+        jit_compile=mode == "jit_compile",
+        autograph=False,
+    )
 
 
-def with_gradients(function, variables, mode):
+def with_gradients(function, variables, mode, signature=None):
     """`function` and its vector-Jacobian products, to be run in one of the `MODES`.
 
     Args:
         function: takes one tensor `x` and returns one tensor.
         variables: Keras variables that `function` reads.
-        mode: as for `in_mode`.
+        mode, signature: as for `in_mode`; of `x` and the upstream gradient.
 
     Returns:
         A function of `x` and an upstream gradient of the shape and dtype of the
@@ -58,7 +66,7 @@ def with_gradients(function, variables, mode):
             y = function(x)
         return y, tape.gradient(y, [x, *values], output_gradients=upstream)
 
-    return in_mode(run, mode)
+    return in_mode(run, mode, signature)
 
 
 def device() -> str:

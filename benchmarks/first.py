@@ -1,0 +1,75 @@
+"""Seconds to the end of the first step, each in a process of its own.
+
+Who trains a model waits for this once, and in the process that traced it before, a
+second model would start faster than theirs.
+"""
+
+import time
+
+import numpy as np
+
+from benchmarks import applications, markdown, process
+from keras_bn import bench
+
+CALLS = ("fit", "evaluate", "predict")
+KINDS = (bench.PEER, bench.OURS)
+
+
+def seconds(kind, application, size, batch, of="fit", jit=False):
+    """Seconds of a first step here and now; model and data are made before.
+
+    Args:
+        kind, application, size, jit: as for `applications.build`.
+        batch: size of the batch.
+        of: the method that takes the step, one of `CALLS`.
+    """
+    model = applications.build(application, size, kind, jit)
+    images = applications.data(size, batch)
+    how = {"steps_per_epoch": 1, "shuffle": False} if of == "fit" else {"steps": 1}
+    start = time.perf_counter()
+    getattr(model, of)(images, verbose=0, **how)
+    return time.perf_counter() - start
+
+
+def measure(application, size, batch, of="fit", jit=False, rounds=3):
+    """One row: medians over rounds of fresh processes, Keras and ours in turn.
+
+    `ratio` is ours over Keras's, of the medians.
+    """
+    where = ["--application", application, "--size", size, "--batch", batch]
+    how = ["--of", of, *(["--jit"] if jit else [])]
+    times = {kind: [] for kind in KINDS}
+    for _ in range(rounds):
+        for kind in KINDS:
+            taken = process.number("benchmarks.models", "--first", kind, *where, *how)
+            times[kind].append(taken)
+    medians = {kind: float(np.median(taken)) for kind, taken in times.items()}
+    return {
+        "model": application,
+        "size": size,
+        "batch": batch,
+        "of": of,
+        "jit": jit,
+        "seconds": medians,
+        "rounds": times,
+        "ratio": medians[bench.OURS] / medians[bench.PEER],
+    }
+
+
+def cells(row):
+    """Seconds of Keras and of ours, and the ratio, as text."""
+    both = [f"{row['seconds'][kind]:.1f}" for kind in KINDS]
+    return [*both, f"{row['ratio']:.2f}"]
+
+
+def table(rows):
+    """The rows as a table in Markdown."""
+    head = ["model", "first step of", "Keras, s", "ours, s", "ours / Keras"]
+    calls = [f"`{r['of']}`{' under XLA' if r['jit'] else ''}" for r in rows]
+    return markdown.table(
+        head,
+        [
+            [applications.title(row), call, *cells(row)]
+            for row, call in zip(rows, calls, strict=True)
+        ],
+    )

@@ -1,0 +1,129 @@
+r"""Batch normalization in closed form, in `keras.ops`: right for any input.
+
+Everything is computed of $d = x - s$, where the shift $s$ is one value per channel near
+the channel's mean: batch normalization does not change when its input is shifted, and
+sums of small numbers lose nothing to rounding where the mean is large.
+
+Forward, over the $n$ elements that count in a channel:
+
+$$\mu = \tfrac1n\sum d, \quad \sigma^2 = \tfrac1n\sum (d-\mu)^2, \quad
+  \hat x = \frac{d-\mu}{\sqrt{\sigma^2+\epsilon}}, \quad y = \gamma\hat x+\beta$$
+
+Backward, for the upstream gradient $g$:
+
+$$d\beta = \sum g, \quad d\gamma = \sum g\,\hat x, \quad
+  dx = \frac{\gamma}{\sqrt{\sigma^2+\epsilon}}
+       \Bigl(g - \tfrac1n\,d\beta - \tfrac1n\,\hat x\,d\gamma\Bigr)$$
+
+Of the size of the input, only $d$ is kept for the backward pass. Both passes are made
+of differentiable operations, so that a gradient penalty can differentiate them again.
+
+Elements that a mask leaves out are normalized like the others but belong to no
+statistic: for them $dx = \gamma g/\sqrt{\sigma^2+\epsilon}$, and where they are not
+finite they add nothing to any sum.
+
+Source: Ioffe and Szegedy, "Batch Normalization", 2015.
+"""
+
+from typing import Any, NamedTuple
+
+from keras import ops
+
+from keras_bn.moments import Moments
+
+
+class Saved(NamedTuple):
+    """What the backward pass needs of the forward pass.
+
+    Args:
+        shifted: the input less the shift.
+        mean, variance: of `shifted`, one value per channel each.
+        gamma: the scale.
+        count: how many elements each statistic rests on.
+        mask: bools that broadcast to the input, true where an element counts; or None.
+    """
+
+    shifted: Any
+    mean: Any
+    variance: Any
+    gamma: Any
+    count: Any
+    mask: Any = None
+
+
+def forward(x, mask, gamma, beta, *, epsilon, layout, merge=None):
+    """Normalize a batch with its own statistics.
+
+    Args:
+        x: input, float32 or float64.
+        mask: bools that broadcast to the input, true where an element counts; or None.
+        gamma, beta: scale and offset, in the inner shape of the layout.
+        epsilon: added to the variance, non-negative.
+        layout: the `Layout` of the input.
+        merge: None; or a function that takes the `Moments` of this replica about its
+            shift, and the shift, and returns those of all replicas likewise.
+
+    Returns:
+        `(y, moments, saved)`: the output, the `Moments` of the batch, and `Saved`.
+    """
+    shift = layout.shift(x, mask)
+    shifted = x - layout.spread(shift)
+    count = layout.count(x, mask)
+    mean, variance = statistics(shifted, mask, count, layout)
+    if merge is not None:
+        (count, mean, variance), shift = merge(Moments(count, mean, variance), shift)
+        shifted = x - layout.spread(shift)
+    saved = Saved(shifted, mean, variance, gamma, count, mask)
+    y = normalize(saved, beta, epsilon=epsilon, layout=layout)
+    return y, Moments(count, mean + shift, variance), saved
+
+
+def statistics(shifted, mask, count, layout):
+    """Mean and population variance of what counts in each channel."""
+    n = ops.maximum(count, 1)
+    mean = layout.sum(where(mask, shifted)) / n
+    squares = ops.square(shifted - layout.spread(mean))
+    return mean, layout.sum(where(mask, squares)) / n
+
+
+def normalize(saved: Saved, beta, *, epsilon, layout):
+    """The output, from the input less the shift and the statistics of that."""
+    scale = saved.gamma * ops.rsqrt(saved.variance + epsilon)
+    offset = beta - saved.mean * scale
+    return saved.shifted * layout.spread(scale) + layout.spread(offset)
+
+
+def backward(saved: Saved, upstream, *, epsilon, layout, total=None):
+    """The gradients of a batch normalized with its own statistics.
+
+    Args:
+        saved: what `forward` returned.
+        upstream: gradient with respect to the output.
+        epsilon, layout: as for `forward`.
+        total: None; or a function that adds each of some tensors up over all replicas.
+
+    Returns:
+        `(dx, d_gamma, d_beta)`, in the shapes of the input and of gamma.
+    """
+    shifted, mean, variance, gamma, count, mask = saved
+    finite = shifted
+    if mask is not None:
+        known = ops.logical_or(mask, ops.isfinite(shifted))
+        finite = ops.where(known, shifted, layout.spread(mean))
+    rstd = ops.rsqrt(variance + epsilon)
+    sum_g = layout.sum(upstream)
+    sum_gx = (layout.sum(upstream * finite) - mean * sum_g) * rstd
+    d_gamma, d_beta = layout.total(sum_gx), layout.total(sum_g)
+    if total is not None:
+        sum_g, sum_gx = total(sum_g, sum_gx)
+    scale = gamma * rstd
+    share = scale / ops.maximum(count, 1)
+    slope = sum_gx * rstd * share
+    constant = sum_g * share - mean * slope
+    through = finite * layout.spread(slope) + layout.spread(constant)
+    return upstream * layout.spread(scale) - where(mask, through), d_gamma, d_beta
+
+
+def where(mask, value):
+    """`value` where the mask counts it, else 0 (a product would keep NaN)."""
+    return value if mask is None else ops.where(mask, value, ops.zeros_like(value))

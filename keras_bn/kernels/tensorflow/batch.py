@@ -1,0 +1,103 @@
+"""Normalizing a batch with its own statistics, by the kernel of its plan."""
+
+import functools
+
+import keras
+import tensorflow as tf
+
+from keras_bn.kernels import formulas, layout
+from keras_bn.kernels.tensorflow import either, fused, synced
+from keras_bn.kernels.tensorflow.gradients import with_gradients
+from keras_bn.moments import Moments
+
+
+def forward(x, mask, gamma, beta, *, epsilon, plan):
+    """Normalize a batch with its own statistics; `formulas` says how.
+
+    Args:
+        x: input of a float dtype.
+        mask: bool tensor that broadcasts to the shape of `x`, true where an element
+            counts; or None.
+        gamma, beta: scale and offset, one value per channel, or None.
+        epsilon: added to the variance, non-negative.
+        plan: the `Plan` for the input.
+
+    Returns:
+        `(y, Moments)`: the output, of the shape and dtype of `x`, and the moments of
+        the batch in float32 at least; of each group, along one more leading axis,
+        when it is cut. The moments are constants to differentiation.
+    """
+    # Half types can't hold sums.
+    wide = tf.cast(x, keras.backend.result_type(x.dtype.name, "float32"))
+    lay = _layout(wide, plan)
+    inner = lay.inner(wide)
+    gamma = lay.parameter(gamma, 1.0, wide.dtype)
+    beta = lay.parameter(beta, 0.0, wide.dtype)
+    how = {"epsilon": epsilon, "layout": lay}
+    if plan.kernel == "fused":
+        y, moments, saved = fused.forward(inner, gamma, beta, gpu=plan.gpu, **how)
+        backward = fused.backward
+    elif plan.kernel == "either":
+        y, moments, saved = either.forward(inner, gamma, beta, **how)
+        backward = either.backward
+    else:
+        merge = synced.merge if plan.synchronized else None
+        total = synced.total if plan.synchronized else None
+        mask = lay.mask(mask, inner)
+        y, moments, saved = formulas.forward(
+            inner, mask, gamma, beta, merge=merge, **how
+        )
+        backward = functools.partial(formulas.backward, total=total)
+    if plan.once:
+        y = once(y, inner)
+
+    def vjp(upstream):
+        dx, d_gamma, d_beta = backward(saved, upstream, **how)
+        return once(dx, upstream) if plan.once else dx, d_gamma, d_beta
+
+    y = with_gradients(y, [inner, gamma, beta], vjp)
+    count, *others = (lay.statistic(value) for value in moments)
+    moments = Moments(count, *(tf.stop_gradient(value) for value in others))
+    return tf.cast(lay.outer(y, x), x.dtype), moments
+
+
+def _layout(x, plan):
+    if plan.group_size is not None:
+        return layout.Grouped(x, plan.axes, plan.group_size)
+    last = plan.axes == (len(x.shape) - 1,)
+    if plan.kernel == "fused" or (plan.kernel == "either" and not last):
+        return layout.Images(x, plan.axes)
+    return layout.Layout(x, plan.axes)
+
+
+def once(value, operand):
+    """`value`, for XLA on a CPU to compute once.
+
+    Otherwise it computes it anew in each of its uses and, in a chain of layers, in all
+    of theirs; but not what has several operands of full size.
+
+    Args:
+        value: a tensor that is NaN wherever `operand` is.
+        operand: a tensor of the same shape.
+    """
+    return tf.where(operand == operand, value, operand)
+
+
+def checked(mask, x, along):
+    """The mask, once its sizes are known to be those of the input along some axes.
+
+    For sizes that are unknown while tracing.
+
+    Raises:
+        tf.errors.InvalidArgumentError: when it runs, if they are others.
+    """
+    got, wanted = tf.shape(mask), tf.gather(tf.shape(x), along)
+    fits = tf.reduce_all((got == wanted) | (got == 1))
+    message = (
+        f"The mask must have the sizes of the inputs along their axes {list(along)}. "
+        "A mask without the channel axis is only known as such by its static shape. "
+        "Received: a mask of shape, and inputs with sizes along these axes:"
+    )
+    check = tf.debugging.Assert(fits, [message, got, wanted])
+    with tf.control_dependencies([check] if check is not None else []):
+        return tf.identity(mask)
