@@ -91,8 +91,8 @@ class Trainer(tf.Module):
 
 
 TRAINED = ("2-D", "large", "channels first", "mixed_float16", "renorm ramp")
-DIFFERENTIATED_TWICE = ("channels first", "2-D", "large")
-FUSED = ("2-D", "large")
+DIFFERENTIATED_TWICE = ("2-D", "large")
+FUSED = "large"
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +117,7 @@ def trainers(tmp_path_factory):
         arrays |= {f"variable{i}": v.numpy() for i, v in enumerate(variables)}
         if form in DIFFERENTIATED_TWICE:
             second = second_gradient(trainer.forward, x, upstream)
-            arrays |= {} if form in FUSED else {"second": second}
+            arrays |= {} if form == FUSED else {"second": second}
         for old, new in zip(before, trainer.statistics, strict=True):
             assert (new.numpy() != old).all()
         save_arrays(folder / form, **arrays)
@@ -125,15 +125,13 @@ def trainers(tmp_path_factory):
 
 
 def test_saved_training_signature_takes_the_same_step(trainers):
-    compared = set(compare_trainer(trainers / "channels first"))
-    assert {"dx", "gradient1", "second"} <= compared
+    assert {"dx", "gradient1", "second"} <= set(compare_trainer(trainers / "2-D"))
 
 
-@pytest.mark.parametrize("form", FUSED)
-def test_second_gradient_from_outside_is_refused_aloud(trainers, form):
+def test_second_gradient_from_outside_is_refused_aloud(trainers):
     """TensorFlow saves a custom gradient, but not the custom gradient of that."""
-    trainer = tf.saved_model.load(str(trainers / form))
-    x = tf.constant(examples(FORMS[form][1]))
+    trainer = tf.saved_model.load(str(trainers / FUSED))
+    x = tf.constant(examples(FORMS[FUSED][1]))
     with pytest.raises((LookupError, TypeError), match=r"No gradient|out of scope"):
         second_gradient(trainer.forward, x, x)
 

@@ -15,8 +15,8 @@ $$d\beta = \sum g, \quad d\gamma = \sum g\,\hat x, \quad
   dx = \frac{\gamma}{\sqrt{\sigma^2+\epsilon}}
        \Bigl(g - \tfrac1n\,d\beta - \tfrac1n\,\hat x\,d\gamma\Bigr)$$
 
-Of the size of the input, only $d$ is kept for the backward pass. Both passes are made
-of differentiable operations, so that a gradient penalty can differentiate them again.
+Of the size of the input, only $d-\mu$ is kept for the backward pass. Both passes are
+made of differentiable operations: a gradient penalty can differentiate them again.
 
 Elements that a mask leaves out are normalized like the others but belong to no
 statistic: for them $dx = \gamma g/\sqrt{\sigma^2+\epsilon}$, and where they are not
@@ -36,15 +36,14 @@ class Saved(NamedTuple):
     """What the backward pass needs of the forward pass.
 
     Args:
-        shifted: the input less the shift.
-        mean, variance: of `shifted`, one value per channel each.
+        centred: the input less its mean.
+        variance: the variance, one value per channel.
         gamma: the scale.
-        count: how many elements each statistic rests on.
+        count: how many elements each statistic rests on, 1 at least.
         mask: bools that broadcast to the input, true where an element counts; or None.
     """
 
-    shifted: Any
-    mean: Any
+    centred: Any
     variance: Any
     gamma: Any
     count: Any
@@ -69,28 +68,33 @@ def forward(x, mask, gamma, beta, *, epsilon, layout, merge=None):
     shift = layout.shift(x, mask)
     shifted = x - layout.spread(shift)
     count = layout.count(x, mask)
-    mean, variance = statistics(shifted, mask, count, layout)
+    mean, variance, centred = statistics(shifted, mask, ops.maximum(count, 1), layout)
     if merge is not None:
         (count, mean, variance), shift = merge(Moments(count, mean, variance), shift)
-        shifted = x - layout.spread(shift)
-    saved = Saved(shifted, mean, variance, gamma, count, mask)
+        centred = (x - layout.spread(shift)) - layout.spread(mean)
+    saved = Saved(centred, variance, gamma, ops.maximum(count, 1), mask)
     y = normalize(saved, beta, epsilon=epsilon, layout=layout)
     return y, Moments(count, mean + shift, variance), saved
 
 
 def statistics(shifted, mask, count, layout):
-    """Mean and population variance of what counts in each channel."""
-    n = ops.maximum(count, 1)
-    mean = layout.sum(where(mask, shifted)) / n
-    squares = ops.square(shifted - layout.spread(mean))
-    return mean, layout.sum(where(mask, squares)) / n
+    """Mean and variance of what counts in each channel, and the input less the mean.
+
+    Args:
+        shifted: the input less the shift.
+        mask, layout: as for `forward`.
+        count: how many elements each statistic rests on, 1 at least.
+    """
+    mean = layout.sum(where(mask, shifted)) / count
+    centred = shifted - layout.spread(mean)
+    variance = layout.sum(where(mask, ops.square(centred))) / count
+    return mean, variance, centred
 
 
 def normalize(saved: Saved, beta, *, epsilon, layout):
-    """The output, from the input less the shift and the statistics of that."""
+    """The output, from the input less its mean."""
     scale = saved.gamma * ops.rsqrt(saved.variance + epsilon)
-    offset = beta - saved.mean * scale
-    return saved.shifted * layout.spread(scale) + layout.spread(offset)
+    return saved.centred * layout.spread(scale) + beta
 
 
 def backward(saved: Saved, upstream, *, epsilon, layout, total=None):
@@ -105,22 +109,19 @@ def backward(saved: Saved, upstream, *, epsilon, layout, total=None):
     Returns:
         `(dx, d_gamma, d_beta)`, in the shapes of the input and of gamma.
     """
-    shifted, mean, variance, gamma, count, mask = saved
-    finite = shifted
+    centred, variance, gamma, count, mask = saved
     if mask is not None:
-        known = ops.logical_or(mask, ops.isfinite(shifted))
-        finite = ops.where(known, shifted, layout.spread(mean))
+        centred = where(ops.logical_or(mask, ops.isfinite(centred)), centred)
     rstd = ops.rsqrt(variance + epsilon)
     sum_g = layout.sum(upstream)
-    sum_gx = (layout.sum(upstream * finite) - mean * sum_g) * rstd
+    sum_gx = layout.sum(upstream * centred) * rstd
     d_gamma, d_beta = layout.total(sum_gx), layout.total(sum_g)
     if total is not None:
         sum_g, sum_gx = total(sum_g, sum_gx)
     scale = gamma * rstd
-    share = scale / ops.maximum(count, 1)
-    slope = sum_gx * rstd * share
-    constant = sum_g * share - mean * slope
-    through = finite * layout.spread(slope) + layout.spread(constant)
+    share = scale / count
+    through = centred * layout.spread(sum_gx * rstd * share)
+    through += layout.spread(sum_g * share)
     return upstream * layout.spread(scale) - where(mask, through), d_gamma, d_beta
 
 

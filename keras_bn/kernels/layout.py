@@ -1,6 +1,8 @@
 """Where the channels of an input are, and how its statistics line up with it."""
 
+import functools
 import math
+import operator
 
 from keras import ops
 
@@ -86,7 +88,8 @@ class Layout:
         rows = [sizes[axis] for axis in self._rows]
         known = math.prod(n for n in rows if isinstance(n, int))
         unknown = [n for n in rows if not isinstance(n, int)]
-        return ops.cast(math.prod(unknown, start=known), x.dtype)
+        factors = unknown if known == 1 and unknown else [known, *unknown]
+        return ops.cast(functools.reduce(operator.mul, factors), x.dtype)
 
     def shift(self, x, mask):
         """A value near the mean of each channel, a constant to differentiation.

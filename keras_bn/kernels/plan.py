@@ -7,6 +7,10 @@ from typing import NamedTuple
 # and moves each element fewer times (2 cores, `keras-bn bench --calibrate`).
 FUSED_FROM = 2**17
 
+# Channels of a matrix from which it pays to choose when the batch is there: with fewer,
+# batches are small as a rule, and 10 µs are a tenth and more of what a step takes.
+EITHER_FROM = 256
+
 # Elements up to which XLA is told to compute outputs once (`formulas.forward`): from
 # there on, what that keeps in memory weighs more than the time it saves.
 ONCE_UP_TO = 2**22
@@ -51,20 +55,26 @@ def fused_fits(dtype: str, axes, epsilon: float, gpu: bool) -> bool:
     return len(axes) == 1 and dtype != "float64" and not too_small
 
 
-def by_size(shape) -> str:
+def by_size(shape, channels: int) -> str:
     """The kernel that is fastest on a CPU for an input that any kernel may serve.
 
     Of images only the batch is unknown, as a rule, and the rest tells small from large.
-    A matrix, or a sequence of unknown length, may be either: its kernel is chosen when
-    the batch is there, which takes 10 µs.
+    A sequence of unknown length, or a matrix of many channels, may be either: its
+    kernel is chosen when the batch is there, which takes 10 µs.
 
-    >>> by_size((None, 56, 56, 64)), by_size((None, 7, 7, 64))
+    Args:
+        shape: of the input, None where a size is unknown.
+        channels: how many channels it has.
+
+    >>> by_size((None, 56, 56, 64), 64), by_size((None, 7, 7, 64), 64)
     ('fused', 'plain')
-    >>> by_size((None, 64)), by_size((128, 64)), by_size((4096, 64))
+    >>> by_size((None, 512), 512), by_size((None, 64), 64), by_size((4096, 64), 64)
     ('either', 'plain', 'fused')
     """
     unknown = sum(size is None for size in shape)
-    if unknown and len(shape) - unknown < 2 and len(shape) < 4:
+    if unknown and len(shape) == 2:
+        return "either" if channels >= EITHER_FROM else "plain"
+    if unknown == 2 and len(shape) == 3:
         return "either"
     return "fused" if elements(shape) >= FUSED_FROM else "plain"
 

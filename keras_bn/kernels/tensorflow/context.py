@@ -20,10 +20,13 @@ def make_plan(x, mask, settings) -> Plan:
     shared = settings.synchronized and synced.active()
     special = mask is not None or settings.group_size is not None or shared
     xla, gpu = in_xla(), on_gpu()
-    fits = fused_fits(x.dtype, settings.axes, settings.epsilon, gpu)
-    plain = special or xla or not fits
+    fits = fused_fits(x.dtype.name, settings.axes, settings.epsilon, gpu)
+    if special or xla or not fits:
+        kernel = "plain"
+    else:
+        kernel = "fused" if gpu else by_size(x.shape, x.shape[settings.axes[0]])
     return Plan(
-        "plain" if plain else "fused" if gpu else by_size(x.shape),
+        kernel,
         settings.axes,
         settings.group_size,
         shared,

@@ -25,20 +25,21 @@ def forward(x, gamma, beta, *, epsilon, layout):
     shift = layout.shift(x, None)
     shifted = x - shift
     count = layout.count(x, None)
+    n = tf.maximum(count, 1)
 
     def by_op():
         y, mean, _, _, variance, _ = fused.op(_image(shifted), gamma, beta, epsilon)
         return tf.reshape(y, tf.shape(shifted)), mean, variance
 
     def by_formulas():
-        mean, variance = formulas.statistics(shifted, None, count, layout)
-        saved = formulas.Saved(shifted, mean, variance, gamma, count)
+        mean, variance, centred = formulas.statistics(shifted, None, n, layout)
+        saved = formulas.Saved(centred, variance, gamma, n)
         y = formulas.normalize(saved, beta, epsilon=epsilon, layout=layout)
         return y, mean, variance
 
     large = count >= FUSED_FROM / x.shape[-1]
     y, mean, variance = tf.cond(large, by_op, by_formulas)
-    kept = fused.Kept(shifted, gamma, [mean, variance], count)
+    kept = fused.Kept(shifted, gamma, [mean, variance], n)
     return y, Moments(count, mean + shift, variance), kept
 
 
@@ -54,7 +55,8 @@ def backward(kept: fused.Kept, upstream, *, epsilon, layout):
             return tf.reshape(dx, tf.shape(shifted)), *others
 
         def by_formulas():
-            saved = formulas.Saved(shifted, *reserve, gamma, count)
+            mean, variance = reserve
+            saved = formulas.Saved(shifted - mean, variance, gamma, count)
             return formulas.backward(saved, upstream, epsilon=epsilon, layout=layout)
 
         large = count >= FUSED_FROM / shifted.shape[-1]

@@ -22,7 +22,7 @@ class Kept(NamedTuple):
         shifted: the input less the shift.
         gamma: the scale.
         reserve: what the op wants back: its mean, its variance, and on a GPU more.
-        count: how many elements each statistic rests on.
+        count: how many elements each statistic rests on, 1 at least.
     """
 
     shifted: Any
@@ -45,12 +45,10 @@ def forward(x, gamma, beta, *, epsilon, layout, gpu=False):
     shift = layout.shift(x, None)
     shifted = x - shift
     count = layout.count(x, None)
+    n = tf.maximum(count, 1)
     y, mean, variance, *reserve = op(shifted, gamma, beta, epsilon)
-    if gpu:
-        variance *= tf.maximum(count - 1, 1) / tf.maximum(count, 1)
-    else:
-        variance = reserve[1]
-    kept = Kept(shifted, gamma, reserve, count)
+    variance = variance * (tf.maximum(count - 1, 1) / n) if gpu else reserve[1]
+    kept = Kept(shifted, gamma, reserve, n)
     return y, Moments(count, mean + shift, variance), kept
 
 
@@ -96,8 +94,8 @@ def differentiable(first, upstream, kept: Kept, epsilon, layout):
     def second(*upstreams):
         with tf.GradientTape() as tape:
             tape.watch(inputs)
-            moments = formulas.statistics(kept.shifted, None, kept.count, layout)
-            saved = formulas.Saved(kept.shifted, *moments, kept.gamma, kept.count)
+            _, *others = formulas.statistics(kept.shifted, None, kept.count, layout)
+            saved = formulas.Saved(*reversed(others), kept.gamma, kept.count)
             how = {"epsilon": epsilon, "layout": layout}
             gradients = formulas.backward(saved, upstream, **how)
         return *tape.gradient(gradients, inputs, upstreams), *[None] * len(kept.reserve)
