@@ -122,7 +122,7 @@ def main(argv=None):
     full = parser.parse_args(argv).full
     where = machine()
     print(where)
-    seconds, rounds, fits = (3.0, 3, 5) if full else (1.0, 2, 4)
+    seconds, rounds, fits = (3.0, 3, 5) if full else (0.7, 1, 3)
     whole = [
         models.measure(*model, rounds, fits)
         for model in (applications.FULL if full else applications.QUICK)

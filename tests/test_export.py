@@ -66,6 +66,23 @@ def run_tflite(interpreter, x):
     return interpreter.get_tensor(given["index"])
 
 
+def operators(interpreter):
+    """The operators of a TFLite file, sorted."""
+    details = interpreter._get_ops_details()
+    return sorted(op["op_name"] for op in details if op["op_name"] != "DELEGATE")
+
+
+def test_a_normalization_that_stays_costs_what_keras_costs(tmp_path):
+    """One product and one sum, after a ReLU that it can't be folded into."""
+    costs = []
+    for cls in (keras.layers.BatchNormalization, keras_bn.BatchNormalization):
+        layers = [keras.Input((8, 8, 3)), keras.layers.ReLU(), cls()]
+        model = keras.Sequential(layers)
+        randomize(model.layers[1])
+        costs.append(operators(to_tflite(model, tmp_path / cls.__module__)))
+    assert costs[0] == costs[1] == ["ADD", "MUL", "RELU"]
+
+
 @pytest.mark.parametrize("make", MODELS)
 def test_tflite_gives_the_same(make, tmp_path):
     model = make()
