@@ -15,6 +15,7 @@ PAGES = {
     "README.md": "index.md",
     "examples/README.md": "examples.md",
     "benchmarks/RESULTS.md": "results.md",
+    "benchmarks/NOTES.md": "notes.md",
     "CHANGELOG.md": "changelog.md",
     "CONTRIBUTING.md": "contributing.md",
 }

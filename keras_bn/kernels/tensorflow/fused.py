@@ -94,8 +94,9 @@ def differentiable(first, upstream, kept: Kept, epsilon, layout):
     def second(*upstreams):
         with tf.GradientTape() as tape:
             tape.watch(inputs)
-            _, *others = formulas.statistics(kept.shifted, None, kept.count, layout)
-            saved = formulas.Saved(*reversed(others), kept.gamma, kept.count)
+            given = kept.shifted, None, kept.count, layout
+            _, variance, centred = formulas.statistics(*given)
+            saved = formulas.Saved(centred, variance, kept.gamma, kept.count)
             how = {"epsilon": epsilon, "layout": layout}
             gradients = formulas.backward(saved, upstream, **how)
         return *tape.gradient(gradients, inputs, upstreams), *[None] * len(kept.reserve)
