@@ -1,9 +1,14 @@
 """What several test files share."""
 
+import contextlib
 import importlib
 import os
 import shutil
 import subprocess
+
+# PyTorch may bring triton, whose import after TensorFlow ends the process: before it.
+with contextlib.suppress(ImportError):
+    import triton  # noqa: F401
 
 import pytest
 import tensorflow as tf

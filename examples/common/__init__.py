@@ -26,6 +26,10 @@ def _silent_stderr():
 
 
 with _silent_stderr():
+    # PyTorch may bring triton, whose import after TensorFlow ends the process: before it.
+    if "tensorflow" not in sys.modules:
+        with contextlib.suppress(ImportError):
+            import triton  # noqa: F401
     import keras  # noqa: F401
 
 # That there is a prediction function per model is no sign of needless retracing.
