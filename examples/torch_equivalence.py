@@ -11,6 +11,7 @@ from common import arguments, plots, report, results, training  # isort: skip
 import functools
 import itertools
 import sys
+import warnings
 
 import keras
 import numpy as np
@@ -22,6 +23,9 @@ try:
 except ImportError:
     print("To compare with PyTorch, install it: pip install torch", file=sys.stderr)
     sys.exit(2)
+
+# A CUDA build on a machine without CUDA says so; the example runs on the CPU.
+warnings.filterwarnings("ignore", message="CUDA initialization")
 
 # Batches this small lose more by waiting for a second thread than it helps.
 torch.set_num_threads(1)

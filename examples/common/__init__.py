@@ -26,7 +26,7 @@ def _silent_stderr():
 
 
 with _silent_stderr():
-    # PyTorch may bring triton, whose import after TensorFlow ends the process: before it.
+    # PyTorch may bring triton, whose import after TensorFlow ends the process.
     if "tensorflow" not in sys.modules:
         with contextlib.suppress(ImportError):
             import triton  # noqa: F401
