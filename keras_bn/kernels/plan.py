@@ -11,8 +11,8 @@ FUSED_FROM = 2**17
 # batches are small as a rule, and 10 µs are a tenth and more of what a step takes.
 EITHER_FROM = 256
 
-# Elements up to which XLA is told to compute outputs once (`formulas.forward`): from
-# there on, what that keeps in memory weighs more than the time it saves.
+# Elements up to which XLA is told to compute outputs once (`tensorflow.batch.once`):
+# from there on, what that keeps in memory weighs more than the time it saves.
 ONCE_UP_TO = 2**22
 
 # Sizes that unknown axes are taken for: the batch; any other.
