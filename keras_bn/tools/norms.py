@@ -1,0 +1,102 @@
+"""What is a batch normalization, whose is it, is it frozen, is it built.
+
+One answer each, for every tool. A subclass of Keras's layer or of ours counts as one as
+long as it computes what its base class does: it may have arguments or defaults of its
+own, but no `call`.
+"""
+
+import keras
+
+from keras_bn.layer import BatchNormalization
+from keras_bn.tools.graph import walk
+
+# The methods that make the numbers, of Keras's layer and of ours.
+_COMPUTING = (
+    "__call__",
+    "call",
+    "normalize_batch",
+    "_moments",
+    "_renorm_correction_and_moments",
+    "_compose_transforms",
+    "_update_renorm_statistics",
+)
+
+
+def is_ours(layer) -> bool:
+    """Whether a layer is our batch normalization, or a subclass that computes it."""
+    return isinstance(layer, BatchNormalization) and not _overrides(
+        layer, BatchNormalization
+    )
+
+
+def is_keras(layer) -> bool:
+    """Whether a layer is Keras's batch normalization, or a subclass that computes it."""
+    base = keras.layers.BatchNormalization
+    return isinstance(layer, base) and not _overrides(layer, base)
+
+
+def is_normalization(layer) -> bool:
+    """Whether a layer is a batch normalization, ours or Keras's."""
+    return is_ours(layer) or is_keras(layer)
+
+
+def computes_otherwise(layer) -> bool:
+    """Whether a layer derives from a batch normalization, but has a `call` of its own.
+
+    No tool can know what it computes: conversion and folding refuse it, the others
+    leave it alone and say so.
+    """
+    bases = BatchNormalization, keras.layers.BatchNormalization
+    return isinstance(layer, bases) and not is_normalization(layer)
+
+
+def is_frozen(layer) -> bool:
+    """Whether training leaves the statistics of a layer, ours or Keras's, alone."""
+    return not layer.trainable or getattr(layer, "freeze_statistics", False)
+
+
+def normalizations(model) -> dict:
+    """The batch normalizations of a built model, by path; a layer alone by its name.
+
+    Raises:
+        TypeError: for what is no Keras layer or model.
+        ValueError: if the model, or a normalization in it, is not built.
+    """
+    check_built(model)
+    return {
+        path or layer.name: layer
+        for path, layer in walk(model)
+        if is_normalization(layer)
+    }
+
+
+def check_built(model):
+    """Refuse what is no layer, or has no statistics yet.
+
+    Raises:
+        TypeError: for what is no Keras layer or model.
+        ValueError: if the model, or a normalization in it, is not built.
+    """
+    if not isinstance(model, keras.layers.Layer):
+        raise TypeError(f"Expected a Keras model. Received: {model!r}")
+    if not model.built:
+        raise ValueError(
+            f"'{model.name}' is not built, so it has no statistics yet. Call it on "
+            "data, or build it, first."
+        )
+    for path, layer in walk(model):
+        if is_normalization(layer) and not layer.built:
+            raise ValueError(
+                f"'{path or layer.name}' is not built, so it has no statistics yet: "
+                "the model has never called it. Call the model on data that reaches "
+                "it, or take it out."
+            )
+
+
+def _overrides(layer, base) -> bool:
+    """Whether the class of a layer computes something else than `base`."""
+    kind = type(layer)
+    return any(
+        getattr(kind, name, None) is not getattr(base, name, None)
+        for name in _COMPUTING
+    )
