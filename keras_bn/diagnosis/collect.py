@@ -13,18 +13,17 @@ import numpy as np
 
 from keras_bn.arguments import align_mask
 from keras_bn.moments import Moments
-from keras_bn.tools.fold import is_normalization
 from keras_bn.tools.graph import (
+    graph_of,
     input_of,
     intercepted,
-    is_graph,
     nodes,
     scope,
     state_kept,
-    view,
     walk,
 )
 from keras_bn.tools.linear import is_linear
+from keras_bn.tools.norms import is_normalization
 from keras_bn.tools.recalibrate import Pass, is_frozen, twin_of
 
 _INFERENCE, _TRAINING, _PROBE = "inference", "training", "probe"
@@ -347,9 +346,9 @@ def _layer_record(path, layer, seen, bias_of):
 def _idle_biases(model):
     """Pairs of a normalization's `id` and the name of a layer whose bias it removes."""
     for _, holder in walk(model):
-        if not is_graph(holder):
+        graph = graph_of(holder)
+        if graph is None:
             continue
-        graph = view(holder)
         calls = nodes(graph)
         for node in calls:
             norm, tensor = node.operation, None

@@ -5,7 +5,17 @@ import inspect
 import keras
 
 from keras_bn.layer import BatchNormalization
-from keras_bn.tools.graph import Copier, copy_variables, is_graph, walk
+from keras_bn.tools.copying import copy_model
+from keras_bn.tools.exchange import (
+    exchange,
+    forget_traces,
+    holders_alive,
+    optimizers,
+    rekey,
+    replace,
+)
+from keras_bn.tools.graph import holders, scope, walk
+from keras_bn.tools.norms import computes_otherwise, is_keras, is_ours
 
 # What a layer of ours may be set to that Keras's has no argument for, and the value
 # that says the same as not having it.
@@ -19,9 +29,11 @@ _BEYOND_KERAS = {
 _TAKEN_BY_KERAS = inspect.signature(keras.layers.BatchNormalization).parameters
 if "renorm" not in _TAKEN_BY_KERAS:
     _BEYOND_KERAS["renorm"] = False
+# What a layer has besides its arguments.
+_ATTRIBUTES = ("_trainable", "_path", "_parent_path", "_remat_mode", "_called")
 
 
-def from_keras(model, *, in_place=False):
+def from_keras(model, *, in_place=False, compiled=True):
     """A copy of a model in which every Keras BatchNormalization is one of ours.
 
     The copy has the same names, weights, trainable flags, dtype policies,
@@ -29,23 +41,27 @@ def from_keras(model, *, in_place=False):
     original, which is left as it is. If the model was compiled, so is the copy, with
     the state its optimizer has reached: training goes on as if nothing had happened.
 
-    Functional and Sequential models are converted to any depth, layers inside
-    wrappers such as `TimeDistributed` and `Bidirectional` included. A subclassed
-    model or layer is made from its config, and its sublayers are exchanged; where its
-    class has no `get_config`, use `in_place`. Subclasses of Keras's
-    BatchNormalization may do something else, and stay.
+    Models of every kind are converted, to any depth: Functional, Sequential,
+    subclassed, layers inside wrappers such as `TimeDistributed`. Everything else in
+    them is copied as the object that it is, not by its config: functions and classes
+    of your own need neither `get_config` nor registration. What is neither Keras's nor
+    holds anything of Keras's, such as a tokenizer, is shared with the original.
 
     Args:
         model: a model, or a single layer.
-        in_place: whether to exchange the sublayers of the given subclassed model or
-            layer itself, instead of those of a copy. Nothing else in it changes.
+        in_place: whether to exchange the layers of the given model itself, instead of
+            those of a copy. Nothing else in it changes: the new layers take over the
+            very variables of the old ones, so that optimizers, and functions that were
+            traced before, go on with them.
+        compiled: whether a copy is compiled as the model is. False leaves that out.
 
     Returns:
         The converted copy; with `in_place`, the given model.
 
     Raises:
         TypeError: for what is no Keras layer or model.
-        ValueError: for layers that cannot be copied, with what to do about it.
+        ValueError: for a subclass of Keras's BatchNormalization with a `call` of its
+            own, by its path; nothing is changed then.
 
     Example:
 
@@ -58,10 +74,10 @@ def from_keras(model, *, in_place=False):
     >>> type(converted.get_layer("bn")).__module__
     'keras_bn.layer'
     """
-    return _convert(model, is_keras, _from_keras, in_place)
+    return _convert(model, is_keras, BatchNormalization, in_place, compiled)
 
 
-def to_keras(model, *, in_place=False):
+def to_keras(model, *, in_place=False, compiled=True):
     """A copy of a model in which every layer of ours is Keras's BatchNormalization.
 
     The inverse of `from_keras`, with the same promises, for layers whose options
@@ -69,7 +85,7 @@ def to_keras(model, *, in_place=False):
 
     Args:
         model: a model, or a single layer.
-        in_place: as in `from_keras`.
+        in_place, compiled: as in `from_keras`.
 
     Returns:
         The converted copy; with `in_place`, the given model.
@@ -77,7 +93,7 @@ def to_keras(model, *, in_place=False):
     Raises:
         TypeError: for what is no Keras layer or model.
         ValueError: for a layer with an option that Keras has no equivalent of, naming
-            both; and for layers that cannot be copied.
+            both; and for a subclass of ours with a `call` of its own.
 
     Example:
 
@@ -90,49 +106,134 @@ def to_keras(model, *, in_place=False):
     ...
     ValueError: Keras's BatchNormalization has no equivalent of axis=[1, 2] in 'bn'.
     """
-    if isinstance(model, keras.layers.Layer):
-        for path, layer in walk(model):
-            if is_ours(layer):
-                _check_expressible(layer, path)
-    return _convert(model, is_ours, _to_keras, in_place)
+    kind = keras.layers.BatchNormalization
+    return _convert(model, is_ours, kind, in_place, compiled)
 
 
-def is_keras(layer):
-    """Whether a layer is Keras's own BatchNormalization, no subclass of it."""
-    return type(layer) is keras.layers.BatchNormalization
-
-
-def is_ours(layer):
-    """Whether a layer is ours, or a subclass of it."""
-    return isinstance(layer, BatchNormalization)
-
-
-def _convert(model, wants, make, in_place):
+def _convert(model, wanted, kind, in_place, compiled):
+    """Exchange the wanted layers of a model, or of a copy of it."""
     if not isinstance(model, keras.layers.Layer):
         raise TypeError(f"Expected a Keras layer or model. Received: {model!r}")
-    copier = Copier(wants, make, fill=copy_variables)
-    if not in_place:
-        return copier.copy(model)
-    if is_graph(model) or wants(model):
+    if in_place and not compiled:
         raise ValueError(
-            "`in_place=True` is for subclassed models and layers, whose sublayers are "
-            f"attributes. '{model.name}' is a {type(model).__name__}: convert it "
-            "without, which gives a new one."
+            "`compiled=False` goes with a copy. Received: in_place=True, compiled=False"
         )
-    copier.exchange(model)
+    for path, layer in walk(model):
+        _check(layer, path or layer.name, wanted, kind)
+    if wanted(model):
+        if in_place:
+            raise ValueError(
+                f"'{model.name}' is a normalization itself, and cannot become an "
+                "object of another class. Convert it without `in_place`, which gives "
+                "a new one."
+            )
+        return remade(copy_model(model)[0], kind)
+    if not in_place:
+        model, _ = copy_model(model, compiled)
+    layers = [layer for _, layer in walk(model) if wanted(layer)]
+    with scope(model):
+        pairs = [(layer, remade(layer, kind)) for layer in layers]
+    exchange(pairs, holders_alive(layers) if in_place else holders(model))
+    _hand_over_variables(model, pairs)
+    if in_place:
+        forget_traces(new for _, new in pairs)
     return model
 
 
-def _from_keras(layer):
-    return BatchNormalization.from_config(layer.get_config())
+def remade(layer, kind, **changes):
+    """A normalization with the config and the very variables of another.
+
+    Args:
+        layer: a normalization, ours or Keras's, built or not.
+        kind: the class of the new one.
+        **changes: arguments that are to be others.
+
+    Returns:
+        The new layer, built if the other is. Its variables are those of the other, by
+        name; where one has another dtype, or there is none, it is a new one.
+
+    Raises:
+        ValueError: if the other has weights that the new one has no place for.
+    """
+    new = kind(**{**_arguments(layer, kind), **changes})
+    for name in _ATTRIBUTES:
+        if name in vars(layer):
+            vars(new)[name] = vars(layer)[name]
+    if not layer.built:
+        return new
+    present = {variable.name: variable for variable in layer.variables}
+    add = new.add_weight
+
+    def add_weight(*args, name, **options):
+        made = add(*args, name=name, **options)
+        old = present.pop(name, None)
+        if old is None:
+            return made
+        if old.dtype != made.dtype:
+            made.assign(old)
+            if made.trainable != old.trainable:
+                made.trainable = old.trainable
+            return made
+        # A weight that is frozen stays in the place that the layer was made with.
+        kind = "trainable" if made.trainable else "non_trainable"
+        new._tracker.untrack(made)
+        new._tracker.add_to_store(f"{kind}_variables", old)
+        return old
+
+    vars(new)["add_weight"] = add_weight
+    new.build_from_config(layer.get_build_config())
+    del vars(new)["add_weight"]
+    if present:
+        raise ValueError(
+            f"Cannot convert '{layer.name}': {type(layer).__name__} has the weights "
+            f"{', '.join(present)}, and a batch normalization has no place for them."
+        )
+    return new
 
 
-def _to_keras(layer):
-    config = layer.get_config()
-    for name in (*_BEYOND_KERAS, "renorm_clipping", "renorm_momentum"):
-        if name not in _TAKEN_BY_KERAS:
-            config.pop(name)
-    return keras.layers.BatchNormalization.from_config(config)
+def _arguments(layer, kind):
+    """The arguments for a layer of another class that is to do what this one does.
+
+    From its attributes: a config would have lost functions and classes of the user's.
+    """
+    names = [*inspect.signature(kind).parameters, "activity_regularizer", "autocast"]
+    known = {name: getattr(layer, name) for name in names if hasattr(layer, name)}
+    return {**known, "name": layer.name, "dtype": layer.dtype_policy}
+
+
+def _hand_over_variables(model, pairs):
+    """Have optimizers know the variables that could not be taken over."""
+    instead: dict = {}
+    for old, new in pairs:
+        named = {variable.name: variable for variable in new.variables}
+        instead |= {
+            id(v): (v, named[v.name])
+            for v in old.variables
+            if v.name in named and named[v.name] is not v
+        }
+    if not instead:
+        return
+    for optimizer in optimizers(model):
+        replace(optimizer, {key: new for key, (_, new) in instead.items()})
+        keys = {
+            optimizer._var_key(v): optimizer._var_key(w) for v, w in instead.values()
+        }
+        rekey(optimizer, keys)
+
+
+def _check(layer, path, wanted, kind):
+    """Refuse a layer that no layer of the wanted class can stand for."""
+    theirs = kind is BatchNormalization
+    base = keras.layers.BatchNormalization if theirs else BatchNormalization
+    if isinstance(layer, base) and computes_otherwise(layer):
+        raise ValueError(
+            f"Cannot convert '{path}': {type(layer).__name__} derives from "
+            f"{base.__name__} and computes something of its own, which the layer in "
+            "its place would not. Give it a plain BatchNormalization and put what it "
+            "adds into a layer of its own."
+        )
+    if not theirs and wanted(layer):
+        _check_expressible(layer, path)
 
 
 def _check_expressible(layer, path):

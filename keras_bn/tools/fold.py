@@ -4,13 +4,30 @@ from typing import NamedTuple
 
 import keras
 
-from keras_bn.tools.graph import Copier, input_of, is_graph, nodes, view, walk
+from keras_bn.tools.convert import remade
+from keras_bn.tools.copying import copy_model
+from keras_bn.tools.exchange import bypass, exchange
+from keras_bn.tools.graph import (
+    graph_of,
+    graphs,
+    holders,
+    input_of,
+    nodes,
+    scope,
+    walk,
+)
 from keras_bn.tools.linear import (
     Linear,
     Normalization,
     UnfoldableError,
     is_linear,
     linear,
+)
+from keras_bn.tools.norms import (
+    check_built,
+    computes_otherwise,
+    is_normalization,
+    plain,
 )
 
 
@@ -93,49 +110,47 @@ def fold(model):
     """
     plan = _Plan(model)
 
-    def make(layer):
-        return type(layer).from_config(plan.edits[id(layer)].config())
-
-    def fill(layer, new):
-        plan.edits[id(layer)].write(new)
-
-    def wants(layer):
-        return id(layer) in plan.edits or id(layer) in plan.folded
-
-    return Copier(wants, make, fill, skip=plan.folded).copy(model, compiled=False)
+    copy, of = copy_model(model, compiled=False)
+    pairs = []
+    with scope(copy):
+        for edit in plan.edits.values():
+            layer = of(edit.layer)
+            if isinstance(edit, Normalization):
+                whole = remade(layer, plain(layer), center=True, scale=True)
+                pairs.append((layer, whole))
+                layer = whole
+            edit.write(layer)
+    exchange(pairs, holders(copy))
+    bypass(copy, [of(layer) for layer in plan.folded.values()])
+    return copy
 
 
 class _Plan:
     """Which normalizations go where, found graph by graph in the order of the calls.
 
-    `folded` holds the `id`s of those that go, `edits` the `Linear` of each layer that
-    takes some in, by its `id`.
+    `folded` holds those that go, `edits` the `Linear` of each layer that takes some in,
+    both by the `id` of the layer.
     """
 
     def __init__(self, model):
-        if not isinstance(model, keras.layers.Layer):
-            raise TypeError(f"Expected a Keras model. Received: {model!r}")
-        if not model.built:
-            raise ValueError(
-                f"'{model.name}' is not built, so its statistics are not there yet. "
-                "Call it on data, or build it, first."
-            )
-        self.folded: set[int] = set()
+        check_built(model)
+        self.folded: dict[int, keras.layers.Layer] = {}
         self.edits: dict[int, Linear] = {}
         self._paths = {id(layer): path for path, layer in walk(model)}
-        norms = {
-            id(layer): layer for _, layer in walk(model) if is_normalization(layer)
-        }
-        graphs = [_Graph(layer) for _, layer in walk(model) if is_graph(layer)]
-        self._calls = _count_calls(graphs, model)
+        drawn = [_Graph(graph) for graph in graphs(model)]
+        self._calls = _count_calls(drawn, model)
         found = {}
-        for graph in graphs:
+        for graph in drawn:
             for node in graph.nodes:
-                if id(node.operation) in norms and id(node.operation) not in found:
-                    found[id(node.operation)] = self._place(graph, node)
-        self.folds = [
-            found.get(key) or Fold(self._paths[key], None, _OUTSIDE) for key in norms
-        ]
+                norm = node.operation
+                if is_normalization(norm) and id(norm) not in found:
+                    found[id(norm)] = self._place(graph, node)
+        self.folds = []
+        for path, layer in walk(model):
+            if computes_otherwise(layer):
+                self.folds.append(Fold(path, None, _OTHERWISE))
+            elif is_normalization(layer):
+                self.folds.append(found.get(id(layer)) or Fold(path, None, _OUTSIDE))
 
     def _place(self, graph, node):
         norm = node.operation
@@ -156,7 +171,7 @@ class _Plan:
                 reasons.append(str(reason))
                 continue
             self.edits.pop(id(norm), None)
-            self.folded.add(id(norm))
+            self.folded[id(norm)] = norm
             graph.bypass(node)
             return Fold(path, self._paths[id(target)])
         return Fold(path, None, "; ".join(reasons))
@@ -232,18 +247,13 @@ class _Plan:
 
 
 _OUTSIDE = "it is an attribute of a layer, and only graphs show what is next to it"
-
-
-def is_normalization(layer):
-    """Whether a layer is a batch normalization, ours or Keras's."""
-    return is_linear(layer) and hasattr(layer, "moving_variance")
+_OTHERWISE = "its class has a `call` of its own, so what it computes is not known"
 
 
 class _Graph:
     """A graph's calls, with the normalizations that are folded taken out of it."""
 
-    def __init__(self, model):
-        graph = view(model)
+    def __init__(self, graph):
         self.nodes = nodes(graph)
         self._producers = {id(t): n for n in self.nodes for t in n.outputs}
         self._outputs = {id(t) for t in graph.outputs}
@@ -282,15 +292,15 @@ class _Graph:
         return bool(self._same(tensor) & self._outputs)
 
 
-def _count_calls(graphs, model):
+def _count_calls(drawn, model):
     """How often each layer is called, or held by something that may call it."""
     calls: dict[int, int] = {}
-    for graph in graphs:
+    for graph in drawn:
         for node in graph.nodes:
             key = id(node.operation)
             calls[key] = calls.get(key, 0) + 1
     for _, holder in walk(model):
-        if not is_graph(holder):
+        if graph_of(holder) is None:
             for layer in holder._layers:
                 calls[id(layer)] = calls.get(id(layer), 0) + 1
     return calls

@@ -3,7 +3,8 @@
 import keras
 
 from keras_bn.tools.convert import is_keras, is_ours
-from keras_bn.tools.graph import forget_training, walk
+from keras_bn.tools.exchange import forget_traces
+from keras_bn.tools.graph import walk
 
 
 def freeze(model, *, affine=False):
@@ -95,5 +96,5 @@ def _set(model, frozen, affine):
             parameter.trainable = not frozen
         changed.append(path)
     if changed:
-        forget_training(model)
+        forget_traces(layers[path] for path in changed)
     return changed

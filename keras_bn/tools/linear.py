@@ -10,11 +10,12 @@ Arrays come in and go out in float64. A layer without a bias has one of zeros he
 import string
 from typing import NamedTuple
 
-import keras
 import numpy as np
 from keras import layers
 
-from keras_bn.layer import BatchNormalization
+from keras_bn.tools.arrays import axes as axes_of
+from keras_bn.tools.arrays import float64
+from keras_bn.tools.norms import is_normalization
 
 
 class Affine(NamedTuple):
@@ -157,11 +158,7 @@ class Linear:
         self.layer, self.rank = layer, rank
         names = [*self.names, "bias"]
         weights = {name: getattr(layer, name) for name in names}
-        self.arrays = {
-            name: np.asarray(keras.ops.convert_to_numpy(w), "float64")
-            for name, w in weights.items()
-            if w is not None
-        }
+        self.arrays = {name: float64(w) for name, w in weights.items() if w is not None}
         self.arrays.setdefault("bias", np.zeros(()))
 
     def fold_output(self, affine, axes):
@@ -172,15 +169,12 @@ class Linear:
         """Take in an `Affine` along the given axes of the input."""
         raise NotImplementedError
 
-    def config(self):
-        """The config of a layer that has all the arrays as weights."""
-        return {**self.layer.get_config(), "use_bias": True}
-
     def write(self, layer):
-        """Give a layer made from `config` the arrays as its weights."""
+        """Give a copy of the layer the arrays as its weights, a bias included."""
+        if layer.bias is None or layer.bias.shape != self.arrays["bias"].shape:
+            _give_bias(layer, self.arrays["bias"].shape)
         for name, value in self.arrays.items():
-            variable = getattr(layer, name)
-            variable.assign(np.broadcast_to(value, variable.shape))
+            getattr(layer, name).assign(value)
 
 
 class _Einsum(Linear):
@@ -215,12 +209,11 @@ class _Einsum(Linear):
             (self._labels | labels),
         )
 
-    def config(self):
-        if isinstance(self.layer, layers.Dense):
-            return super().config()
-        output = _parts(self._equation)[-1]
-        bias_axes = "".join(label for label in output if label in self._labels)
-        return {**self.layer.get_config(), "bias_axes": bias_axes}
+    def write(self, layer):
+        super().write(layer)
+        if isinstance(layer, layers.EinsumDense):
+            output = _parts(self._equation)[-1]
+            layer.bias_axes = "".join(c for c in output if c in self._labels)
 
 
 class _Convolution(Linear):
@@ -308,9 +301,7 @@ class Normalization(Linear):
     @property
     def axes(self):
         """The channel axes, not negative and ascending."""
-        axis = self.layer.axis
-        axes = axis if isinstance(axis, list | tuple) else [axis]
-        return tuple(sorted(a % self.rank for a in axes))
+        return tuple(sorted(axis % self.rank for axis in axes_of(self.layer)))
 
     def fold_output(self, affine, axes):
         self._check(axes)
@@ -328,12 +319,8 @@ class Normalization(Linear):
         if axes != self.axes:
             raise UnfoldableError(f"has its channels on axis {self.layer.axis}")
 
-    def config(self):
-        return {**self.layer.get_config(), "center": True, "scale": True}
-
     def write(self, layer):
-        for variable in self.layer.variables:
-            getattr(layer, variable.name).assign(variable)
+        """Give a copy of the layer, with gamma and beta, what it is to do."""
         mean, rstd = _statistics(self.layer)
         layer.gamma.assign(self.affine.scale / rstd)
         layer.beta.assign(self.affine.shift + mean * self.affine.scale)
@@ -354,19 +341,26 @@ def inference(layer):
     mean, rstd = _statistics(layer)
     if not (np.isfinite(mean) & np.isfinite(rstd)).all():
         raise UnfoldableError("has moving statistics that are not finite, or negative")
-    gamma = 1.0 if layer.gamma is None else _array(layer.gamma)
-    beta = 0.0 if layer.beta is None else _array(layer.beta)
+    gamma = 1.0 if layer.gamma is None else float64(layer.gamma)
+    beta = 0.0 if layer.beta is None else float64(layer.beta)
     return Affine(gamma * rstd, beta - gamma * rstd * mean)
 
 
 def _statistics(layer):
-    variance = _array(layer.moving_variance) + layer.epsilon
+    variance = float64(layer.moving_variance) + layer.epsilon
     with np.errstate(invalid="ignore", divide="ignore"):
-        return _array(layer.moving_mean), 1.0 / np.sqrt(variance)
+        return float64(layer.moving_mean), 1.0 / np.sqrt(variance)
 
 
-def _array(variable):
-    return np.asarray(keras.ops.convert_to_numpy(variable), "float64")
+def _give_bias(layer, shape):
+    """Give a built layer a bias of this shape, in the place of any that it has."""
+    layer._tracker.unlock()
+    if layer.bias is not None:
+        layer._untrack_variable(layer.bias)
+    layer.bias = layer.add_weight(shape=shape, name="bias", initializer="zeros")
+    layer._tracker.lock()
+    if hasattr(layer, "use_bias"):
+        layer.use_bias = True
 
 
 def _only(axes):
@@ -388,8 +382,6 @@ _FAMILIES = {
     layers.DepthwiseConv2D: _Depthwise,
     layers.SeparableConv1D: _Separable,
     layers.SeparableConv2D: _Separable,
-    layers.BatchNormalization: Normalization,
-    BatchNormalization: Normalization,
 }
 
 
@@ -398,10 +390,12 @@ def linear(layer, rank):
 
     A subclass may compute something else, so it counts as not linear.
     """
+    if is_normalization(layer):
+        return Normalization(layer, rank)
     family = _FAMILIES.get(type(layer))
     return None if family is None else family(layer, rank)
 
 
 def is_linear(layer):
     """Whether `linear` knows the layer."""
-    return type(layer) in _FAMILIES
+    return is_normalization(layer) or type(layer) in _FAMILIES

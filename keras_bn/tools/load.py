@@ -13,7 +13,7 @@ import keras
 
 from keras_bn.layer import BatchNormalization
 from keras_bn.tools.convert import from_keras, is_keras
-from keras_bn.tools.graph import Functional, compile_alike, walk
+from keras_bn.tools.graph import Functional, walk
 
 _HDF5 = b"\x89HDF\r\n\x1a\n"
 _NAME = "keras_bn>BatchNormalization"
@@ -115,8 +115,9 @@ def _restore_optimizer(model, path):
 
     Keras 3 builds it for no variables at all, and it could not train.
     """
-    if not compile_alike(model, model):
+    if not getattr(model, "compiled", False):
         return
+    model.optimizer = type(model.optimizer).from_config(model.optimizer.get_config())
     with h5py.File(path) as file:
         group = file.get("optimizer_weights", {})
         names = group.attrs["weight_names"] if group else []

@@ -23,14 +23,14 @@ _COMPUTING = (
 
 
 def is_ours(layer) -> bool:
-    """Whether a layer is our batch normalization, or a subclass that computes it."""
+    """Whether a layer is our batch normalization, or a subclass computing it."""
     return isinstance(layer, BatchNormalization) and not _overrides(
         layer, BatchNormalization
     )
 
 
 def is_keras(layer) -> bool:
-    """Whether a layer is Keras's batch normalization, or a subclass that computes it."""
+    """Whether a layer is Keras's batch normalization, or a subclass computing it."""
     base = keras.layers.BatchNormalization
     return isinstance(layer, base) and not _overrides(layer, base)
 
@@ -48,6 +48,11 @@ def computes_otherwise(layer) -> bool:
     """
     bases = BatchNormalization, keras.layers.BatchNormalization
     return isinstance(layer, bases) and not is_normalization(layer)
+
+
+def plain(layer):
+    """The class, ours or Keras's, that a normalization is of or derives from."""
+    return BatchNormalization if is_ours(layer) else keras.layers.BatchNormalization
 
 
 def is_frozen(layer) -> bool:

@@ -8,15 +8,15 @@ import numpy as np
 
 from keras_bn.layer import BatchNormalization
 from keras_bn.moments import Moments
-from keras_bn.tools.fold import is_normalization
+from keras_bn.tools.convert import remade
+from keras_bn.tools.copying import copy_model
 from keras_bn.tools.graph import (
-    build_alike,
-    copy_variables,
     intercepted,
     scope,
     state_kept,
     walk,
 )
+from keras_bn.tools.norms import is_normalization
 
 # Below this many elements, the standard error of a variance is over 14 %.
 _FEW = 100
@@ -265,9 +265,7 @@ class _Collector:
 
 def twin_of(layer):
     """A layer of ours with the config and weights of the given one."""
-    twin = BatchNormalization.from_config(layer.get_config())
-    copy_variables(layer, build_alike(twin, layer))
-    return twin
+    return remade(copy_model(layer)[0], BatchNormalization)
 
 
 def _with_prior(layer, moments, prior, samples):

@@ -214,7 +214,7 @@ def test_subclassed_model_from_its_config():
     assert_same_outputs(ours, keras_bn.to_keras(ours), x)
 
 
-def test_subclassed_model_in_place():
+def test_subclassed_model_without_a_config():
     class NoConfig(keras.Model):
         def __init__(self, inner, units):
             super().__init__()
@@ -234,8 +234,8 @@ def test_subclassed_model_in_place():
         each(x)
         each.compile("adam", "mse")
     twin.set_weights(randomized(model).get_weights())
-    with pytest.raises(ValueError, match=r"'no_config'.*in_place=True"):
-        keras_bn.from_keras(model)
+    assert_same_outputs(model, keras_bn.from_keras(model), x)
+    assert len(norms(model, KERAS)) == 8
     for each in model, twin:
         each.train_on_batch(x, np.ones((6, 2)))
     assert keras_bn.from_keras(model, in_place=True) is model
@@ -271,17 +271,50 @@ def test_functional_model_with_a_training_step_of_its_own():
             x = keras.Input((4,))
             super().__init__(x, KERAS()(layers.Dense(units)(x)), name="itself")
 
-    with pytest.raises(ValueError, match=r"'itself'.*keras.Model\(model.input"):
-        keras_bn.from_keras(MakesItself(3))
-
-
-def test_subclasses_of_keras_layer_stay():
-    class Special(KERAS):
-        pass
-
-    model = keras.Sequential([keras.Input((4,)), Special(), KERAS()])
+    model = randomized(MakesItself(3))
     ours = keras_bn.from_keras(model)
-    assert [type(la) for la in ours.layers] == [Special, OURS]
+    assert type(ours) is MakesItself
+    assert_same_outputs(model, ours, inputs_of(model))
+
+
+def test_subclasses():
+    class Special(KERAS):
+        def __init__(self, favourite, **kwargs):
+            super().__init__(momentum=0.5, **kwargs)
+            self.favourite = favourite
+
+    class Scaled(KERAS):
+        def call(self, x, training=None, mask=None):
+            return 2.0 * super().call(x, training=training, mask=mask)
+
+    class OurScaled(OURS):
+        def call(self, x, training=None, mask=None):
+            return 2.0 * super().call(x, training=training, mask=mask)
+
+    class WithMore(KERAS):
+        def build(self, input_shape):
+            super().build(input_shape)
+            self.extra = self.add_weight(shape=(), name="extra")
+
+    def model(layer):
+        return keras.Sequential([keras.Input((4,)), layer, KERAS(), OURS()])
+
+    ours = keras_bn.from_keras(model(Special(7)))
+    assert [type(la) for la in ours.layers] == [OURS, OURS, OURS]
+    assert ours.layers[0].momentum == 0.5
+    for in_place in (False, True):
+        refused = model(Scaled(name="doubled"))
+        with pytest.raises(ValueError, match=r"'doubled': Scaled.*of its own"):
+            keras_bn.from_keras(refused, in_place=in_place)
+        assert [type(la) for la in refused.layers] == [Scaled, KERAS, OURS]
+        refused = model(OurScaled(name="doubled"))
+        with pytest.raises(ValueError, match=r"'doubled': OurScaled.*of its own"):
+            keras_bn.to_keras(refused, in_place=in_place)
+        assert [type(la) for la in refused.layers] == [OurScaled, KERAS, OURS]
+        refused = model(WithMore(name="more"))
+        with pytest.raises(ValueError, match="'more': WithMore has the weights extra"):
+            keras_bn.from_keras(refused, in_place=in_place)
+        assert [type(la) for la in refused.layers] == [WithMore, KERAS, OURS]
 
 
 @pytest.mark.parametrize(
@@ -342,5 +375,7 @@ def test_a_model_with_lost_statistics_can_be_converted():
 def test_bad_arguments():
     with pytest.raises(TypeError, match="Keras layer or model"):
         keras_bn.from_keras("model.keras")
-    with pytest.raises(ValueError, match=r"in_place=True.*'chain' is a Sequential"):
-        keras_bn.from_keras(sequential(), in_place=True)
+    with pytest.raises(ValueError, match="'norm' is a normalization itself"):
+        keras_bn.from_keras(KERAS(name="norm"), in_place=True)
+    with pytest.raises(ValueError, match="`compiled=False` goes with a copy"):
+        keras_bn.from_keras(sequential(), in_place=True, compiled=False)

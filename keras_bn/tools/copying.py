@@ -1,0 +1,292 @@
+"""Copies of models, made of live objects.
+
+A config cannot say everything: functions of the user's, arguments of a constructor,
+LoRA weights, an optimizer's state. So a copy is made of the objects themselves, as
+`copy.deepcopy` would, with what Keras needs besides: variables of its own, calls of the
+copied layers alone, nothing that was traced.
+"""
+
+import collections
+import functools
+import types
+from typing import Any
+
+import keras
+import numpy as np
+from keras.src.ops.node import KerasHistory, Node
+from keras.src.ops.symbolic_arguments import SymbolicArguments
+from keras.src.saving.keras_saveable import KerasSaveable
+from keras.src.trainers.trainer import Trainer
+from keras.src.utils.tracking import Tracker
+
+from keras_bn.tools.exchange import is_wrapped, note_nodes, rekey, retrack
+from keras_bn.tools.graph import holders, scope
+
+# What is copied wherever it is met; other objects only if they lead to one of these.
+_COPIED = (
+    KerasSaveable,
+    keras.KerasTensor,
+    keras.Variable,
+    keras.random.SeedGenerator,
+    Node,
+    SymbolicArguments,
+    Tracker,
+)
+_TRACED = ("train_function", "test_function", "predict_function")
+# What `compile` sets: before it there is nothing, or None.
+_COMPILED = ("optimizer", "_compile_config", "_compiled_trainable_state")
+_COMPILED_OR_NONE = ("loss", "_compile_loss", "_compile_metrics", "_loss_tracker")
+# Keras wraps these for each layer when it is made.
+_WRAPPED = ("build", "quantize")
+
+
+def copy_model(model, compiled=True):
+    """A copy of a model or layer, with variables of its own.
+
+    Args:
+        model: any Keras layer or model, built or not.
+        compiled: whether its compilation, with the state of the optimizer, is copied.
+
+    Returns:
+        `(copy, of)`: the copy, and a function that gives the copy of any layer in it.
+    """
+    copier = _Copier(model, compiled)
+    with scope(model):
+        return copier.whole(model), copier
+
+
+class _Copier:
+    """Gives the copy of each object; the same copy every time."""
+
+    def __init__(self, model, compiled):
+        self._copies: dict = {}
+        self._unfilled: collections.deque = collections.deque()
+        self._nodes = {
+            id(node)
+            for layer in holders(model)
+            for graph in (layer, *layer._tracker.config["layers"][1])
+            for nodes in getattr(graph, "_nodes_by_depth", {}).values()
+            for node in nodes
+        }
+        self._left_out = {id(model)} if not compiled else set()
+
+    def whole(self, model):
+        copy = self(model)
+        while self._unfilled:
+            self._unfilled.popleft()()
+        for original, new in list(self._copies.values()):
+            self._mend(original, new)
+        return copy
+
+    def __call__(self, value):
+        """The copy of an object, or itself if it holds nothing of Keras's."""
+        if id(value) not in self._copies:
+            # The original is kept, or its `id` might be given to another.
+            self._copies[id(value)] = value, self._made(value)
+        return self._copies[id(value)][1]
+
+    def _made(self, value):
+        kind = type(value)
+        if isinstance(value, keras.Variable):
+            return self._variable(value)
+        if isinstance(value, keras.KerasTensor) and not self._is_inside(value):
+            return value
+        if isinstance(value, _COPIED):
+            return self._object(value)
+        if issubclass(kind, np.ndarray):
+            return value.copy()
+        if issubclass(kind, tuple | frozenset):
+            return self._fixed(value)
+        if issubclass(kind, list | dict | set | collections.deque):
+            return self._container(value)
+        if is_wrapped(value):
+            return kind(self._now(value.__wrapped__))
+        if not _leads_to_keras(value):
+            return value
+        if kind is types.MethodType:
+            return types.MethodType(value.__func__, self(value.__self__))
+        if kind is functools.partial:
+            args, kwargs = self._now(value.args), self._now(value.keywords)
+            return functools.partial(self(value.func), *args, **kwargs)
+        if kind is types.FunctionType:
+            return self._function(value)
+        if hasattr(value, "python_function"):  # of `tf.function`
+            return kind(
+                self(value.python_function),
+                value._name,
+                input_signature=value.input_signature,
+                autograph=value._autograph,
+                jit_compile=value._jit_compile,
+                reduce_retracing=value._reduce_retracing,
+            )
+        return self._object(value)
+
+    def _is_inside(self, tensor):
+        """Whether a symbolic tensor is made in a graph that is copied."""
+        history = getattr(tensor, "_keras_history", None)
+        if history is None or history.operation is None:
+            return True
+        made = history.operation._inbound_nodes
+        index = history.node_index
+        return index < len(made) and id(made[index]) in self._nodes
+
+    def _variable(self, value):
+        options = {
+            "dtype": value.dtype,
+            "trainable": value.trainable,
+            "name": value.name,
+        }
+        for name in ("aggregation", "synchronization"):
+            if hasattr(value, name):  # from Keras 3.12 on
+                options[name] = getattr(value, name)
+        if value._value is None:
+            return value
+        new = type(value)(keras.ops.convert_to_numpy(value), **options)
+        own = {"_value", "_shape", "_ndim"}
+        vars(new).update({k: v for k, v in vars(value).items() if k not in own})
+        return new
+
+    def _object(self, value):
+        kind = type(value)
+        layer = isinstance(value, keras.layers.Layer)
+        new = keras.layers.Layer.__new__(kind) if layer else object.__new__(kind)
+        self._unfilled.append(functools.partial(self._fill, value, new))
+        return new
+
+    def _fill(self, value, new):
+        attributes = dict(vars(value))
+        if isinstance(value, keras.Operation):
+            for name in "_inbound_nodes", "_outbound_nodes":
+                present = attributes.get(name, [])
+                attributes[name] = [n for n in present if id(n) in self._nodes]
+        if isinstance(value, keras.layers.Layer):
+            for name in _WRAPPED:
+                attributes.pop(name, None)
+        if isinstance(value, Trainer):
+            attributes.update(dict.fromkeys(_TRACED))
+            if id(value) in self._left_out:
+                for name in _COMPILED:
+                    attributes.pop(name, None)
+                attributes.update(dict.fromkeys(_COMPILED_OR_NONE), compiled=False)
+        for name, attribute in attributes.items():
+            vars(new)[name] = self(attribute)
+
+    def _fixed(self, value):
+        parts = [self(part) for part in value]
+        if all(a is b for a, b in zip(parts, value, strict=True)):
+            return value
+        kind = type(value)
+        return kind(*parts) if hasattr(kind, "_fields") else kind(parts)
+
+    def _container(self, value):
+        kind: Any = type(value)
+        new = kind.__new__(kind)
+        if isinstance(value, collections.defaultdict):
+            new.default_factory = value.default_factory
+
+        def fill():
+            if issubclass(kind, dict):
+                for key, part in list(dict.items(value)):
+                    dict.__setitem__(new, self(key), self(part))
+            elif issubclass(kind, set):
+                set.update(new, [self(part) for part in value])
+            elif issubclass(kind, list):
+                list.extend(new, [self(part) for part in list.__iter__(value)])
+            else:
+                new.extend(self(part) for part in value)
+            for name, attribute in getattr(value, "__dict__", {}).items():
+                vars(new)[name] = self(attribute)
+
+        self._unfilled.append(fill)
+        return new
+
+    def _now(self, value):
+        """A copied dict or tuple that is filled at once."""
+        if isinstance(value, dict):
+            return {self(key): self(part) for key, part in value.items()}
+        return tuple(self(part) for part in value)
+
+    def _function(self, value):
+        """A function that refers to copies where the given one refers to originals."""
+        cells = tuple(types.CellType() for _ in value.__closure__ or ())
+        new = types.FunctionType(
+            value.__code__,
+            value.__globals__,
+            value.__name__,
+            value.__defaults__,
+            cells,
+        )
+        new.__kwdefaults__ = value.__kwdefaults__
+        new.__qualname__, new.__module__ = value.__qualname__, value.__module__
+        vars(new).update(vars(value))
+
+        def fill():
+            for cell, old in zip(cells, value.__closure__, strict=True):
+                if _is_filled(old):
+                    cell.cell_contents = self(old.cell_contents)
+
+        self._unfilled.append(fill)
+        return new
+
+    def _mend(self, original, new):
+        """Bring what goes by the `id` of objects, or by their order, up to date."""
+        if new is original:
+            return
+        if isinstance(new, Tracker):
+            retrack(new)
+        elif isinstance(new, Node):
+            index = new.operation._inbound_nodes.index(new)
+            for i, tensor in enumerate(new.outputs):
+                if hasattr(tensor, "_keras_history"):
+                    tensor._keras_history = KerasHistory(new.operation, index, i)
+        elif hasattr(new, "_nodes_by_depth"):
+            note_nodes(new)
+        elif hasattr(new, "_var_key"):
+            self._rekey(original, new)
+
+    def _rekey(self, original, new):
+        """An optimizer knows variables by keys of their own."""
+        keys = {}
+        for old, copy in self._copies.values():
+            if isinstance(old, keras.Variable) and copy is not old:
+                keys[original._var_key(old)] = new._var_key(copy)
+        rekey(new, keys)
+
+
+def _leads_to_keras(value):
+    """Whether something of Keras's can be reached from an object."""
+    seen, waiting = set(), [value]
+    while waiting:
+        each = waiting.pop()
+        if isinstance(each, _COPIED):
+            return True
+        if id(each) in seen or isinstance(each, type | types.ModuleType):
+            continue
+        seen.add(id(each))
+        waiting += _parts(each)
+    return False
+
+
+def _parts(value):
+    """What an object refers to, as far as a copy would follow."""
+    kind = type(value)
+    if issubclass(kind, dict):
+        return [*dict.keys(value), *dict.values(value)]
+    if issubclass(kind, list | tuple | set | frozenset | collections.deque):
+        return list(value)
+    if kind is types.MethodType:
+        return [value.__self__]
+    if kind is functools.partial:
+        return [value.func, *value.args, *value.keywords.values()]
+    if kind is types.FunctionType:
+        return [c.cell_contents for c in value.__closure__ or () if _is_filled(c)]
+    if hasattr(value, "python_function"):
+        return [value.python_function]
+    return list(getattr(value, "__dict__", {}).values())
+
+
+def _is_filled(cell):
+    try:
+        return cell.cell_contents is not None
+    except ValueError:
+        return False

@@ -1,0 +1,233 @@
+"""Exchanging layers where they stand: all that knows how Keras keeps its graph.
+
+Nothing is made anew here: nodes, tensors, lists and trackers get other layers in the
+place of some, and what goes by the `id` of an object is brought up to date.
+"""
+
+import gc
+import operator
+
+import keras
+from keras.src.ops.function import make_node_key, map_graph
+from keras.src.ops.node import KerasHistory
+from keras.src.optimizers.base_optimizer import BaseOptimizer
+
+from keras_bn.tools.graph import graphs, holders, input_of, nodes, walk
+
+
+def exchange(pairs, holders):
+    """Put other layers in the place of some, in all that holds or calls them.
+
+    Every other layer, call and tensor stays the object that it is.
+
+    Args:
+        pairs: of a layer and the layer to put in its place.
+        holders: the layers and models to put them in.
+    """
+    pairs = list(pairs)
+    for old, new in pairs:
+        new._inbound_nodes = old._inbound_nodes
+        new._outbound_nodes = old._outbound_nodes
+        for node in new._inbound_nodes:
+            node.operation = new
+            for tensor in node.outputs:
+                if hasattr(tensor, "_keras_history"):
+                    _, *place = tensor._keras_history
+                    tensor._keras_history = KerasHistory(new, *place)
+    others = {id(old): new for old, new in pairs}
+    for holder in holders:
+        replace(holder, others)
+
+
+def bypass(model, layers):
+    """Take layers of one input and one output out of the graphs of a model.
+
+    Args:
+        model: a layer or model, changed in place.
+        layers: the layers, each called once in some graph: what took its output takes
+            its input.
+    """
+    gone = {id(layer): GONE for layer in layers}
+    for graph in graphs(model):
+        instead: dict = {}
+        for node in nodes(graph):
+            source = input_of(node)
+            source = instead.get(id(source), source)
+            if id(node.operation) in gone:
+                instead[id(node.outputs[0])] = source
+        if not instead:
+            continue
+        for node in nodes(graph):
+            if id(node.operation) not in gone:
+                _take_other_inputs(node, instead)
+        for operation in graph._operations:
+            users = operation._outbound_nodes
+            users[:] = [node for node in users if id(node.operation) not in gone]
+        replace(graph, instead)
+        graph._nodes, graph._nodes_by_depth, graph._operations, by_depth = map_graph(
+            graph._inputs, graph._outputs
+        )
+        graph._operations_by_depth = by_depth
+        graph.output_names = [t._keras_history.operation.name for t in graph._outputs]
+    for holder in holders(model):
+        replace(holder, gone)
+
+
+def _take_other_inputs(node, instead):
+    """Have a call take other tensors, and the layers that make them know of it."""
+    for tensor in node.input_tensors:
+        if id(tensor) in instead:
+            maker = instead[id(tensor)]._keras_history.operation
+            maker._outbound_nodes.append(node)
+    replace(node.arguments, instead)
+
+
+def holders_alive(layers):
+    """Everything of Keras's, in any model there is, that holds one of some layers."""
+    wanted = {id(layer) for layer in layers}
+    return [
+        each
+        for each in gc.get_objects()
+        if issubclass(type(each), keras.layers.Layer)
+        and any(id(layer) in wanted for layer in vars(each).get("_layers", ()))
+    ]
+
+
+def replace(holder, others):
+    """Put other objects in the place of some, in all attributes of an object.
+
+    Lists and dicts in it are changed in place, to any depth.
+
+    Args:
+        holder: any object.
+        others: what to put in the place of an object, by its `id`; `GONE` for nothing.
+    """
+    seen = set()
+
+    def replaced(value):
+        if id(value) in others:
+            return others[id(value)]
+        kind = type(value)
+        if is_wrapped(value):
+            before = _flat(value.__wrapped__)
+            inner = replaced(value.__wrapped__)
+            after = _flat(inner)
+            same = len(before) == len(after) and all(map(operator.is_, before, after))
+            return value if same else kind(inner)
+        if issubclass(kind, tuple):
+            parts = [replaced(part) for part in value]
+            if all(map(operator.is_, parts, value)):
+                return value
+            if any(part is GONE for part in parts):
+                return GONE
+            return kind(*parts) if hasattr(kind, "_fields") else kind(parts)
+        if id(value) in seen:
+            return value
+        seen.add(id(value))
+        if issubclass(kind, list):
+            parts = [replaced(part) for part in list.__iter__(value)]
+            parts = [part for part in parts if part is not GONE]
+            list.__setitem__(value, slice(None), parts)
+            if kind.__module__ == _TENSORFLOWS:
+                # It keeps the list twice, and what it has to save of it.
+                replace(value, others)
+        elif issubclass(kind, dict):
+            for key, part in list(dict.items(value)):
+                new_key, new = others.get(id(key), key), replaced(part)
+                if new_key is not key or new is GONE:
+                    dict.pop(value, key)
+                if new_key is not GONE and new is not GONE:
+                    dict.__setitem__(value, new_key, new)
+        return value
+
+    for name, value in list(vars(holder).items()):
+        new = replaced(value)
+        if new is not GONE:
+            vars(holder)[name] = new
+    if tracker := vars(holder).get("_tracker"):
+        for _, items in tracker.config.values():
+            replaced(items)
+        retrack(tracker)
+    if hasattr(holder, "_nodes_by_depth"):
+        note_nodes(holder)
+
+
+class GONE:
+    """Stands for an object that is to be left out."""
+
+
+_TENSORFLOWS = "tensorflow.python.trackable.data_structures"
+
+
+def _flat(value):
+    """What a dict or tuple holds, in a row."""
+    return [*value.keys(), *value.values()] if isinstance(value, dict) else list(value)
+
+
+def is_wrapped(value):
+    """Whether a value is a dict or tuple in the wrapper that TensorFlow tracks it by.
+
+    By type(), since the wrappers pass for what they wrap.
+    """
+    kind = type(value)
+    return kind.__module__ == _TENSORFLOWS and not issubclass(kind, list)
+
+
+def retrack(tracker):
+    """Have a tracker of Keras know what is in its lists now."""
+    for name, (_, items) in tracker.config.items():
+        tracker.stored_ids[name] = {id(item) for item in items}
+
+
+def note_nodes(graph):
+    """Have a Functional model know the calls in its graph by their present keys."""
+    graph._nodes = {
+        make_node_key(node.operation, node.operation._inbound_nodes.index(node))
+        for calls in graph._nodes_by_depth.values()
+        for node in calls
+    }
+
+
+def forget_traces(layers):
+    """Have every model that holds some layers trace its functions anew.
+
+    Args:
+        layers: the layers that were changed.
+    """
+    changed = {id(layer) for layer in layers}
+    for each in gc.get_objects():
+        whole = issubclass(type(each), keras.Model) and "_layers" in vars(each)
+        if whole and any(id(layer) in changed for _, layer in walk(each)):
+            each.train_function = None
+            each.test_function = None
+            each.predict_function = None
+
+
+def optimizers(model):
+    """The optimizers that the layers of a model have as attributes, to any depth."""
+    waiting = [v for _, layer in walk(model) for v in vars(layer).values()]
+    found = {}
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, BaseOptimizer) and id(value) not in found:
+            found[id(value)] = value
+            waiting += vars(value).values()
+    return list(found.values())
+
+
+def rekey(optimizer, keys):
+    """Exchange the keys that an optimizer knows its variables by.
+
+    Args:
+        optimizer: a Keras optimizer.
+        keys: dict from the present keys to the new ones.
+    """
+    for value in vars(optimizer).values():
+        value = getattr(value, "__wrapped__", value)  # TensorFlow wraps dicts
+        if issubclass(type(value), dict):
+            for key in [k for k in value if isinstance(k, str | int) and k in keys]:
+                dict.__setitem__(value, keys[key], dict.pop(value, key))
+        elif issubclass(type(value), set):
+            known = {v for v in value if isinstance(v, str | int) and v in keys}
+            set.difference_update(value, known)
+            set.update(value, {keys[v] for v in known})

@@ -1,0 +1,529 @@
+"""What a config cannot say, and what was traced before, through convert and fold."""
+
+import gc
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from keras import layers, ops
+from zoo import GRAPHS, convolutional, inputs_of, randomized
+
+import keras_bn
+from keras_bn.tools.graph import walk
+
+KERAS = layers.BatchNormalization
+OURS = keras_bn.BatchNormalization
+
+
+def bent(x):
+    return ops.sin(x) + x
+
+
+class Bent:
+    def __call__(self, x):
+        return bent(x)
+
+
+class Small(keras.regularizers.Regularizer):
+    def __call__(self, weights):
+        return 0.3 * ops.sum(weights**2)
+
+
+class Positive(keras.constraints.Constraint):
+    def __call__(self, w):
+        return ops.maximum(w, 0.0)
+
+
+class Ones(keras.initializers.Initializer):
+    def __call__(self, shape, dtype=None):
+        return ops.ones(shape, dtype)
+
+
+class Doubling(layers.Layer):
+    """A layer whose constructor no config knows of."""
+
+    def __init__(self, factor):
+        super().__init__(name="doubling")
+        self.multiply = lambda x: x * factor
+
+    def call(self, x):
+        return self.multiply(x)
+
+
+LAYERS = {
+    "activation, a function": lambda: layers.Dense(4, activation=bent),
+    "activation, a lambda": lambda: layers.Dense(4, activation=lambda x: x * x),
+    "activation, an object": lambda: layers.Activation(Bent()),
+    "activation of TensorFlow": lambda: layers.Dense(4, activation=tf.nn.swish),
+    "activation of keras.ops": lambda: layers.Activation(ops.sin),
+    "initializer": lambda: layers.Dense(4, kernel_initializer=Ones()),
+    "initializer, a function": lambda: layers.Dense(
+        4, kernel_initializer=lambda shape, dtype=None: ops.ones(shape, dtype)
+    ),
+    "regularizer": lambda: layers.Dense(4, kernel_regularizer=Small()),
+    "constraint": lambda: layers.Dense(4, kernel_constraint=Positive()),
+    "wrapped lambda": lambda: layers.TimeDistributed(layers.Lambda(lambda x: 3.0 * x)),
+    "constructor of its own": lambda: Doubling(2.0),
+    "of the normalization": lambda: KERAS(
+        gamma_initializer=Ones(), beta_regularizer=Small(), gamma_constraint=Positive()
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_objects_of_the_users(kind):
+    frames = kind == "wrapped lambda"
+    x = keras.Input((3, 5) if frames else (5,))
+    y = LAYERS[kind]()(layers.Dense(4)(x))
+    y = KERAS(name="folded")(layers.Dense(4, use_bias=False, name="before")(y))
+    y = KERAS(name="stays")(layers.Activation(bent)(y))
+    model = randomized(keras.Model(x, y))
+    data = inputs_of(model, 16)
+    expected = model(data)
+    losses = [float(v) for v in model.losses]
+    for each in (
+        keras_bn.from_keras(model),
+        keras_bn.to_keras(keras_bn.from_keras(model)),
+        keras_bn.fold(model),
+        keras_bn.fold(keras_bn.from_keras(model)),
+        keras_bn.from_keras(model, in_place=True),
+    ):
+        np.testing.assert_allclose(each(data), expected, rtol=1e-4, atol=1e-5)
+        if each.name == model.name and len(each.layers) == len(model.layers):
+            found = [float(v) for v in each.losses]
+            np.testing.assert_allclose(found, losses, rtol=1e-5)
+    assert np.std(expected) > 1e-2
+    model.compile("sgd", "mse")
+    model.fit(data, np.zeros(expected.shape), verbose=0)
+
+
+class Net(keras.Sequential):
+    def __init__(self, width, activation):
+        super().__init__(
+            [keras.Input((5,)), layers.Dense(width), KERAS(), layers.Dense(3)]
+        )
+        self.add(layers.Activation(activation))
+        self.width = width
+
+
+class Blend(keras.Model):
+    """A functional subclass with an attribute that its call uses."""
+
+    def __init__(self, units, alpha=0.3):
+        x = keras.Input((5,))
+        super().__init__(x, KERAS()(layers.Dense(units)(x)))
+        self.alpha = alpha
+
+    def call(self, x, training=None, mask=None):
+        return self.alpha * super().call(x, training=training)
+
+
+class Holding(keras.Model):
+    """A subclassed model with closures, plain objects and a tf.function."""
+
+    def __init__(self, units):
+        super().__init__()
+        self.dense, self.norm = layers.Dense(units), KERAS()
+        self.then = lambda x: self.norm(self.dense(x))
+        self.by_name = {"then": self.then, "dense": [self.dense]}
+        self.traced = tf.function(self.step)
+
+    def step(self, x):
+        return self.then(x) + self.by_name["dense"][0](x)
+
+    def call(self, x, training=None):
+        return self.traced(x) if not training else self.step(x)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Net(4, bent),
+        lambda: Blend(3, alpha=0.9),
+        lambda: Blend(units=3),
+        lambda: Holding(3),
+    ],
+)
+def test_models_with_constructors_of_their_own(make):
+    model = make()
+    data = np.random.default_rng(0).normal(size=(8, 5)).astype("float32")
+    if isinstance(model, Holding):
+        model.step(data)  # Keras would have it traced before it has variables
+    model(data)
+    randomized(model)
+    model.compile("sgd", "mse")
+    model.train_on_batch(data, np.ones((8, 3)))
+    expected = model(data).numpy()
+    ours = keras_bn.from_keras(model)
+    assert type(ours) is type(model)
+    np.testing.assert_allclose(ours(data), expected, rtol=1e-5, atol=1e-5)
+    ours.train_on_batch(data, np.zeros((8, 3)))
+    np.testing.assert_array_equal(model(data), expected)  # nothing is shared
+    assert np.abs(ours(data) - expected).max() > 1e-4
+    if not isinstance(model, Holding):
+        folded = keras_bn.fold(model)
+        assert type(folded) is type(model)
+        assert not [la for _, la in walk(folded) if isinstance(la, KERAS)]
+        np.testing.assert_allclose(folded(data), expected, rtol=1e-4, atol=1e-5)
+    assert keras_bn.from_keras(model, in_place=True) is model
+    np.testing.assert_allclose(model(data), expected, rtol=1e-5, atol=1e-5)
+    model.train_on_batch(data, np.ones((8, 3)))
+
+
+def test_lora_adapters_stay():
+    model = keras.Sequential(
+        [keras.Input((5,)), layers.Dense(4, name="dense"), KERAS(), layers.Dense(2)]
+    )
+    model.get_layer("dense").enable_lora(2)
+    model.compile("sgd", "mse")
+    data = np.random.default_rng(0).normal(size=(16, 5)).astype("float32")
+    model.fit(data, data[:, :2], verbose=0)
+    ours = keras_bn.from_keras(model)
+    dense = ours.get_layer("dense")
+    assert dense.lora_enabled
+    before = dense.lora_kernel_b.numpy(), dense._kernel.numpy()
+    np.testing.assert_allclose(ours(data), model(data), rtol=1e-5, atol=1e-5)
+    ours.fit(data, data[:, :2], verbose=0)
+    assert np.abs(dense.lora_kernel_b.numpy() - before[0]).max() > 0
+    np.testing.assert_array_equal(dense._kernel.numpy(), before[1])
+
+
+class Halving(keras.optimizers.schedules.LearningRateSchedule):
+    def __init__(self, start):
+        self.start = start
+
+    def __call__(self, step):
+        return self.start * 0.5 ** ops.cast(step, "float32")
+
+
+class Plain(keras.optimizers.Optimizer):
+    def __init__(self, rate):
+        super().__init__(learning_rate=rate)
+
+    def update_step(self, gradient, variable, learning_rate):
+        self.assign_sub(variable, gradient * ops.cast(learning_rate, variable.dtype))
+
+
+class Largest(keras.metrics.Metric):
+    def __init__(self, of):
+        super().__init__(name=f"largest_{of}")
+        self.total = self.add_variable((), "zeros", name="total")
+
+    def update_state(self, y, p, sample_weight=None):
+        self.total.assign(ops.maximum(self.total, ops.max(ops.abs(y - p))))
+
+    def result(self):
+        return self.total
+
+
+def excluding():
+    optimizer = keras.optimizers.AdamW(0.1, weight_decay=0.5)
+    optimizer.exclude_from_weight_decay(var_names=["gamma", "beta"])
+    return optimizer
+
+
+OPTIMIZERS = {
+    "schedule": lambda: keras.optimizers.SGD(Halving(0.1), momentum=0.9),
+    "optimizer": lambda: Plain(0.1),
+    "learning rate, a function": lambda: keras.optimizers.SGD(lambda: 0.05),
+    "weight decay, exclusions by name": excluding,
+    "accumulation": lambda: keras.optimizers.Adam(0.1, gradient_accumulation_steps=2),
+    "averages": lambda: keras.optimizers.SGD(0.1, use_ema=True),
+    "lion": lambda: keras.optimizers.Lion(0.01),
+    "scaled": lambda: keras.optimizers.LossScaleOptimizer(keras.optimizers.Adam(0.1)),
+}
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+@pytest.mark.parametrize("in_place", [False, True])
+def test_training_goes_on(kind, in_place):
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(64, 8)), rng.normal(size=(64, 3))
+    model = keras.Sequential(
+        [
+            keras.Input((8,)),
+            layers.Dense(6, use_bias=False),  # a bias there would be moved by noise
+            KERAS(),
+            layers.ReLU(),
+            layers.Dense(3),
+        ]
+    )
+    model.compile(
+        OPTIMIZERS[kind](),
+        lambda y, p: ops.mean((y - p) ** 2, -1),
+        metrics=[Largest("error")],
+    )
+    how = {"batch_size": 16, "shuffle": False, "verbose": 0}
+    model.fit(x, y, epochs=2, **how)
+    twin = keras_bn.to_keras(model)  # a copy that is exchanged in nothing
+    ours = keras_bn.from_keras(model, in_place=in_place)
+    a = twin.fit(x, y, epochs=3, **how).history
+    b = ours.fit(x, y, epochs=3, **how).history
+    assert a.keys() == b.keys() >= {"loss", "largest_error"}
+    np.testing.assert_allclose(a["loss"], b["loss"], rtol=1e-3)
+    for mine, theirs in zip(twin.variables, ours.variables, strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=1e-2, atol=2e-3)
+    steps = 10 if kind == "accumulation" else 20
+    assert int(ours.optimizer.iterations) == int(twin.optimizer.iterations) == steps
+
+
+def test_weight_decay_exclusions_by_variable():
+    layer = KERAS(gamma_initializer=keras.initializers.Constant(5.0))
+    model = keras.Sequential([keras.Input((4,)), layer, layers.Dense(2)])
+    optimizer = keras.optimizers.AdamW(1e-3, weight_decay=0.5)
+    optimizer.exclude_from_weight_decay(var_list=[layer.gamma])
+    model.compile(optimizer, "mse")
+    x = np.random.default_rng(0).normal(size=(64, 4))
+    ours = keras_bn.from_keras(model)
+    for each in model, ours:
+        each.fit(x, x[:, :2], epochs=10, verbose=0)
+    gamma = model.layers[0].gamma.numpy()
+    assert gamma.min() > 4.9  # with decay it would be 4.9 at most
+    np.testing.assert_allclose(ours.layers[0].gamma, gamma, rtol=1e-3)
+
+
+def changed_head(model):
+    model.pop()
+    model.add(layers.Dense(3, name="new_head"))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        changed_head,
+        lambda model: model.optimizer.build([*model.trainable_variables]),
+        lambda model: setattr(model.layers[0], "trainable", False),
+    ],
+)
+def test_models_that_changed_after_a_fit(change):
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(32, 8)), rng.normal(size=(32, 3))
+    model = keras.Sequential(
+        [keras.Input((8,)), layers.Dense(6), KERAS(), layers.Dense(3)]
+    )
+    model.compile("adam", "mse")
+    model.fit(x, y, verbose=0)
+    change(model)
+    ours = keras_bn.from_keras(model)
+    np.testing.assert_allclose(ours(x), model(x), rtol=1e-5, atol=1e-5)
+    ours.compile("adam", "mse")
+    ours.fit(x, y, verbose=0)
+
+
+def test_a_quantized_model_is_copied():
+    model = keras.Sequential(
+        [keras.Input((8,)), layers.Dense(6), KERAS(), layers.Dense(3)]
+    )
+    model.compile("adam", "mse")
+    x = np.random.default_rng(0).normal(size=(32, 8)).astype("float32")
+    model.fit(x, x[:, :3], verbose=0)
+    model.quantize("int8")
+    ours = keras_bn.from_keras(model)
+    np.testing.assert_allclose(ours(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("make", GRAPHS)
+def test_graphs_are_exchanged_in_place(make):
+    model = randomized(make())
+    x = inputs_of(model)
+    before = keras.tree.flatten(model(x))
+    others = {id(la) for _, la in walk(model) if type(la) is not KERAS}
+    variables = {id(v) for v in model.variables}
+    paths = [path for path, _ in walk(model)]
+    assert keras_bn.from_keras(model, in_place=True) is model
+    assert not [la for _, la in walk(model) if type(la) is KERAS]
+    assert [path for path, _ in walk(model)] == paths
+    assert {id(la) for _, la in walk(model) if type(la) is not OURS} == others
+    assert {id(v) for v in model.variables} == variables
+    for mine, theirs in zip(keras.tree.flatten(model(x)), before, strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=1e-5, atol=1e-5)
+    keras_bn.to_keras(model, in_place=True)
+    for mine, theirs in zip(keras.tree.flatten(model(x)), before, strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+
+
+def test_what_was_exchanged_saves_and_loads(tmp_path):
+    model = randomized(convolutional())
+    x = inputs_of(model)
+    keras_bn.from_keras(model, in_place=True)
+    model.save(tmp_path / "model.keras")
+    model.save_weights(tmp_path / "model.weights.h5")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    np.testing.assert_array_equal(loaded(x), model(x))
+    loaded.load_weights(tmp_path / "model.weights.h5")
+    clone = keras.models.clone_model(model)
+    clone.set_weights(model.get_weights())
+    np.testing.assert_array_equal(clone(x), model(x))
+    folded = keras_bn.fold(model)
+    folded.save(tmp_path / "folded.keras")
+    loaded = keras.saving.load_model(tmp_path / "folded.keras")
+    np.testing.assert_array_equal(loaded(x), folded(x))
+    model.export(tmp_path / "saved", verbose=False)
+    served = tf.saved_model.load(str(tmp_path / "saved"))
+    np.testing.assert_allclose(served.serve(x), model(x), rtol=1e-5, atol=1e-5)
+
+
+class Adversarial(keras.Model):
+    """Two optimizers, a compile and a training step of its own, no call."""
+
+    def __init__(self, generator, critic):
+        super().__init__()
+        self.generator, self.critic = generator, critic
+
+    def compile(self, for_generator, for_critic):
+        super().compile()
+        self.for_generator, self.for_critic = for_generator, for_critic
+
+    def train_step(self, data):
+        noise = data[0] if isinstance(data, tuple) else data
+        losses = {}
+        for name, optimizer, model, sign in (
+            ("critic", self.for_critic, self.critic, 1.0),
+            ("generator", self.for_generator, self.generator, -1.0),
+        ):
+            with tf.GradientTape() as tape:
+                made = self.generator(noise, training=True)
+                loss = sign * ops.mean(self.critic(made, training=True))
+            variables = model.trainable_variables
+            gradients = tape.gradient(loss, variables)
+            optimizer.apply_gradients(zip(gradients, variables, strict=True))
+            losses[name] = loss
+        return losses
+
+
+def adversarial():
+    def stack(n):
+        return keras.Sequential(
+            [
+                keras.Input((4,)),
+                layers.Dense(4, use_bias=False),
+                KERAS(),
+                layers.ReLU(),
+                layers.Dense(n),
+            ]
+        )
+
+    model = Adversarial(stack(4), stack(1))
+    model.compile(keras.optimizers.SGD(0.1, momentum=0.9), keras.optimizers.SGD(0.1))
+    return model
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_gan_trains_on_after_conversion(in_place):
+    model = adversarial()
+    x = np.random.default_rng(0).normal(size=(32, 4)).astype("float32")
+    model.fit(x, verbose=0)
+    ours = keras_bn.from_keras(model, in_place=in_place)
+    twin = keras_bn.to_keras(ours)
+    before = [v.numpy() for v in ours.variables]
+    for each in ours, twin:
+        each.fit(x, epochs=2, batch_size=32, verbose=0)
+    moved = [
+        np.abs(v.numpy() - was).max()
+        for v, was in zip(ours.variables, before, strict=True)
+    ]
+    assert min(moved) > 0
+    for mine, theirs in zip(twin.variables, ours.variables, strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=1e-3, atol=1e-3)
+
+
+def test_an_uncompiled_model_that_predicted_before():
+    class Uncompiled(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.dense, self.norm = layers.Dense(4), KERAS()
+
+        def call(self, x, training=None):
+            return self.norm(self.dense(x), training=training)
+
+    model = Uncompiled()
+    x = np.random.default_rng(0).normal(3.0, 2.0, (128, 4)).astype("float32")
+    model.predict(x, verbose=0)
+    keras_bn.from_keras(model, in_place=True)
+    keras_bn.recalibrate(model, x, verbose=0)
+    np.testing.assert_allclose(model.predict(x, verbose=0), model(x), 1e-5, 1e-5)
+    assert np.abs(model(x)).max() < 10
+
+
+def test_a_model_around_the_exchanged_one():
+    inner = keras.Sequential(
+        [keras.Input((4,)), layers.Dense(4), KERAS(name="norm")], name="inner"
+    )
+    x = keras.Input((4,))
+    outer = keras.Model(x, layers.Dense(2)(inner(x)))
+    before_norm = keras.Model(inner.inputs, inner.layers[0].output)
+    features = keras.Model(inner.inputs, inner.get_layer("norm").output)
+    outer.compile("sgd", "mse")
+    data = np.random.default_rng(0).normal(size=(32, 4)).astype("float32")
+    outer.fit(data, data[:, :2], verbose=0)
+    expected = features(data)
+    keras_bn.from_keras(inner, in_place=True)
+    norm = inner.get_layer("norm")
+    assert type(norm) is OURS
+    assert features.get_layer("norm") is norm
+    np.testing.assert_allclose(features(data), expected, rtol=1e-5, atol=1e-5)
+    mean = norm.moving_mean.numpy()
+    outer.fit(data, data[:, :2], verbose=0)
+    assert np.abs(norm.moving_mean.numpy() - mean).max() > 0
+    assert len(before_norm.layers) == 2
+    assert outer.train_function is not None
+
+
+def test_without_the_compilation():
+    model = keras.Sequential([keras.Input((4,)), layers.Dense(4), KERAS()])
+    model.compile(Plain(0.1), "mse", metrics=[Largest("error")])
+    model.fit(np.ones((8, 4)), np.ones((8, 4)), verbose=0)
+    ours = keras_bn.from_keras(model, compiled=False)
+    assert not ours.compiled
+    assert not hasattr(ours, "optimizer")
+    ours.compile("sgd", "mse")
+    ours.fit(np.ones((8, 4)), np.ones((8, 4)), verbose=0)
+    assert model.compiled
+
+
+def test_half_precision_variables_become_float32():
+    model = keras.Sequential(
+        [keras.Input((4,)), layers.Dense(4), KERAS(), layers.Dense(2)]
+    )
+    half = keras.Sequential(
+        [
+            keras.Input((4,)),
+            layers.Dense(4, dtype="float16"),
+            KERAS(dtype="float16"),
+            layers.Dense(2, dtype="float16"),
+        ]
+    )
+    x = np.random.default_rng(0).normal(size=(64, 4)).astype("float32")
+    for each in model, half:
+        each.compile(keras.optimizers.SGD(0.05, momentum=0.9), "mse")
+        each.fit(x, x[:, :2], verbose=0)
+        for in_place in (False, True):
+            ours = keras_bn.from_keras(each, in_place=in_place)
+            norm = ours.layers[1]
+            assert {v.dtype for v in norm.variables} == {"float32"}
+            before = norm.gamma.numpy()
+            history = ours.fit(x, x[:, :2], epochs=3, verbose=0).history["loss"]
+            assert np.isfinite(history).all()
+            assert np.abs(norm.gamma.numpy() - before).max() > 0
+
+
+def test_nothing_of_the_original_is_kept_alive():
+    model = convolutional()
+    ours = keras_bn.from_keras(model)
+    originals = {id(v) for v in model.variables}
+    reached, waiting = set(), [ours]
+    while waiting:
+        each = waiting.pop()
+        if id(each) in reached or not isinstance(each, dict | list | tuple | object):
+            continue
+        reached.add(id(each))
+        if type(each).__module__.startswith("keras") and hasattr(each, "__dict__"):
+            waiting += vars(each).values()
+        elif isinstance(each, list | tuple):
+            waiting += each
+        elif isinstance(each, dict):
+            waiting += each.values()
+    assert len(reached) > 100
+    assert not originals & reached
+    gc.collect()
