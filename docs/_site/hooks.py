@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[2]
 PAGES = {
     "README.md": "index.md",
     "examples/README.md": "examples.md",
+    "examples/studies/README.md": "studies.md",
     "benchmarks/RESULTS.md": "results.md",
     "benchmarks/NOTES.md": "notes.md",
     "CHANGELOG.md": "changelog.md",
