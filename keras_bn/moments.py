@@ -4,6 +4,9 @@ from typing import Any, NamedTuple
 
 from keras import ops
 
+# A tensor of the backend, a Keras variable, or an array.
+Tensor = Any
+
 
 class Moments(NamedTuple):
     r"""Count, mean and population variance of a set of elements, per channel.
@@ -32,9 +35,9 @@ class Moments(NamedTuple):
     """
 
     # A field called `count` hides tuple.count, which nobody needs here.
-    count: Any  # type: ignore[assignment]
-    mean: Any
-    variance: Any
+    count: Tensor  # type: ignore[assignment]
+    mean: Tensor
+    variance: Tensor
 
     def merge(self, other: "Moments") -> "Moments":
         """The moments of both sets of elements together.
@@ -100,6 +103,6 @@ class Moments(NamedTuple):
         return Moments(count, self.mean, self.variance * (count / rest))
 
 
-def _where(condition, value):
+def _where(condition: Tensor, value: Tensor) -> Tensor:
     """`value` where `condition` holds, else 0 (a product would keep NaN)."""
     return ops.where(condition, value, ops.zeros_like(value))

@@ -1,11 +1,12 @@
 """How moving statistics take in the Moments of a batch."""
 
 import math
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 from keras import ops
 
-from keras_bn.moments import Moments
+from keras_bn.moments import Moments, Tensor
 
 
 class Rule(NamedTuple):
@@ -43,16 +44,19 @@ class State(NamedTuple):
         renorm_stddev: the standard deviation that it corrects toward, or None.
     """
 
-    mean: Any
-    variance: Any
-    updates: Any = None
-    stddev: Any = None
-    renorm_mean: Any = None
-    renorm_stddev: Any = None
+    mean: Tensor
+    variance: Tensor
+    updates: Tensor = None
+    stddev: Tensor = None
+    renorm_mean: Tensor = None
+    renorm_stddev: Tensor = None
 
 
 def update(
-    old: State, batch: Moments, rule: Rule, spread=lambda variance: variance
+    old: State,
+    batch: Moments,
+    rule: Rule,
+    spread: Callable[[Tensor], Tensor] = lambda variance: variance,
 ) -> State:
     r"""Moving statistics after a batch, or after several groups of one in order.
 
@@ -99,7 +103,7 @@ def update(
     return new._replace(updates=ops.stack([mean_updates, variance_updates]))
 
 
-def usable_parts(batch: Moments, rule: Rule):
+def usable_parts(batch: Moments, rule: Rule) -> tuple[Tensor, Tensor]:
     """Per channel, whether the batch's mean and its variance may be taken in.
 
     Args:
@@ -114,7 +118,9 @@ def usable_parts(batch: Moments, rule: Rule):
     return mean, ops.logical_and(mean, batch.count > 1) if rule.unbiased else mean
 
 
-def advance(old, new, usable, updates, rule: Rule):
+def advance(
+    old: Tensor, new: Tensor, usable: Tensor, updates: Tensor, rule: Rule
+) -> tuple[Tensor, Tensor]:
     """One moving statistic and its update count, after one new value or several.
 
     Args:
@@ -160,7 +166,7 @@ def advance(old, new, usable, updates, rule: Rule):
     return ops.where(total > 0, value, old), updates
 
 
-def _geometric_sum(momentum, t):
+def _geometric_sum(momentum: float, t: Tensor) -> Tensor:
     """1 + m + ... + m^(t−1), the weight of `t` values of which the newest has 1.
 
     Through expm1, so that nothing cancels at momenta near 1 and one value weighs 1.
@@ -173,6 +179,6 @@ def _geometric_sum(momentum, t):
     return ops.expm1(log * t) / ops.expm1(log)
 
 
-def _power(momentum, exponent):
+def _power(momentum: float, exponent: Tensor) -> Tensor:
     """m^exponent."""
     return ops.power(ops.convert_to_tensor(momentum, exponent.dtype), exponent)

@@ -7,7 +7,7 @@ from keras import ops
 from keras.optimizers.schedules import LearningRateSchedule
 
 from keras_bn import moving
-from keras_bn.moments import Moments
+from keras_bn.moments import Moments, Tensor
 from keras_bn.moving import State
 
 KEYS = ("rmax", "rmin", "dmax")
@@ -16,12 +16,12 @@ KEYS = ("rmax", "rmin", "dmax")
 class Bounds(NamedTuple):
     """How far the correction may go: rmin ≤ r ≤ rmax, −dmax ≤ d ≤ dmax."""
 
-    rmax: Any
-    rmin: Any
-    dmax: Any
+    rmax: Tensor
+    rmin: Tensor
+    dmax: Tensor
 
 
-def bounds(clipping, updates, dtype) -> Bounds:
+def bounds(clipping: dict[str, Any], updates: Tensor, dtype: str) -> Bounds:
     """The bounds in force after so many updates.
 
     Args:
@@ -42,7 +42,9 @@ def bounds(clipping, updates, dtype) -> Bounds:
     return Bounds(*(value(key) for key in KEYS))
 
 
-def correction(old: State, batch: Moments, limits: Bounds, epsilon):
+def correction(
+    old: State, batch: Moments, limits: Bounds, epsilon: float
+) -> tuple[Tensor, Tensor]:
     r"""The factor and offset that tie a batch to the moving statistics.
 
     $$r = \operatorname{clip}\frac{\sqrt{s^2+\epsilon}}{\sigma_r}, \qquad
@@ -72,7 +74,11 @@ def correction(old: State, batch: Moments, limits: Bounds, epsilon):
 
 
 def update(
-    old: State, batch: Moments, rule: moving.Rule, renorm_momentum, epsilon
+    old: State,
+    batch: Moments,
+    rule: moving.Rule,
+    renorm_momentum: float,
+    epsilon: float,
 ) -> State:
     """All moving statistics after a batch.
 
@@ -131,7 +137,14 @@ class LinearRamp(LearningRateSchedule):
     [1.0, 1.0, 2.0, 3.0, 3.0]
     """
 
-    def __init__(self, start, stop, begin, end, inverse=False):
+    def __init__(
+        self,
+        start: float,
+        stop: float,
+        begin: int,
+        end: int,
+        inverse: bool = False,
+    ) -> None:
         super().__init__()
         if not 0 <= begin <= end:
             raise ValueError(
@@ -142,13 +155,13 @@ class LinearRamp(LearningRateSchedule):
         self.begin, self.end = begin, end
         self.inverse = inverse
 
-    def __call__(self, step):
+    def __call__(self, step: Tensor) -> Tensor:
         passed = ops.cast(step, "float32") - float(self.begin)
         share = ops.clip(passed / max(float(self.end - self.begin), 1.0), 0.0, 1.0)
         value = self.start * (1.0 - share) + self.stop * share
         return 1.0 / value if self.inverse else value
 
-    def get_config(self):
+    def get_config(self) -> dict[str, float]:
         return {
             "start": self.start,
             "stop": self.stop,
@@ -159,14 +172,14 @@ class LinearRamp(LearningRateSchedule):
 
 
 def renorm_ramp(
-    rmax=3.0,
-    dmax=5.0,
+    rmax: float = 3.0,
+    dmax: float = 5.0,
     *,
-    begin=5_000,
-    rmax_end=40_000,
-    dmax_end=25_000,
-    scale=1.0,
-):
+    begin: int = 5_000,
+    rmax_end: int = 40_000,
+    dmax_end: int = 25_000,
+    scale: float = 1.0,
+) -> dict[str, LinearRamp]:
     """The clipping schedule of the Batch Renormalization paper.
 
     Training starts as plain batch normalization (r = 1, d = 0); from `begin` on, the

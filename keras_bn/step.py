@@ -6,6 +6,7 @@ import keras
 from keras import ops
 
 from keras_bn import kernels, moving, renorm
+from keras_bn.moments import Moments, Tensor
 from keras_bn.moving import State
 
 
@@ -30,7 +31,17 @@ class Settings(NamedTuple):
 
 
 @kernels.compiled
-def train(x, mask, gamma, beta, state: State, bounds=None, *, settings, plan):
+def train(
+    x: Tensor,
+    mask: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    state: State,
+    bounds: renorm.Bounds | None = None,
+    *,
+    settings: Settings,
+    plan: kernels.Plan,
+) -> tuple[Tensor, State]:
     """One training step.
 
     Args:
@@ -66,7 +77,7 @@ def train(x, mask, gamma, beta, state: State, bounds=None, *, settings, plan):
     return y, new
 
 
-def _agreed(old: State, new: State, batch, rule) -> State:
+def _agreed(old: State, new: State, batch: Moments, rule: moving.Rule) -> State:
     """The new state on which replicas agree that took different steps from the old."""
     mean, variance = moving.usable_parts(batch, rule)
     if len(mean.shape) > len(old.mean.shape):
@@ -83,13 +94,30 @@ def _agreed(old: State, new: State, batch, rule) -> State:
 
 
 @kernels.compiled
-def normalize(x, mask, gamma, beta, *, settings, plan):
+def normalize(
+    x: Tensor,
+    mask: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    *,
+    settings: Settings,
+    plan: kernels.Plan,
+) -> tuple[Tensor, Moments]:
     """The output under the batch's own statistics, and these as `Moments`."""
     return kernels.forward(x, mask, gamma, beta, epsilon=settings.epsilon, plan=plan)
 
 
 @kernels.compiled
-def infer(x, mask, gamma, beta, state: State, *, settings, plan):
+def infer(
+    x: Tensor,
+    mask: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    state: State,
+    *,
+    settings: Settings,
+    plan: kernels.Plan,
+) -> Tensor:
     r"""The output under the moving statistics; the mask has no part in it.
 
     $$y = x \cdot s + (\beta - \mu s), \qquad
@@ -106,7 +134,7 @@ def infer(x, mask, gamma, beta, state: State, *, settings, plan):
     return ops.cast(affine(ops.cast(x, dtype), scale, offset, settings.axes), x.dtype)
 
 
-def affine(x, scale, offset, axes):
+def affine(x: Tensor, scale: Tensor, offset: Tensor, axes: tuple[int, ...]) -> Tensor:
     """`x * scale + offset`, with one value per channel each."""
     scale, offset = (kernels.broadcast(v, x.shape, axes) for v in (scale, offset))
     return x * scale + offset

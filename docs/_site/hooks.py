@@ -51,8 +51,7 @@ def on_page_markdown(markdown, page, config, files):
         target = target_of(link, source)
         if (ROOT / target).is_file() and not target.endswith((".md", ".png")):
             return link[1]
-        return (
-            f"[{link[1]}]({PAGES.get(target, target.removeprefix('docs/'))}{link[3]})"
-        )
+        target = PAGES.get(target, target.removeprefix("docs/"))
+        return f"[{link[1]}]({target}{link[3]})"
 
     return LINK.sub(rewritten, markdown)

@@ -3,16 +3,20 @@
 import functools
 import math
 import operator
+from collections.abc import Sequence
 
 from keras import ops
 
 from keras_bn.kernels.formulas import where
+from keras_bn.moments import Tensor
 
 # How many elements of each channel give the shift: enough to be near its mean.
 SHIFT_ROWS = 16
 
 
-def broadcast(value, shape, axes):
+def broadcast(
+    value: Tensor, shape: Sequence[int | None], axes: tuple[int, ...]
+) -> Tensor:
     """A value per channel, in the shape that broadcasts against an input.
 
     Args:

@@ -36,7 +36,7 @@ class Plan(NamedTuple):
     """
 
     kernel: str
-    axes: tuple
+    axes: tuple[int, ...]
     group_size: int | None = None
     synchronized: bool = False
     once: bool = False

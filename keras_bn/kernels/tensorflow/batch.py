@@ -1,17 +1,27 @@
 """Normalizing a batch with its own statistics, by the kernel of its plan."""
 
 import functools
+from collections.abc import Sequence
 
 import keras
 import tensorflow as tf
 
 from keras_bn.kernels import formulas, layout
+from keras_bn.kernels.plan import Plan
 from keras_bn.kernels.tensorflow import either, fused, synced
 from keras_bn.kernels.tensorflow.gradients import with_gradients
-from keras_bn.moments import Moments
+from keras_bn.moments import Moments, Tensor
 
 
-def forward(x, mask, gamma, beta, *, epsilon, plan):
+def forward(
+    x: Tensor,
+    mask: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    *,
+    epsilon: float,
+    plan: Plan,
+) -> tuple[Tensor, Moments]:
     """Normalize a batch with its own statistics; `formulas` says how.
 
     Args:
@@ -83,7 +93,7 @@ def once(value, operand):
     return tf.where(operand == operand, value, operand)
 
 
-def checked(mask, x, along):
+def checked(mask: Tensor, x: Tensor, along: Sequence[int]) -> Tensor:
     """The mask, once its sizes are known to be those of the input along some axes.
 
     For sizes that are unknown while tracing.

@@ -1,13 +1,15 @@
 """Running a function of tensors as one compiled TensorFlow function."""
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import tensorflow as tf
 
 from keras_bn.kernels.tensorflow.context import make_plan
 
 
-def compiled(function):
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compile `function` with `tf.function` for eager calls; inline it in graphs.
 
     An eager call then costs one dispatch instead of one for each op. Inside a graph

@@ -6,10 +6,12 @@ this file may run.
 """
 
 import math
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import tensorflow as tf
 
-from keras_bn.moments import Moments
+from keras_bn.moments import Moments, Tensor
 
 
 def active() -> bool:
@@ -18,7 +20,7 @@ def active() -> bool:
     return replica is not None and replica.num_replicas_in_sync > 1
 
 
-def cond(condition, first, second):
+def cond(condition: Tensor, first: Callable[[], Any], second: Callable[[], Any]) -> Any:
     """`first()` where the condition holds, else `second()`.
 
     Among replicas both run and one is taken: a reduction inside a conditional would
@@ -69,7 +71,9 @@ def merge(local: Moments, shift):
     return merged, common
 
 
-def agree(old, new, taken):
+def agree(
+    old: Sequence[Tensor], new: Sequence[Tensor], taken: Sequence[Tensor]
+) -> list[Tensor]:
     """Average the replicas' steps, so that all end with the same state.
 
     Where a replica had nothing to take in (a bad batch, or an empty share), it has no
