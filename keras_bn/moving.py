@@ -1,4 +1,4 @@
-"""How moving statistics take in the Moments of a batch."""
+"""How the Moments of a batch update the moving statistics."""
 
 import math
 from collections.abc import Callable
@@ -15,8 +15,8 @@ class Rule(NamedTuple):
     Args:
         momentum: weight of the old value, in [0, 1]; None for the plain mean over
             all batches.
-        debias: whether the initial values lose their weight with the first update.
-        unbiased: whether the moving variance takes in `count / (count - 1)` times the
+        debias: whether the first update replaces the initial values.
+        unbiased: whether the moving variance averages `count / (count - 1)` times the
             population variance.
     """
 
@@ -36,12 +36,12 @@ class State(NamedTuple):
     Args:
         mean: the moving mean.
         variance: the moving variance.
-        updates: how many updates the mean and the variance have taken, of shape
-            `(2, *mean.shape)`; None where nobody counts. They are counted apart for
-            each channel, for a bad batch may skip one and not another.
+        updates: how many updates the mean and the variance have had, of shape
+            `(2, *mean.shape)`; None if they are not counted. Each channel has its own
+            count, because a bad batch may skip one channel and not another.
         stddev: moving standard deviation, for renormalization, or None.
-        renorm_mean: the mean that renormalization corrects toward, or None.
-        renorm_stddev: the standard deviation that it corrects toward, or None.
+        renorm_mean: the mean that renormalization corrects to, or None.
+        renorm_stddev: the standard deviation that it corrects to, or None.
     """
 
     mean: Tensor
@@ -58,7 +58,7 @@ def update(
     rule: Rule,
     spread: Callable[[Tensor], Tensor] = lambda variance: variance,
 ) -> State:
-    r"""Moving statistics after a batch, or after several groups of one in order.
+    r"""Moving statistics after a batch, or after several groups of it in order.
 
     $$\mu \leftarrow m\,\mu + (1-m)\,\bar x, \qquad
       \sigma^2 \leftarrow m\,\sigma^2 + (1-m)\,s^2$$
@@ -66,9 +66,9 @@ def update(
     With `debias`, $1-m$ is replaced by $(1-m)/(1-m^t)$ at update $t$, which makes the
     statistics the weighted mean of the batches alone; with `momentum=None`, by $1/t$.
 
-    A channel whose batch moments are not finite, or rest on no element at all, keeps
-    its old values to the bit: one bad batch must not cost a trained model. So does a
-    moving variance that wants the unbiased variance of a single element.
+    A channel whose batch moments are not finite, or rest on no element, keeps its old
+    values to the bit: one bad batch must not ruin a trained model. So does the moving
+    variance of a channel with a single element, if the rule is `unbiased`.
 
     Args:
         old: the present `State`.
@@ -76,7 +76,8 @@ def update(
             into, along one more leading axis: the result is then that of one update
             per group, in closed form.
         rule: the `Rule` of the update.
-        spread: what the second statistic keeps of a variance, if not itself.
+        spread: function of the batch's variance that gives what the second statistic
+            averages; by default, the variance itself.
 
     Returns:
         The `State` with new mean, variance and updates, in the dtypes of the old ones.
@@ -104,7 +105,7 @@ def update(
 
 
 def usable_parts(batch: Moments, rule: Rule) -> tuple[Tensor, Tensor]:
-    """Per channel, whether the batch's mean and its variance may be taken in.
+    """Per channel, whether the batch's mean and its variance may be used.
 
     Args:
         batch: `Moments` of the batch.
@@ -127,15 +128,16 @@ def advance(
         old: the present values, of shape `(channels,)`, usually.
         new: the new values: of the shape of `old`, or with a leading axis of several
             values that come in order.
-        usable: bools of the shape of `new`; the others are passed over.
-        updates: how many came before, of the shape of `old`; None if not counted.
+        usable: bools of the shape of `new`; values where it is False are skipped.
+        updates: how many updates came before, of the shape of `old`; None if not
+            counted.
         rule: the `Rule` of the update.
 
     Returns:
         `(values, updates)`, of the shapes and dtypes of `old` and `updates`.
     """
     dtype = old.dtype
-    # The plain mean weighs all the same, as a momentum of 1 does.
+    # In the plain mean all values have the same weight, as with a momentum of 1.
     momentum = 1.0 if rule.momentum is None else rule.momentum
     several = len(new.shape) > len(old.shape)
     if not several and updates is None:
@@ -145,7 +147,7 @@ def advance(
     new = ops.where(usable, ops.cast(new, dtype), ops.zeros((), dtype))
     taken = ops.cast(usable, dtype)
     total = ops.sum(taken, axis=0) if several else taken
-    # How much of each new value is left after those that follow it.
+    # How many usable values follow each new one.
     later = total - ops.cumsum(taken, axis=0) if several else None
 
     if rule.counts:
@@ -156,7 +158,7 @@ def advance(
     else:
         newest, kept = 1.0 - momentum, 1.0
     if several:
-        # Each value has lost weight to those that follow it.
+        # Each value that follows takes some weight from those before it.
         addend = ops.sum(newest * _power(momentum, later) * new, axis=0)
         value = old * (kept * _power(momentum, total)) + addend
     else:
@@ -169,7 +171,7 @@ def advance(
 def _geometric_sum(momentum: float, t: Tensor) -> Tensor:
     """1 + m + ... + m^(t−1), the weight of `t` values of which the newest has 1.
 
-    Through expm1, so that nothing cancels at momenta near 1 and one value weighs 1.
+    By expm1, so that nothing cancels at momenta near 1, and one value has weight 1.
     """
     if momentum == 1.0:
         return t

@@ -45,7 +45,7 @@ def bounds(clipping: dict[str, Any], updates: Tensor, dtype: str) -> Bounds:
 def correction(
     old: State, batch: Moments, limits: Bounds, epsilon: float
 ) -> tuple[Tensor, Tensor]:
-    r"""The factor and offset that tie a batch to the moving statistics.
+    r"""The factor and offset that correct a batch to the moving statistics.
 
     $$r = \operatorname{clip}\frac{\sqrt{s^2+\epsilon}}{\sigma_r}, \qquad
       d = \operatorname{clip}\frac{\bar x - \mu_r}{\sigma_r}, \qquad
@@ -82,15 +82,15 @@ def update(
 ) -> State:
     """All moving statistics after a batch.
 
-    The moving standard deviation takes the step, and the moving variance follows from
-    it, as in Keras. A channel whose batch moments are not usable keeps everything.
+    The moving standard deviation is updated, and the moving variance follows from it,
+    as in Keras. A channel whose batch moments are not usable keeps all its statistics.
 
     Args:
         old: the present `State`.
         batch: `Moments` of the batch.
-        rule: how the moving mean and standard deviation take it in.
+        rule: how the batch updates the moving mean and standard deviation.
         renorm_momentum: weight of the old value in the statistics that training is
-            corrected toward.
+            corrected to.
         epsilon: added to the variance under the root.
 
     Returns:
@@ -120,16 +120,15 @@ def update(
 
 @keras.saving.register_keras_serializable(package="keras_bn")
 class LinearRamp(LearningRateSchedule):
-    """A bound that moves in a straight line between two update counts.
+    """A bound that changes linearly between two update counts.
 
     Args:
         start: value up to `begin`.
         stop: value from `end` on.
-        begin, end: update counts between which it moves.
+        begin, end: update counts between which it changes.
         inverse: whether the bound is one over that value.
 
-    Returns:
-        Called with an update count, the bound: a float32 scalar.
+    Called with an update count, it returns the bound, a float32 scalar.
 
     >>> from keras_bn.renorm import LinearRamp
     >>> ramp = LinearRamp(1.0, 3.0, begin=5000, end=40000)
@@ -182,16 +181,16 @@ def renorm_ramp(
 ) -> dict[str, LinearRamp]:
     """The clipping schedule of the Batch Renormalization paper.
 
-    Training starts as plain batch normalization (r = 1, d = 0); from `begin` on, the
-    bounds loosen in straight lines: r_max from 1 to `rmax`, r_min as its inverse, and
-    d_max from 0 to `dmax`.
+    Training starts as plain batch normalization (r = 1, d = 0). From `begin` on, the
+    bounds widen linearly: r_max from 1 to `rmax`, r_min as its inverse, and d_max from
+    0 to `dmax`.
 
     Args:
         rmax: where r_max ends, at least 1.
         dmax: where d_max ends, at least 0.
-        begin: update count at which both start to move.
-        rmax_end: update count at which r_max arrives.
-        dmax_end: update count at which d_max arrives.
+        begin: update count at which both start to change.
+        rmax_end: update count at which r_max reaches `rmax`.
+        dmax_end: update count at which d_max reaches `dmax`.
         scale: factor on all three counts, for shorter or longer trainings.
 
     Returns:

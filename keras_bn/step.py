@@ -16,7 +16,7 @@ class Settings(NamedTuple):
     Args:
         axes: the channel axes, non-negative and ascending.
         epsilon: added to the variance.
-        rule: how the moving statistics take in a batch.
+        rule: how a batch updates the moving statistics.
         renorm_momentum: weight of the old value in the statistics of renormalization.
         synchronized: whether replicas share the statistics of the batch.
         group_size: size of ghost batches, or None.
@@ -57,7 +57,7 @@ def train(
         `(y, state)`: the output, of the shape of `x`, and the new `State`.
     """
     if bounds is not None:
-        # The correction is one more step on the output: not in a half type.
+        # The correction is computed on the output: not in half precision.
         x = ops.cast(x, keras.backend.result_type(x.dtype, "float32"))
     epsilon, rule = settings.epsilon, settings.rule
     y, batch = kernels.forward(x, mask, gamma, beta, epsilon=epsilon, plan=plan)
@@ -78,7 +78,7 @@ def train(
 
 
 def _agreed(old: State, new: State, batch: Moments, rule: moving.Rule) -> State:
-    """The new state on which replicas agree that took different steps from the old."""
+    """Average the replicas' steps, so that all end with the same state."""
     mean, variance = moving.usable_parts(batch, rule)
     if len(mean.shape) > len(old.mean.shape):
         mean, variance = ops.any(mean, axis=0), ops.any(variance, axis=0)
@@ -118,7 +118,7 @@ def infer(
     settings: Settings,
     plan: kernels.Plan,
 ) -> Tensor:
-    r"""The output under the moving statistics; the mask has no part in it.
+    r"""The output under the moving statistics; the mask is not used.
 
     $$y = x \cdot s + (\beta - \mu s), \qquad
       s = \frac{\gamma}{\sqrt{\sigma^2 + \epsilon}}$$

@@ -41,7 +41,7 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def call(x, mask, *arguments, settings):
         plan = make_plan(x, mask, settings)
-        # A variable would be read anew wherever it is used.
+        # Read each variable once, instead of wherever it is used.
         arguments = tf.nest.map_structure(_tensor, (x, mask, *arguments))
         if not tf.executing_eagerly() or _replicas() > 1:
             return function(*arguments, settings=settings, plan=plan)
