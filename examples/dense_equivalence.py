@@ -6,7 +6,7 @@ in float64. Shows how far apart they are after every epoch, saves both, loads th
 again, and ends with a verdict; the exit status is 0 if they are equivalent.
 """
 
-from common import arguments, plots, report, results, training  # isort: skip
+import equivalence  # isort: skip (it silences TensorFlow, so it comes before Keras)
 
 import sys
 
@@ -16,6 +16,32 @@ import numpy as np
 import keras_bn
 
 TITLE = "Dense(64), batch normalization, ReLU, Dense(10), softmax"
+
+
+def build(normalization):
+    """The model, with a layer made by `normalization`."""
+    model = keras.Sequential(
+        [
+            keras.Input((784,)),
+            keras.layers.Dense(64, name="hidden"),
+            normalization(name="norm"),
+            keras.layers.ReLU(),
+            keras.layers.Dense(10, activation="softmax", name="classes"),
+        ]
+    )
+    model.compile("adam", "sparse_categorical_crossentropy", metrics=["accuracy"])
+    return model
+
+
+class Side(equivalence.KerasSide):
+    """The model with one of the two layers."""
+
+    def train(self, x, y, batch_size, tick):
+        watch = keras.callbacks.LambdaCallback(on_train_batch_end=lambda *_: tick())
+        fitted = self.model.fit(
+            x, y, batch_size=batch_size, shuffle=False, verbose=0, callbacks=[watch]
+        )
+        return fitted.history["loss"][0], fitted.history["accuracy"][0]
 
 
 def main(argv=None, ours=keras_bn.BatchNormalization):
@@ -28,26 +54,27 @@ def main(argv=None, ours=keras_bn.BatchNormalization):
     Returns:
         The exit status.
     """
-    given, data = arguments.parse(__doc__, "out/dense_equivalence", argv)
-    given.out.mkdir(parents=True, exist_ok=True)
+    given, data = equivalence.parse(__doc__, "out/dense_equivalence", argv)
     keras.utils.set_random_seed(given.seed)
     weights = build(keras.layers.BatchNormalization).get_weights()
 
-    def side(name, layer):
-        return training.KerasSide(name, build(layer), weights)
+    def reference_side():
+        return side("Keras", keras.layers.BatchNormalization)
+
+    def our_side():
+        return side(equivalence.OURS, ours)
+
+    def side(name, normalization):
+        model = build(normalization)
+        model.set_weights(weights)
+        return Side(name, model)
 
     runs = []
-    with report.Report() as shown:
+    with equivalence.Report() as shown:
         for dtype in ("float32", "float64"):
-            with training.precision(dtype):
-                run, *sides = training.side_by_side(
-                    TITLE,
-                    dtype,
-                    lambda: side("Keras", keras.layers.BatchNormalization),
-                    lambda: side(training.OURS, ours),
-                    data,
-                    given,
-                    shown,
+            with equivalence.precision(dtype):
+                run, *sides = equivalence.side_by_side(
+                    TITLE, dtype, reference_side, our_side, data, given, shown
                 )
                 for trained in sides:
                     path = given.out / f"{trained.name}_{dtype}.keras".lower()
@@ -56,23 +83,13 @@ def main(argv=None, ours=keras_bn.BatchNormalization):
             runs.append(run)
         shown.hardest(runs[0], data)
         shown.judgement(runs)
-        results.save(given.out / "table.json", runs, given)
-        plots.save(given.out / "curves.png", runs)
-        shown.written("Table, curves and models", given.out)
-        return shown.verdict(all(run.equivalent() for run in runs))
-
-
-def build(normalization):
-    """The model, with a layer made by `normalization`."""
-    return keras.Sequential(
-        [
-            keras.Input((784,)),
-            keras.layers.Dense(64, name="hidden"),
-            normalization(name="norm"),
-            keras.layers.ReLU(),
-            keras.layers.Dense(10, activation="softmax", name="classes"),
-        ]
-    )
+        equivalence.save_table(given.out / "table.json", runs, given)
+        equivalence.save_curves(given.out / "curves.png", runs)
+        return shown.verdict(
+            all(run.equivalent() for run in runs),
+            "Table, curves and models",
+            given.out,
+        )
 
 
 def reloads_identical(model, path, x):

@@ -6,9 +6,14 @@ and again in float64. Shows how far apart they are after every epoch, and ends w
 verdict; the exit status is 0 if they are equivalent.
 """
 
-from common import arguments, plots, report, results, training  # isort: skip
+import contextlib
 
-import functools
+with contextlib.suppress(ImportError):
+    # PyTorch may bring triton, whose import after TensorFlow ends the process.
+    import triton  # noqa: F401
+
+import equivalence  # isort: skip (it silences TensorFlow, so it comes before Keras)
+
 import itertools
 import sys
 import warnings
@@ -48,69 +53,40 @@ MODELS = {
 }
 
 
-def main(argv=None, ours=keras_bn.BatchNormalization):
-    """Run the example.
-
-    Args:
-        argv: list of arguments; None for those of the command line.
-        ours: makes the layer that is compared with PyTorch's.
-
-    Returns:
-        The exit status.
-    """
-    given, data = arguments.parse(__doc__, "out/torch_equivalence", argv)
-    given.out.mkdir(parents=True, exist_ok=True)
-    keras.utils.set_random_seed(given.seed)
-    everything = []
-    with report.Report() as shown:
-        for number, (title, (widths, softmax)) in enumerate(MODELS.items(), start=1):
-            runs = compare(title, widths, softmax, ours, data, given, shown)
-            plots.save(given.out / f"curves_{number}.png", runs)
-            shown.judgement(runs)
-            everything += runs
-        results.save(given.out / "table.json", everything, given)
-        shown.say("Both sides take the unbiased variance into their moving one.")
-        shown.written("Table and curves", given.out)
-        return shown.verdict(all(run.equivalent() for run in everything))
-
-
-def compare(title, widths, softmax, ours, data, given, shown):
-    """Train one of the models on both sides; returns its two `Run`."""
-    layer = functools.partial(
-        ours, momentum=KERAS_MOMENTUM, epsilon=EPSILON, unbiased=True
-    )
-    weights = keras_model(widths, softmax, layer).get_weights()
-
-    def torch_side():
-        return TorchSide(torch_model(widths, softmax), weights)
-
-    def keras_side():
-        model = keras_model(widths, softmax, layer)
-        adam = keras.optimizers.Adam(LEARNING_RATE, *BETAS, ADAM_EPSILON)
-        return training.KerasSide(training.OURS, model, weights, adam, not softmax)
-
-    runs = []
-    for dtype in ("float32", "float64"):
-        with training.precision(dtype):
-            run, *_ = training.side_by_side(
-                title, dtype, torch_side, keras_side, data, given, shown
-            )
-            runs.append(run)
-    return runs
-
-
 def keras_model(widths, softmax, normalization):
     """The model in Keras, with layers made by `normalization`."""
     layers = [keras.Input((784,))]
     for number, width in enumerate(widths, start=1):
         layers += [
             keras.layers.Dense(width, name=f"dense_{number}"),
-            normalization(name=f"norm_{number}"),
+            normalization(
+                momentum=KERAS_MOMENTUM,
+                epsilon=EPSILON,
+                unbiased=True,
+                name=f"norm_{number}",
+            ),
             keras.layers.ReLU(),
         ]
     last = "softmax" if softmax else None
     layers.append(keras.layers.Dense(10, activation=last, name="classes"))
-    return keras.Sequential(layers)
+    model = keras.Sequential(layers)
+    model.compile(
+        keras.optimizers.Adam(LEARNING_RATE, *BETAS, ADAM_EPSILON),
+        keras.losses.SparseCategoricalCrossentropy(from_logits=not softmax),
+        metrics=["accuracy"],
+    )
+    return model
+
+
+class KerasSide(equivalence.KerasSide):
+    """The model in Keras, in training."""
+
+    def train(self, x, y, batch_size, tick):
+        watch = keras.callbacks.LambdaCallback(on_train_batch_end=lambda *_: tick())
+        fitted = self.model.fit(
+            x, y, batch_size=batch_size, shuffle=False, verbose=0, callbacks=[watch]
+        )
+        return fitted.history["loss"][0], fitted.history["accuracy"][0]
 
 
 def torch_model(widths, softmax):
@@ -129,7 +105,7 @@ def torch_model(widths, softmax):
 
 
 class TorchSide:
-    """A PyTorch model in training, as `training.KerasSide` is a Keras model.
+    """The model in PyTorch, in training.
 
     Args:
         model: a `torch.nn.Sequential` of Linear, BatchNorm1d and others.
@@ -204,6 +180,54 @@ def _tensors(model):
         elif isinstance(module, torch.nn.BatchNorm1d):
             for name in ("weight", "bias", "running_mean", "running_var"):
                 yield f"{index}.{name}", getattr(module, name)
+
+
+def main(argv=None, ours=keras_bn.BatchNormalization):
+    """Run the example.
+
+    Args:
+        argv: list of arguments; None for those of the command line.
+        ours: makes the layer that is compared with PyTorch's.
+
+    Returns:
+        The exit status.
+    """
+    given, data = equivalence.parse(__doc__, "out/torch_equivalence", argv)
+    keras.utils.set_random_seed(given.seed)
+    everything = []
+    with equivalence.Report() as shown:
+        for number, (title, (widths, softmax)) in enumerate(MODELS.items(), start=1):
+            runs = compare(title, widths, softmax, ours, data, given, shown)
+            equivalence.save_curves(given.out / f"curves_{number}.png", runs)
+            shown.judgement(runs)
+            everything += runs
+        equivalence.save_table(given.out / "table.json", everything, given)
+        shown.say("Both sides take the unbiased variance into their moving one.")
+        return shown.verdict(
+            all(run.equivalent() for run in everything), "Table and curves", given.out
+        )
+
+
+def compare(title, widths, softmax, ours, data, given, shown):
+    """Train one of the models on both sides; returns its two `Run`."""
+    weights = keras_model(widths, softmax, ours).get_weights()
+
+    def torch_side():
+        return TorchSide(torch_model(widths, softmax), weights)
+
+    def keras_side():
+        model = keras_model(widths, softmax, ours)
+        model.set_weights(weights)
+        return KerasSide(equivalence.OURS, model)
+
+    runs = []
+    for dtype in ("float32", "float64"):
+        with equivalence.precision(dtype):
+            run, *_ = equivalence.side_by_side(
+                title, dtype, torch_side, keras_side, data, given, shown
+            )
+            runs.append(run)
+    return runs
 
 
 if __name__ == "__main__":

@@ -2,15 +2,21 @@
 
 import math
 import operator
+from collections.abc import Sequence
+from typing import Any
 
 import keras
 import numpy as np
 from keras import ops
 
 from keras_bn import kernels, renorm
+from keras_bn.moments import Tensor
+
+Axis = int | list[int]
+Shape = Sequence[int | None]
 
 
-def check_axis(axis):
+def check_axis(axis: Any) -> Axis:
     """The axis as an int, or as a list of two or more ints."""
     several = isinstance(axis, list | tuple)
     try:
@@ -28,7 +34,7 @@ def check_axis(axis):
     return axes if len(axes) > 1 else axes[0]
 
 
-def check_momentum(momentum, name="momentum"):
+def check_momentum(momentum: float, name: str = "momentum") -> float:
     """The momentum as a float between 0 and 1."""
     if not 0.0 <= (number := float(momentum)) <= 1.0:
         raise ValueError(
@@ -37,7 +43,9 @@ def check_momentum(momentum, name="momentum"):
     return number
 
 
-def check_clipping(renorm_used, clipping):
+def check_clipping(
+    renorm_used: bool, clipping: dict[str, Any] | None
+) -> dict[str, Any] | None:
     """The bounds of renormalization as a dict, if it is used."""
     if not renorm_used:
         return clipping
@@ -63,7 +71,7 @@ def check_clipping(renorm_used, clipping):
     return clipping
 
 
-def check_group_size(size, **excluded):
+def check_group_size(size: int | None, **excluded: bool) -> int | None:
     """The size of ghost batches as a positive int, without what excludes them."""
     if size is None:
         return None
@@ -81,7 +89,7 @@ def check_group_size(size, **excluded):
     return size
 
 
-def check_epsilon(epsilon):
+def check_epsilon(epsilon: float) -> float:
     """Epsilon as a finite float, 0 or greater."""
     if not 0.0 <= (number := float(epsilon)) < math.inf:
         raise ValueError(
@@ -91,7 +99,9 @@ def check_epsilon(epsilon):
     return number
 
 
-def channel_axes(axis, input_shape, sizes_known=True):
+def channel_axes(
+    axis: Axis, input_shape: Shape, sizes_known: bool = True
+) -> tuple[int, ...]:
     """The channel axes of an input of this shape, non-negative and ascending."""
     rank, shape = len(input_shape), tuple(input_shape)
     if rank < 2:
@@ -125,7 +135,7 @@ def channel_axes(axis, input_shape, sizes_known=True):
     return tuple(positive)
 
 
-def check_variance(variance, name):
+def check_variance(variance: np.ndarray[Any, Any], name: str) -> None:
     """Refuse a stored moving variance that no training can have left behind."""
     bad = np.argwhere(~(np.isfinite(variance) & (variance >= 0)))
     if len(bad):
@@ -137,7 +147,7 @@ def check_variance(variance, name):
         )
 
 
-def to_float(inputs, compute_dtype):
+def to_float(inputs: Tensor, compute_dtype: str) -> Tensor:
     """The inputs in a float dtype; integers in the compute dtype, float32 at least."""
     dtype = keras.backend.standardize_dtype(inputs.dtype)
     if keras.backend.is_float_dtype(dtype):
@@ -147,7 +157,7 @@ def to_float(inputs, compute_dtype):
     raise TypeError(f"Inputs must be real numbers. Received: inputs of dtype {dtype}")
 
 
-def align_mask(mask, x, axes):
+def align_mask(mask: Tensor, x: Tensor, axes: tuple[int, ...]) -> Tensor:
     """The mask as bools that broadcast to the inputs; None stays None.
 
     A mask of the shape of the inputs' leading axes, all but the last, counts along
@@ -186,7 +196,7 @@ def align_mask(mask, x, axes):
     return ops.expand_dims(ops.cast(mask, "bool"), missing)
 
 
-def _fits(received, shape, along):
+def _fits(received: Shape, shape: Shape, along: Sequence[int]) -> bool:
     """Whether a mask of this shape may lie along these axes of the inputs."""
     return len(received) == len(along) and all(
         size in (None, 1, shape[axis]) or shape[axis] is None

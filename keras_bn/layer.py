@@ -62,14 +62,14 @@ class BatchNormalization(keras.layers.Layer):
         **kwargs: arguments of `keras.layers.Layer`, such as `name` and `dtype`.
 
     Call arguments:
-        inputs: tensor of rank 2 or more with a known size along `axis`, of any
-            floating or integer dtype.
-        training: whether to use and record batch statistics: bool, None, or a bool
-            tensor.
-        mask: tensor of the shape of the leading axes of `inputs`, all but the last, as
-            `Masking` and `Embedding` give it; or of the shape of `inputs` without its
-            channel axes, where that is another. Sizes of 1 broadcast. True where an
-            element counts.
+
+    - `inputs`: tensor of rank 2 or more with a known size along `axis`, of any floating
+      or integer dtype.
+    - `training`: whether to use and record batch statistics: bool, None, or a bool
+      tensor.
+    - `mask`: tensor of the shape of the leading axes of `inputs`, all but the last, as
+      `Masking` and `Embedding` give it; or of the shape of `inputs` without its channel
+      axes, where that is another. Sizes of 1 broadcast. True where an element counts.
 
     Returns:
         A tensor of the shape of `inputs`, in the layer's compute dtype.

@@ -4,13 +4,16 @@ from typing import Any, NamedTuple
 
 from keras import ops
 
+# A tensor of the backend, a Keras variable, or an array.
+Tensor = Any
+
 
 class Moments(NamedTuple):
     r"""Count, mean and population variance of a set of elements, per channel.
 
-    Every statistic in this package travels as `Moments`. A mask changes `count`;
-    an empty batch has `count == 0`; parts of a batch (replicas, or batches of a
-    data set) are merged, never averaged.
+    Every statistic in this package is passed around as `Moments`. A mask changes
+    `count`; an empty batch has `count == 0`; parts of a batch (replicas, or batches of
+    a data set) are merged, never averaged.
 
     Args:
         count: number of elements behind each statistic, a number,
@@ -18,7 +21,7 @@ class Moments(NamedTuple):
         mean: tensor or array, one value per channel.
         variance: the *population* (biased) variance, of the shape of `mean`.
 
-    Where `count` is 0, `mean` and `variance` say nothing and may hold anything.
+    Where `count` is 0, `mean` and `variance` have no meaning and may hold anything.
 
     Example:
 
@@ -32,9 +35,9 @@ class Moments(NamedTuple):
     """
 
     # A field called `count` hides tuple.count, which nobody needs here.
-    count: Any  # type: ignore[assignment]
-    mean: Any
-    variance: Any
+    count: Tensor  # type: ignore[assignment]
+    mean: Tensor
+    variance: Tensor
 
     def merge(self, other: "Moments") -> "Moments":
         """The moments of both sets of elements together.
@@ -45,7 +48,7 @@ class Moments(NamedTuple):
             n * variance = n_a * variance_a + n_b * variance_b + delta² * n_a * n_b / n
 
         The differences stay small where the means are large, so nothing cancels as
-        it does in E[x²] − E[x]². A side with `count == 0` takes no part, NaN or not.
+        it does in E[x²] − E[x]². A side with `count == 0` is ignored, even a NaN.
 
         Args:
             other: moments of other elements of the same channels.
@@ -69,8 +72,7 @@ class Moments(NamedTuple):
         share = count_b / ops.where(count > 0, count, ops.ones_like(count))
         has_a, has_b = count_a > 0, count_b > 0
         both = ops.logical_and(has_a, has_b)
-        # Each side is silenced on its own, so that what an empty one holds
-        # (NaN, usually) never enters the arithmetic.
+        # An empty side usually holds NaN: replace it by 0 before any arithmetic.
         mean_a, variance_a = _where(has_a, self.mean), _where(has_a, self.variance)
         mean_b, variance_b = _where(has_b, other.mean), _where(has_b, other.variance)
         delta = _where(both, mean_b - mean_a)
@@ -100,6 +102,6 @@ class Moments(NamedTuple):
         return Moments(count, self.mean, self.variance * (count / rest))
 
 
-def _where(condition, value):
+def _where(condition: Tensor, value: Tensor) -> Tensor:
     """`value` where `condition` holds, else 0 (a product would keep NaN)."""
     return ops.where(condition, value, ops.zeros_like(value))

@@ -1,11 +1,12 @@
-"""How moving statistics take in the Moments of a batch."""
+"""How the Moments of a batch update the moving statistics."""
 
 import math
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 from keras import ops
 
-from keras_bn.moments import Moments
+from keras_bn.moments import Moments, Tensor
 
 
 class Rule(NamedTuple):
@@ -14,8 +15,8 @@ class Rule(NamedTuple):
     Args:
         momentum: weight of the old value, in [0, 1]; None for the plain mean over
             all batches.
-        debias: whether the initial values lose their weight with the first update.
-        unbiased: whether the moving variance takes in `count / (count - 1)` times the
+        debias: whether the first update replaces the initial values.
+        unbiased: whether the moving variance averages `count / (count - 1)` times the
             population variance.
     """
 
@@ -35,26 +36,29 @@ class State(NamedTuple):
     Args:
         mean: the moving mean.
         variance: the moving variance.
-        updates: how many updates the mean and the variance have taken, of shape
-            `(2, *mean.shape)`; None where nobody counts. They are counted apart for
-            each channel, for a bad batch may skip one and not another.
+        updates: how many updates the mean and the variance have had, of shape
+            `(2, *mean.shape)`; None if they are not counted. Each channel has its own
+            count, because a bad batch may skip one channel and not another.
         stddev: moving standard deviation, for renormalization, or None.
-        renorm_mean: the mean that renormalization corrects toward, or None.
-        renorm_stddev: the standard deviation that it corrects toward, or None.
+        renorm_mean: the mean that renormalization corrects to, or None.
+        renorm_stddev: the standard deviation that it corrects to, or None.
     """
 
-    mean: Any
-    variance: Any
-    updates: Any = None
-    stddev: Any = None
-    renorm_mean: Any = None
-    renorm_stddev: Any = None
+    mean: Tensor
+    variance: Tensor
+    updates: Tensor = None
+    stddev: Tensor = None
+    renorm_mean: Tensor = None
+    renorm_stddev: Tensor = None
 
 
 def update(
-    old: State, batch: Moments, rule: Rule, spread=lambda variance: variance
+    old: State,
+    batch: Moments,
+    rule: Rule,
+    spread: Callable[[Tensor], Tensor] = lambda variance: variance,
 ) -> State:
-    r"""Moving statistics after a batch, or after several groups of one in order.
+    r"""Moving statistics after a batch, or after several groups of it in order.
 
     $$\mu \leftarrow m\,\mu + (1-m)\,\bar x, \qquad
       \sigma^2 \leftarrow m\,\sigma^2 + (1-m)\,s^2$$
@@ -62,9 +66,9 @@ def update(
     With `debias`, $1-m$ is replaced by $(1-m)/(1-m^t)$ at update $t$, which makes the
     statistics the weighted mean of the batches alone; with `momentum=None`, by $1/t$.
 
-    A channel whose batch moments are not finite, or rest on no element at all, keeps
-    its old values to the bit: one bad batch must not cost a trained model. So does a
-    moving variance that wants the unbiased variance of a single element.
+    A channel whose batch moments are not finite, or rest on no element, keeps its old
+    values to the bit: one bad batch must not ruin a trained model. So does the moving
+    variance of a channel with a single element, if the rule is `unbiased`.
 
     Args:
         old: the present `State`.
@@ -72,7 +76,8 @@ def update(
             into, along one more leading axis: the result is then that of one update
             per group, in closed form.
         rule: the `Rule` of the update.
-        spread: what the second statistic keeps of a variance, if not itself.
+        spread: function of the batch's variance that gives what the second statistic
+            averages; by default, the variance itself.
 
     Returns:
         The `State` with new mean, variance and updates, in the dtypes of the old ones.
@@ -99,8 +104,8 @@ def update(
     return new._replace(updates=ops.stack([mean_updates, variance_updates]))
 
 
-def usable_parts(batch: Moments, rule: Rule):
-    """Per channel, whether the batch's mean and its variance may be taken in.
+def usable_parts(batch: Moments, rule: Rule) -> tuple[Tensor, Tensor]:
+    """Per channel, whether the batch's mean and its variance may be used.
 
     Args:
         batch: `Moments` of the batch.
@@ -114,22 +119,25 @@ def usable_parts(batch: Moments, rule: Rule):
     return mean, ops.logical_and(mean, batch.count > 1) if rule.unbiased else mean
 
 
-def advance(old, new, usable, updates, rule: Rule):
+def advance(
+    old: Tensor, new: Tensor, usable: Tensor, updates: Tensor, rule: Rule
+) -> tuple[Tensor, Tensor]:
     """One moving statistic and its update count, after one new value or several.
 
     Args:
         old: the present values, of shape `(channels,)`, usually.
         new: the new values: of the shape of `old`, or with a leading axis of several
             values that come in order.
-        usable: bools of the shape of `new`; the others are passed over.
-        updates: how many came before, of the shape of `old`; None if not counted.
+        usable: bools of the shape of `new`; values where it is False are skipped.
+        updates: how many updates came before, of the shape of `old`; None if not
+            counted.
         rule: the `Rule` of the update.
 
     Returns:
         `(values, updates)`, of the shapes and dtypes of `old` and `updates`.
     """
     dtype = old.dtype
-    # The plain mean weighs all the same, as a momentum of 1 does.
+    # In the plain mean all values have the same weight, as with a momentum of 1.
     momentum = 1.0 if rule.momentum is None else rule.momentum
     several = len(new.shape) > len(old.shape)
     if not several and updates is None:
@@ -139,7 +147,7 @@ def advance(old, new, usable, updates, rule: Rule):
     new = ops.where(usable, ops.cast(new, dtype), ops.zeros((), dtype))
     taken = ops.cast(usable, dtype)
     total = ops.sum(taken, axis=0) if several else taken
-    # How much of each new value is left after those that follow it.
+    # How many usable values follow each new one.
     later = total - ops.cumsum(taken, axis=0) if several else None
 
     if rule.counts:
@@ -150,7 +158,7 @@ def advance(old, new, usable, updates, rule: Rule):
     else:
         newest, kept = 1.0 - momentum, 1.0
     if several:
-        # Each value has lost weight to those that follow it.
+        # Each value that follows takes some weight from those before it.
         addend = ops.sum(newest * _power(momentum, later) * new, axis=0)
         value = old * (kept * _power(momentum, total)) + addend
     else:
@@ -160,10 +168,10 @@ def advance(old, new, usable, updates, rule: Rule):
     return ops.where(total > 0, value, old), updates
 
 
-def _geometric_sum(momentum, t):
+def _geometric_sum(momentum: float, t: Tensor) -> Tensor:
     """1 + m + ... + m^(t−1), the weight of `t` values of which the newest has 1.
 
-    Through expm1, so that nothing cancels at momenta near 1 and one value weighs 1.
+    By expm1, so that nothing cancels at momenta near 1, and one value has weight 1.
     """
     if momentum == 1.0:
         return t
@@ -173,6 +181,6 @@ def _geometric_sum(momentum, t):
     return ops.expm1(log * t) / ops.expm1(log)
 
 
-def _power(momentum, exponent):
+def _power(momentum: float, exponent: Tensor) -> Tensor:
     """m^exponent."""
     return ops.power(ops.convert_to_tensor(momentum, exponent.dtype), exponent)

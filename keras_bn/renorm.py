@@ -7,7 +7,7 @@ from keras import ops
 from keras.optimizers.schedules import LearningRateSchedule
 
 from keras_bn import moving
-from keras_bn.moments import Moments
+from keras_bn.moments import Moments, Tensor
 from keras_bn.moving import State
 
 KEYS = ("rmax", "rmin", "dmax")
@@ -16,12 +16,12 @@ KEYS = ("rmax", "rmin", "dmax")
 class Bounds(NamedTuple):
     """How far the correction may go: rmin ≤ r ≤ rmax, −dmax ≤ d ≤ dmax."""
 
-    rmax: Any
-    rmin: Any
-    dmax: Any
+    rmax: Tensor
+    rmin: Tensor
+    dmax: Tensor
 
 
-def bounds(clipping, updates, dtype) -> Bounds:
+def bounds(clipping: dict[str, Any], updates: Tensor, dtype: str) -> Bounds:
     """The bounds in force after so many updates.
 
     Args:
@@ -42,8 +42,10 @@ def bounds(clipping, updates, dtype) -> Bounds:
     return Bounds(*(value(key) for key in KEYS))
 
 
-def correction(old: State, batch: Moments, limits: Bounds, epsilon):
-    r"""The factor and offset that tie a batch to the moving statistics.
+def correction(
+    old: State, batch: Moments, limits: Bounds, epsilon: float
+) -> tuple[Tensor, Tensor]:
+    r"""The factor and offset that correct a batch to the moving statistics.
 
     $$r = \operatorname{clip}\frac{\sqrt{s^2+\epsilon}}{\sigma_r}, \qquad
       d = \operatorname{clip}\frac{\bar x - \mu_r}{\sigma_r}, \qquad
@@ -72,19 +74,23 @@ def correction(old: State, batch: Moments, limits: Bounds, epsilon):
 
 
 def update(
-    old: State, batch: Moments, rule: moving.Rule, renorm_momentum, epsilon
+    old: State,
+    batch: Moments,
+    rule: moving.Rule,
+    renorm_momentum: float,
+    epsilon: float,
 ) -> State:
     """All moving statistics after a batch.
 
-    The moving standard deviation takes the step, and the moving variance follows from
-    it, as in Keras. A channel whose batch moments are not usable keeps everything.
+    The moving standard deviation is updated, and the moving variance follows from it,
+    as in Keras. A channel whose batch moments are not usable keeps all its statistics.
 
     Args:
         old: the present `State`.
         batch: `Moments` of the batch.
-        rule: how the moving mean and standard deviation take it in.
+        rule: how the batch updates the moving mean and standard deviation.
         renorm_momentum: weight of the old value in the statistics that training is
-            corrected toward.
+            corrected to.
         epsilon: added to the variance under the root.
 
     Returns:
@@ -114,16 +120,15 @@ def update(
 
 @keras.saving.register_keras_serializable(package="keras_bn")
 class LinearRamp(LearningRateSchedule):
-    """A bound that moves in a straight line between two update counts.
+    """A bound that changes linearly between two update counts.
 
     Args:
         start: value up to `begin`.
         stop: value from `end` on.
-        begin, end: update counts between which it moves.
+        begin, end: update counts between which it changes.
         inverse: whether the bound is one over that value.
 
-    Returns:
-        Called with an update count, the bound: a float32 scalar.
+    Called with an update count, it returns the bound, a float32 scalar.
 
     >>> from keras_bn.renorm import LinearRamp
     >>> ramp = LinearRamp(1.0, 3.0, begin=5000, end=40000)
@@ -131,7 +136,14 @@ class LinearRamp(LearningRateSchedule):
     [1.0, 1.0, 2.0, 3.0, 3.0]
     """
 
-    def __init__(self, start, stop, begin, end, inverse=False):
+    def __init__(
+        self,
+        start: float,
+        stop: float,
+        begin: int,
+        end: int,
+        inverse: bool = False,
+    ) -> None:
         super().__init__()
         if not 0 <= begin <= end:
             raise ValueError(
@@ -142,13 +154,13 @@ class LinearRamp(LearningRateSchedule):
         self.begin, self.end = begin, end
         self.inverse = inverse
 
-    def __call__(self, step):
+    def __call__(self, step: Tensor) -> Tensor:
         passed = ops.cast(step, "float32") - float(self.begin)
         share = ops.clip(passed / max(float(self.end - self.begin), 1.0), 0.0, 1.0)
         value = self.start * (1.0 - share) + self.stop * share
         return 1.0 / value if self.inverse else value
 
-    def get_config(self):
+    def get_config(self) -> dict[str, float]:
         return {
             "start": self.start,
             "stop": self.stop,
@@ -159,26 +171,26 @@ class LinearRamp(LearningRateSchedule):
 
 
 def renorm_ramp(
-    rmax=3.0,
-    dmax=5.0,
+    rmax: float = 3.0,
+    dmax: float = 5.0,
     *,
-    begin=5_000,
-    rmax_end=40_000,
-    dmax_end=25_000,
-    scale=1.0,
-):
+    begin: int = 5_000,
+    rmax_end: int = 40_000,
+    dmax_end: int = 25_000,
+    scale: float = 1.0,
+) -> dict[str, LinearRamp]:
     """The clipping schedule of the Batch Renormalization paper.
 
-    Training starts as plain batch normalization (r = 1, d = 0); from `begin` on, the
-    bounds loosen in straight lines: r_max from 1 to `rmax`, r_min as its inverse, and
-    d_max from 0 to `dmax`.
+    Training starts as plain batch normalization (r = 1, d = 0). From `begin` on, the
+    bounds widen linearly: r_max from 1 to `rmax`, r_min as its inverse, and d_max from
+    0 to `dmax`.
 
     Args:
         rmax: where r_max ends, at least 1.
         dmax: where d_max ends, at least 0.
-        begin: update count at which both start to move.
-        rmax_end: update count at which r_max arrives.
-        dmax_end: update count at which d_max arrives.
+        begin: update count at which both start to change.
+        rmax_end: update count at which r_max reaches `rmax`.
+        dmax_end: update count at which d_max reaches `dmax`.
         scale: factor on all three counts, for shorter or longer trainings.
 
     Returns:

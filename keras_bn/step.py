@@ -6,6 +6,7 @@ import keras
 from keras import ops
 
 from keras_bn import kernels, moving, renorm
+from keras_bn.moments import Moments, Tensor
 from keras_bn.moving import State
 
 
@@ -15,7 +16,7 @@ class Settings(NamedTuple):
     Args:
         axes: the channel axes, non-negative and ascending.
         epsilon: added to the variance.
-        rule: how the moving statistics take in a batch.
+        rule: how a batch updates the moving statistics.
         renorm_momentum: weight of the old value in the statistics of renormalization.
         synchronized: whether replicas share the statistics of the batch.
         group_size: size of ghost batches, or None.
@@ -30,7 +31,17 @@ class Settings(NamedTuple):
 
 
 @kernels.compiled
-def train(x, mask, gamma, beta, state: State, bounds=None, *, settings, plan):
+def train(
+    x: Tensor,
+    mask: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    state: State,
+    bounds: renorm.Bounds | None = None,
+    *,
+    settings: Settings,
+    plan: kernels.Plan,
+) -> tuple[Tensor, State]:
     """One training step.
 
     Args:
@@ -46,7 +57,7 @@ def train(x, mask, gamma, beta, state: State, bounds=None, *, settings, plan):
         `(y, state)`: the output, of the shape of `x`, and the new `State`.
     """
     if bounds is not None:
-        # The correction is one more step on the output: not in a half type.
+        # The correction is computed on the output: not in half precision.
         x = ops.cast(x, keras.backend.result_type(x.dtype, "float32"))
     epsilon, rule = settings.epsilon, settings.rule
     y, batch = kernels.forward(x, mask, gamma, beta, epsilon=epsilon, plan=plan)
@@ -66,8 +77,8 @@ def train(x, mask, gamma, beta, state: State, bounds=None, *, settings, plan):
     return y, new
 
 
-def _agreed(old: State, new: State, batch, rule) -> State:
-    """The new state on which replicas agree that took different steps from the old."""
+def _agreed(old: State, new: State, batch: Moments, rule: moving.Rule) -> State:
+    """Average the replicas' steps, so that all end with the same state."""
     mean, variance = moving.usable_parts(batch, rule)
     if len(mean.shape) > len(old.mean.shape):
         mean, variance = ops.any(mean, axis=0), ops.any(variance, axis=0)
@@ -83,14 +94,31 @@ def _agreed(old: State, new: State, batch, rule) -> State:
 
 
 @kernels.compiled
-def normalize(x, mask, gamma, beta, *, settings, plan):
+def normalize(
+    x: Tensor,
+    mask: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    *,
+    settings: Settings,
+    plan: kernels.Plan,
+) -> tuple[Tensor, Moments]:
     """The output under the batch's own statistics, and these as `Moments`."""
     return kernels.forward(x, mask, gamma, beta, epsilon=settings.epsilon, plan=plan)
 
 
 @kernels.compiled
-def infer(x, mask, gamma, beta, state: State, *, settings, plan):
-    r"""The output under the moving statistics; the mask has no part in it.
+def infer(
+    x: Tensor,
+    mask: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    state: State,
+    *,
+    settings: Settings,
+    plan: kernels.Plan,
+) -> Tensor:
+    r"""The output under the moving statistics; the mask is not used.
 
     $$y = x \cdot s + (\beta - \mu s), \qquad
       s = \frac{\gamma}{\sqrt{\sigma^2 + \epsilon}}$$
@@ -106,7 +134,7 @@ def infer(x, mask, gamma, beta, state: State, *, settings, plan):
     return ops.cast(affine(ops.cast(x, dtype), scale, offset, settings.axes), x.dtype)
 
 
-def affine(x, scale, offset, axes):
+def affine(x: Tensor, scale: Tensor, offset: Tensor, axes: tuple[int, ...]) -> Tensor:
     """`x * scale + offset`, with one value per channel each."""
     scale, offset = (kernels.broadcast(v, x.shape, axes) for v in (scale, offset))
     return x * scale + offset

@@ -32,6 +32,18 @@ def test_the_layer_is_in_use_within_ten_lines_of_the_readme():
     assert any("keras_bn.BatchNormalization(" in line for line in head)
 
 
+def test_the_first_lines_of_the_readme_are_run_further_down():
+    text = (ROOT / "README.md").read_text()
+    (first,) = re.findall(r"^```py\n(.*?)^```", text, re.M | re.S)
+    run = {
+        line.partition("  #")[0]
+        for line in "".join(blocks(ROOT / "README.md")).splitlines()
+    }
+    for line in first.splitlines():
+        statement = line.partition("  #")[0].removeprefix("print(").removesuffix(")")
+        assert any(statement in one for one in run), line
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_links_between_pages_lead_somewhere(page):
     for target in re.findall(r"\]\((?!http)([^)#]+)", page.read_text()):

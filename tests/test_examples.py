@@ -4,9 +4,11 @@ import argparse
 import functools
 import importlib
 import json
+import os
 import re
 import shutil
 import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -94,6 +96,22 @@ def test_torch_equivalence(tmp_path):
     assert_is_a_drawing(tmp_path / "curves_2.png")
 
 
+def test_triton_comes_before_tensorflow_where_pytorch_does(tmp_path):
+    stand_in = "import sys\nprint('tensorflow' in sys.modules)\n"
+    (tmp_path / "triton.py").write_text(stand_in)
+    # What the example imports next, and what brings TensorFlow, ends the process here.
+    (tmp_path / "equivalence.py").write_text("raise SystemExit\n")
+    folders = map(str, (tmp_path, ROOT / "examples", ROOT))
+    result = subprocess.run(
+        [sys.executable, "-c", "import torch_equivalence"],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(folders)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert result.stdout == "False\n"
+
+
 def test_multi_worker(tmp_path):
     # Shares of 49 and 48 images.
     short = ["--epochs", 2, "--batch-size", 97]
@@ -171,7 +189,7 @@ def write_mnist(path, **changes):
 def test_mnist_from_a_file(example, tmp_path):
     write_mnist(path := tmp_path / "mnist.npz")
     given = ["--data", "mnist", "--mnist-file", str(path)]
-    _, data = example("common.arguments").parse("", "out", given)
+    _, data = example("equivalence").parse("", "out", given)
     with np.load(path) as arrays:
         for ours, theirs in (("train", "train"), ("val", "test")):
             x, y = getattr(data, f"x_{ours}"), getattr(data, f"y_{ours}")
@@ -182,7 +200,7 @@ def test_mnist_from_a_file(example, tmp_path):
 
 
 def test_digits_are_split_and_enlarged_the_same_way_each_time(example):
-    data, again = (example("common.data").load("digits") for _ in range(2))
+    data, again = (example("equivalence").small_digits() for _ in range(2))
     for name, value in vars(data).items():
         np.testing.assert_array_equal(value, getattr(again, name))
     assert (data.x_train.shape, data.x_val.shape) == ((1440, 784), (357, 784))
@@ -300,10 +318,10 @@ class Unwatched:
 
 
 def test_both_sides_get_the_same_batches(example):
-    training = example("common.training")
+    equivalence = example("equivalence")
     rows = np.arange(23)
     x = np.repeat(rows[:, None], 784, axis=1).astype(float)
-    data = example("common.data").Data(x, rows, x[:4], rows[:4] * 0)
+    data = equivalence.Data(x, rows, x[:4], rows[:4] * 0)
     arguments = argparse.Namespace(epochs=3, batch_size=5, seed=1)
     made = {"float32": [], "float64": []}
 
@@ -312,7 +330,7 @@ def test_both_sides_get_the_same_batches(example):
         return made[dtype][-1]
 
     for dtype in made:
-        training.side_by_side(
+        equivalence.side_by_side(
             "",
             dtype,
             lambda dtype=dtype: side("reference", dtype),
@@ -323,7 +341,7 @@ def test_both_sides_get_the_same_batches(example):
         )
     reference, ours, *reordered = made["float32"]
     assert (reference.name, ours.name) == ("reference", "ours")
-    assert len(reordered) == training.REORDERED
+    assert len(reordered) == equivalence.REORDERED
     assert len(made["float64"]) == 2
     for epoch, batches in enumerate(reference.rows):
         assert batches.shape == (4, 5)
@@ -337,19 +355,19 @@ def test_both_sides_get_the_same_batches(example):
     assert not np.array_equal(reference.rows[0], reference.rows[1])
 
 
-def snapshot(training, value):
+def snapshot(equivalence, value):
     arrays = {quantity: {"a": np.array([0.0, value])} for quantity in QUANTITIES}
-    return training.Snapshot(1.0, 1.0, 1.0, 1.0, arrays)
+    return equivalence.Snapshot(1.0, 1.0, 1.0, 1.0, arrays)
 
 
-def judge(training, dtype, reloaded, *values):
-    snapshots = [snapshot(training, value) for value in values]
-    return training.Run("", dtype, "reference", [snapshots], reloaded).equivalent()
+def judge(equivalence, dtype, reloaded, *values):
+    snapshots = [snapshot(equivalence, value) for value in values]
+    return equivalence.Run("", dtype, "reference", [snapshots], reloaded).equivalent()
 
 
 def test_the_criterion(example):
-    training = example("common.training")
-    judged = functools.partial(judge, training)
+    equivalence = example("equivalence")
+    judged = functools.partial(judge, equivalence)
     # float64: 1e-9.
     assert judged("float64", {}, 1.0, 1.0 + 0.9e-9)
     assert not judged("float64", {}, 1.0, 1.0 + 1.1e-9)
@@ -373,6 +391,6 @@ def test_precision_is_put_back(example):
         return keras.config.floatx(), keras.config.dtype_policy().name
 
     before = settings()
-    with example("common.training").precision("float64"):
+    with example("equivalence").precision("float64"):
         assert settings() == ("float64", "float64")
     assert settings() == before

@@ -1,4 +1,4 @@
-"""The gallery, as a user runs it, and the rule its claims are judged by."""
+"""The studies, as a user runs them, and the rule their claims are judged by."""
 
 import importlib
 import json
@@ -11,7 +11,7 @@ from scripts import ROOT, assert_is_a_drawing, run
 pytest.importorskip("matplotlib", reason="the examples draw with matplotlib")
 pytest.importorskip("sklearn", reason="the examples take scikit-learn's digits")
 
-GALLERY = [
+STUDIES = [
     "convergence",
     "placement",
     "convolution",
@@ -27,16 +27,17 @@ GALLERY = [
 
 @pytest.fixture
 def example(monkeypatch):
-    """Imports a module of examples/."""
+    """Imports a module of examples/studies/, or of examples/."""
     monkeypatch.syspath_prepend(ROOT / "examples")
+    monkeypatch.syspath_prepend(ROOT / "examples" / "studies")
     return importlib.import_module
 
 
 def check(name, folder, printed, short):
-    """That what an example printed and wrote fits together.
+    """That what a study printed and wrote fits together.
 
     Args:
-        name: of the example.
+        name: of the study.
         folder: that it wrote to.
         printed: its standard output.
         short: whether it ran with --short.
@@ -65,11 +66,11 @@ def check(name, folder, printed, short):
     return results
 
 
-@pytest.mark.parametrize("name", GALLERY)
+@pytest.mark.parametrize("name", STUDIES)
 def test_short(example, tmp_path, capsys, name):
     if name == "small_batches":
         # TensorFlow takes a number of replicas once in a process; other tests did.
-        result = run(f"{name}.py", "--short", "--out", tmp_path)
+        result = run(f"studies/{name}.py", "--short", "--out", tmp_path)
         assert result.returncode == 0, result.stderr
         printed = result.stdout
     else:
@@ -79,9 +80,9 @@ def test_short(example, tmp_path, capsys, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", GALLERY)
+@pytest.mark.parametrize("name", STUDIES)
 def test_in_full(tmp_path, name):
-    result = run(f"{name}.py", "--out", tmp_path)
+    result = run(f"studies/{name}.py", "--out", tmp_path)
     assert result.returncode == 0, result.stderr
     assert result.stderr == ""
     check(name, tmp_path, result.stdout, short=False)
@@ -153,8 +154,8 @@ def test_seeds(example, given, seeds):
 
 
 def test_small_digits_are_the_enlarged_ones(example):
-    data = example("common.data")
-    small, large = data.small_digits(), data.load("digits")
+    small = example("common.data").small_digits()
+    large = example("equivalence").small_digits()
     assert small.x_train.shape == (1440, 8, 8, 1)
     image = large.x_val[5].reshape(28, 28)[2:-2:3, 2:-2:3]
     assert (small.x_val[5, ..., 0] == image).all()

@@ -24,7 +24,7 @@ from worker import (
 )
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-from common.workers import WorkerError, cluster
+from workers import WorkerError, cluster
 
 WORKER = Path(__file__).with_name("worker.py")
 

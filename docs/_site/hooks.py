@@ -1,7 +1,7 @@
-"""The pages of the site that live elsewhere in the repository, and the links to them.
+"""The pages of the site that live elsewhere in the repository, and their links.
 
-The README is the home page, and so on; their links, written for the repository, are
-turned into those of the site. Guides that the navigation doesn't name are added to it.
+The README is the home page, and so on. Their links are written for the repository;
+here they become those of the site.
 """
 
 import posixpath
@@ -14,30 +14,20 @@ ROOT = Path(__file__).parents[2]
 PAGES = {
     "README.md": "index.md",
     "examples/README.md": "examples.md",
+    "examples/studies/README.md": "studies.md",
     "benchmarks/RESULTS.md": "results.md",
     "benchmarks/NOTES.md": "notes.md",
     "CHANGELOG.md": "changelog.md",
     "CONTRIBUTING.md": "contributing.md",
 }
-PICTURES = (".png", ".svg", ".jpg")
+SOURCES = {page: source for source, page in PAGES.items()}
+# Of a link within the repository: its text, its target, and the rest.
+LINK = re.compile(r"\[([^\]]*)\]\((?!\w+:|#)([^)#\s]+)([^)\s]*)\)")
 
 
-def on_config(config):
-    """Add the guides that the navigation doesn't name."""
-    named = set(_pages(config.nav))
-    others = sorted(page.name for page in (ROOT / "docs").glob("*.md"))
-    guides = next(part["Guides"] for part in config.nav if "Guides" in part)
-    guides += [page for page in others if page not in named]
-    return config
-
-
-def _pages(nav):
-    for item in nav:
-        value = next(iter(item.values())) if isinstance(item, dict) else item
-        if isinstance(value, str):
-            yield value
-        else:
-            yield from _pages(value)
+def target_of(link, source):
+    """The path in the repository that a link on the page `source` leads to."""
+    return posixpath.normpath(posixpath.join(posixpath.dirname(source), link[2]))
 
 
 def on_files(files, config):
@@ -45,41 +35,23 @@ def on_files(files, config):
     for source, page in PAGES.items():
         text = (ROOT / source).read_text(encoding="utf-8")
         files.append(File.generated(config, page, content=text))
-        for target in _links(source, text):
-            path = ROOT / target
-            outside = not target.startswith("docs/")
-            if path.suffix in PICTURES and outside and path.exists():
-                file = File.generated(config, target, abs_src_path=str(path))
-                files.append(file)
+        for target in (target_of(link, source) for link in LINK.finditer(text)):
+            if target.endswith(".png") and not target.startswith("docs/"):
+                path = str(ROOT / target)
+                files.append(File.generated(config, target, abs_src_path=path))
     return files
 
 
 def on_page_markdown(markdown, page, config, files):
-    """Links as they are in the repository become those of the site.
-
-    What the site doesn't have, such as code, stays as the text alone.
-    """
-    of_page = {page: source for source, page in PAGES.items()}
+    """Links to pages lead to those of the site; of links to code, the text stays."""
     uri = page.file.src_uri
-    folder = posixpath.dirname(of_page.get(uri, f"docs/{uri}"))
+    source = SOURCES.get(uri, f"docs/{uri}")
 
-    def rewritten(match):
-        target = posixpath.normpath(posixpath.join(folder, match["target"]))
-        if (ROOT / target).is_file() and not target.endswith((".md", *PICTURES)):
-            return match["text"]
+    def rewritten(link):
+        target = target_of(link, source)
+        if (ROOT / target).is_file() and not target.endswith((".md", ".png")):
+            return link[1]
         target = PAGES.get(target, target.removeprefix("docs/"))
-        return f"[{match['text']}]({target}{match['anchor']})"
+        return f"[{link[1]}]({target}{link[3]})"
 
     return LINK.sub(rewritten, markdown)
-
-
-LINK = re.compile(
-    r"\[(?P<text>[^\]]*)\]"
-    r"\((?!\w+:|#)(?P<target>[^)#\s]+)(?P<anchor>(?:#[^)\s]*)?)\)"
-)
-
-
-def _links(source, text):
-    for match in LINK.finditer(text):
-        folder = posixpath.dirname(source)
-        yield posixpath.normpath(posixpath.join(folder, match["target"]))

@@ -1,8 +1,8 @@
-"""The one entry to the kernels: everything above here calls these functions.
+"""The only entry to the kernels: the rest of the package calls these functions.
 
-`formulas`, `layout` and `plan` are arithmetic in `keras.ops` and serve any backend. A
+`formulas`, `layout` and `plan` are arithmetic in `keras.ops`, for any backend. A
 backend's own folder has what is fast there, how a gradient is attached, how a function
-is compiled and how replicas talk. In all of it
+is compiled and how replicas communicate. Everywhere,
 
 - `x` is the input, `(batch, ..., channels)` or with the channels elsewhere;
 - `axes` are the channel axes, non-negative and ascending: usually one;

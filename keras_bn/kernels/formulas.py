@@ -1,8 +1,8 @@
 r"""Batch normalization in closed form, in `keras.ops`: right for any input.
 
-Everything is computed of $d = x - s$, where the shift $s$ is one value per channel near
-the channel's mean: batch normalization does not change when its input is shifted, and
-sums of small numbers lose nothing to rounding where the mean is large.
+Everything is computed from $d = x - s$, where the shift $s$ is one value per channel,
+near the channel's mean. Batch normalization does not change when its input is shifted,
+and sums of small numbers lose no digits where the mean is large.
 
 Forward, over the $n$ elements that count in a channel:
 
@@ -15,12 +15,12 @@ $$d\beta = \sum g, \quad d\gamma = \sum g\,\hat x, \quad
   dx = \frac{\gamma}{\sqrt{\sigma^2+\epsilon}}
        \Bigl(g - \tfrac1n\,d\beta - \tfrac1n\,\hat x\,d\gamma\Bigr)$$
 
-Of the size of the input, only $d-\mu$ is kept for the backward pass. Both passes are
-made of differentiable operations: a gradient penalty can differentiate them again.
+Of the size of the input, only $d-\mu$ is kept for the backward pass. Both passes
+consist of differentiable operations: a gradient penalty can differentiate them again.
 
 Elements that a mask leaves out are normalized like the others but belong to no
-statistic: for them $dx = \gamma g/\sqrt{\sigma^2+\epsilon}$, and where they are not
-finite they add nothing to any sum.
+statistic: for them $dx = \gamma g/\sqrt{\sigma^2+\epsilon}$. Where they are not finite,
+they add nothing to any sum.
 
 Source: Ioffe and Szegedy, "Batch Normalization", 2015.
 """
@@ -78,7 +78,7 @@ def forward(x, mask, gamma, beta, *, epsilon, layout, merge=None):
 
 
 def statistics(shifted, mask, count, layout):
-    """Mean and variance of what counts in each channel, and the input less the mean.
+    """Mean and variance of the elements that count, and the input less the mean.
 
     Args:
         shifted: the input less the shift.
@@ -104,7 +104,7 @@ def backward(saved: Saved, upstream, *, epsilon, layout, total=None):
         saved: what `forward` returned.
         upstream: gradient with respect to the output.
         epsilon, layout: as for `forward`.
-        total: None; or a function that adds each of some tensors up over all replicas.
+        total: None; or a function that sums each of several tensors over all replicas.
 
     Returns:
         `(dx, d_gamma, d_beta)`, in the shapes of the input and of gamma.
@@ -126,5 +126,5 @@ def backward(saved: Saved, upstream, *, epsilon, layout, total=None):
 
 
 def where(mask, value):
-    """`value` where the mask counts it, else 0 (a product would keep NaN)."""
+    """`value` where the mask is true, else 0 (a product would keep NaN)."""
     return value if mask is None else ops.where(mask, value, ops.zeros_like(value))

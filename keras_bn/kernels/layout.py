@@ -3,16 +3,20 @@
 import functools
 import math
 import operator
+from collections.abc import Sequence
 
 from keras import ops
 
 from keras_bn.kernels.formulas import where
+from keras_bn.moments import Tensor
 
 # How many elements of each channel give the shift: enough to be near its mean.
 SHIFT_ROWS = 16
 
 
-def broadcast(value, shape, axes):
+def broadcast(
+    value: Tensor, shape: Sequence[int | None], axes: tuple[int, ...]
+) -> Tensor:
     """A value per channel, in the shape that broadcasts against an input.
 
     Args:
@@ -28,11 +32,11 @@ def broadcast(value, shape, axes):
 
 
 class Layout:
-    """How statistics line up with an input: the shapes that the arithmetic runs in.
+    """How statistics line up with an input: the shapes used inside a kernel.
 
     Inside a kernel the input is `inner(x)`, and every statistic or parameter has a
     shape that broadcasts against it, so that no formula mentions an axis. With the
-    channels last, in one axis or several, statistics are as they come; otherwise they
+    channels last, in one axis or several, statistics keep their shape; otherwise they
     have sizes of 1 in between.
 
     Args:
@@ -71,7 +75,7 @@ class Layout:
         return _reshaped(value, [] if all_alike else self._channels)
 
     def mask(self, mask, x):
-        """The mask with the sizes of the input but along its channels; or None."""
+        """The mask with the sizes of the input, 1 along the channels; or None."""
         if mask is None:
             return None
         sizes = [
@@ -94,8 +98,8 @@ class Layout:
     def shift(self, x, mask):
         """A value near the mean of each channel, a constant to differentiation.
 
-        It is the mean of the first few elements. What no mask leaves out is not known
-        to be among the first: then, of all.
+        It is the mean of the first few elements; of all of them if there is a mask,
+        which may leave out the first ones.
         """
         if mask is not None or 0 in self._axes:
             return self._mean(x, mask)
@@ -116,7 +120,7 @@ class Layout:
         return value
 
     def total(self, value):
-        """The sum of a statistic over the groups of the batch: here is only one."""
+        """The sum of a statistic over the groups of the batch: here there is one."""
         return value
 
 

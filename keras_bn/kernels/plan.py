@@ -7,18 +7,18 @@ from typing import NamedTuple
 # and moves each element fewer times (2 cores, `keras-bn bench --calibrate`).
 FUSED_FROM = 2**17
 
-# Channels of a matrix from which it pays to choose when the batch is there: with fewer,
-# batches are small as a rule, and 10 µs are a tenth and more of what a step takes.
+# Channels of a matrix from which it pays to choose the kernel at run time. With fewer,
+# batches are usually small, and the 10 µs of the choice are a tenth or more of a step.
 EITHER_FROM = 256
 
 # Elements up to which XLA is told to compute outputs once (`tensorflow.batch.once`):
-# from there on, what that keeps in memory weighs more than the time it saves.
+# above, the memory it costs outweighs the time it saves.
 ONCE_UP_TO = 2**22
 
-# Sizes that unknown axes are taken for: the batch; any other.
+# Assumed sizes of unknown axes: of the batch, and of any other.
 ASSUMED_BATCH, ASSUMED_SIZE = 32, 16
 
-# cuDNN takes no smaller epsilon.
+# cuDNN accepts no smaller epsilon.
 CUDNN_EPSILON = 1.001e-5
 
 
@@ -26,8 +26,8 @@ class Plan(NamedTuple):
     """How a batch is to be normalized.
 
     Args:
-        kernel: `"plain"`, `"fused"`, or `"either"`: the one that suits the size which
-            the batch turns out to have.
+        kernel: `"plain"`, `"fused"`, or `"either"`, which chooses between them at run
+            time, by the size of the batch.
         axes: the channel axes, non-negative and ascending.
         group_size: size of the groups that the batch is cut into, or None.
         synchronized: whether the statistics are those of all replicas together.
@@ -36,7 +36,7 @@ class Plan(NamedTuple):
     """
 
     kernel: str
-    axes: tuple
+    axes: tuple[int, ...]
     group_size: int | None = None
     synchronized: bool = False
     once: bool = False
@@ -58,9 +58,9 @@ def fused_fits(dtype: str, axes, epsilon: float, gpu: bool) -> bool:
 def by_size(shape, channels: int) -> str:
     """The kernel that is fastest on a CPU for an input that any kernel may serve.
 
-    Of images only the batch is unknown, as a rule, and the rest tells small from large.
-    A sequence of unknown length, or a matrix of many channels, may be either: its
-    kernel is chosen when the batch is there, which takes 10 µs.
+    For images, usually only the batch is unknown, and the other sizes tell small from
+    large. A sequence of unknown length, or a matrix of many channels, may be either:
+    its kernel is chosen at run time, which takes 10 µs.
 
     Args:
         shape: of the input, None where a size is unknown.

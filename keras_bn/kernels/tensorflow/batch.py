@@ -1,17 +1,27 @@
 """Normalizing a batch with its own statistics, by the kernel of its plan."""
 
 import functools
+from collections.abc import Sequence
 
 import keras
 import tensorflow as tf
 
 from keras_bn.kernels import formulas, layout
+from keras_bn.kernels.plan import Plan
 from keras_bn.kernels.tensorflow import either, fused, synced
 from keras_bn.kernels.tensorflow.gradients import with_gradients
-from keras_bn.moments import Moments
+from keras_bn.moments import Moments, Tensor
 
 
-def forward(x, mask, gamma, beta, *, epsilon, plan):
+def forward(
+    x: Tensor,
+    mask: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    *,
+    epsilon: float,
+    plan: Plan,
+) -> tuple[Tensor, Moments]:
     """Normalize a batch with its own statistics; `formulas` says how.
 
     Args:
@@ -27,7 +37,7 @@ def forward(x, mask, gamma, beta, *, epsilon, plan):
         the batch in float32 at least; of each group, along one more leading axis,
         when it is cut. The moments are constants to differentiation.
     """
-    # Half types can't hold sums.
+    # Sums overflow or lose digits in half precision.
     wide = tf.cast(x, keras.backend.result_type(x.dtype.name, "float32"))
     lay = _layout(wide, plan)
     inner = lay.inner(wide)
@@ -71,10 +81,10 @@ def _layout(x, plan):
 
 
 def once(value, operand):
-    """`value`, for XLA on a CPU to compute once.
+    """`value`, in a form that XLA on a CPU computes only once.
 
-    Otherwise it computes it anew in each of its uses and, in a chain of layers, in all
-    of theirs; but not what has several operands of full size.
+    XLA would fuse it into each of its uses and compute it anew there, again and again
+    in a chain of layers. It does not do so with an op of several operands of full size.
 
     Args:
         value: a tensor that is NaN wherever `operand` is.
@@ -83,13 +93,13 @@ def once(value, operand):
     return tf.where(operand == operand, value, operand)
 
 
-def checked(mask, x, along):
-    """The mask, once its sizes are known to be those of the input along some axes.
+def checked(mask: Tensor, x: Tensor, along: Sequence[int]) -> Tensor:
+    """The mask, after a check at run time that its sizes fit the input along some axes.
 
     For sizes that are unknown while tracing.
 
     Raises:
-        tf.errors.InvalidArgumentError: when it runs, if they are others.
+        tf.errors.InvalidArgumentError: at run time, if they do not fit.
     """
     got, wanted = tf.shape(mask), tf.gather(tf.shape(x), along)
     fits = tf.reduce_all((got == wanted) | (got == 1))

@@ -1,13 +1,15 @@
 """Running a function of tensors as one compiled TensorFlow function."""
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import tensorflow as tf
 
 from keras_bn.kernels.tensorflow.context import make_plan
 
 
-def compiled(function):
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compile `function` with `tf.function` for eager calls; inline it in graphs.
 
     An eager call then costs one dispatch instead of one for each op. Inside a graph
@@ -39,7 +41,7 @@ def compiled(function):
     @functools.wraps(function)
     def call(x, mask, *arguments, settings):
         plan = make_plan(x, mask, settings)
-        # A variable would be read anew wherever it is used.
+        # Read each variable once, instead of wherever it is used.
         arguments = tf.nest.map_structure(_tensor, (x, mask, *arguments))
         if not tf.executing_eagerly() or _replicas() > 1:
             return function(*arguments, settings=settings, plan=plan)

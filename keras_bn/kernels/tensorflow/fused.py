@@ -1,9 +1,10 @@
 """TensorFlow's fused op: the fewest passes over memory, forward and backward.
 
-What it does worse than the formulas is made good. Its sums run through the rows one
-after another, so they lose digits where means are large: it is given the input less a
-shift near the mean, and the mean gets the shift back. Its variance is unbiased. And it
-stops a gradient, as Keras's layer does: second derivatives are those of the formulas.
+Three differences from the formulas are corrected here. The op sums one row after
+another, so it loses digits where means are large: it gets the input less a shift near
+the mean, and the shift is added back to the mean. Its variance is unbiased. And its
+gradient stops a gradient, as Keras's layer does: second derivatives are those of the
+formulas.
 """
 
 from typing import Any, NamedTuple
@@ -21,7 +22,7 @@ class Kept(NamedTuple):
     Args:
         shifted: the input less the shift.
         gamma: the scale.
-        reserve: what the op wants back: its mean, its variance, and on a GPU more.
+        reserve: what the op's gradient needs: its mean, its variance, on a GPU more.
         count: how many elements each statistic rests on, 1 at least.
     """
 
@@ -37,7 +38,7 @@ def forward(x, gamma, beta, *, epsilon, layout, gpu=False):
     Args:
         x: input of four axes, the channels last, float32.
         gamma, beta, epsilon, layout: as there.
-        gpu: whether the op is cuDNN's, which keeps no variance.
+        gpu: whether the op is cuDNN's, which does not return the population variance.
 
     Returns:
         `(y, moments, kept)`: as there, and `Kept`.
@@ -101,15 +102,15 @@ def differentiable(first, upstream, kept: Kept, epsilon, layout):
             gradients = formulas.backward(saved, upstream, **how)
         return *tape.gradient(gradients, inputs, upstreams), *[None] * len(kept.reserve)
 
-    # TensorFlow looks for variables among what the gradients are made of: with what the
-    # op kept as inputs, the search ends there, not at the start of the model.
+    # TensorFlow searches what the gradients are computed from for variables. With the
+    # op's saved values as inputs, the search ends there, not at the start of the model.
     return with_gradients(first(upstream, kept), [*inputs, *kept.reserve], second)
 
 
 def _here(tensor):
-    """The tensor in the graph of the backward pass, if that is another.
+    """The tensor, brought into the graph of the backward pass if that is another graph.
 
-    From there alone does a derivative of the backward pass see it.
+    Only then can a derivative of the backward pass reach it.
     """
     if tf.executing_eagerly() or tensor.graph is tf.compat.v1.get_default_graph():
         return tensor

@@ -6,9 +6,11 @@ import tensorflow as tf
 def with_gradients(outputs, inputs, vjp):
     """`outputs`, with gradients of our own with respect to `inputs`.
 
-    What is computed stays outside of the custom gradient, which ties its results into
-    one node: where a weight's update hung on another of them, the optimizer of graphs
-    took the way from one to the other for an order in time, then cut the knot.
+    The outputs are computed outside of `tf.custom_gradient`, which passes all of its
+    results through one IdentityN op. Through it, TensorFlow's graph optimizer (Grappler)
+    would see a path from the reading of beta to its update, drop the stated control
+    dependency as redundant, and then remove the op: the output might hold the new beta
+    (`tests/test_update_order.py`).
 
     Args:
         outputs: a tensor or several, computed from the inputs.

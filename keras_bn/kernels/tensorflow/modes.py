@@ -14,7 +14,7 @@ def in_mode(function, mode, signature=None):
         mode: "eager", "tf.function", or "jit_compile" for
             `tf.function(jit_compile=True)`.
         signature: what is known of its arguments while tracing: a list of
-            `(shape, dtype)`, with None for unknown sizes; by default, all there is.
+            `(shape, dtype)`, with None for unknown sizes; by default, everything.
 
     Returns:
         A function of the same arguments.
@@ -70,7 +70,7 @@ def with_gradients(function, variables, mode, signature=None):
 
 
 def device() -> str:
-    """Where TensorFlow puts what nobody placed: "CPU:0", or "GPU:0 (its name)"."""
+    """Where TensorFlow runs ops by default: "CPU:0", or "GPU:0 (its name)"."""
     spec = tf.DeviceSpec.from_string(tf.zeros([]).device)
     label = f"{spec.device_type}:{spec.device_index}"
     physical = tf.config.list_physical_devices(spec.device_type)[spec.device_index]

@@ -1,15 +1,17 @@
-"""What the replicas of a distribution strategy tell each other.
+"""How the replicas of a distribution strategy exchange moments and steps.
 
-Everything here is one reduction of one packed tensor, whose result has the same bits
-on every replica. Called outside of replicas, `active` is False and nothing else of
-this file may run.
+Every exchange is one reduction of one packed tensor, whose result has the same bits on
+every replica. Outside of replicas, `active` is False, and nothing else in this file may
+be called.
 """
 
 import math
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import tensorflow as tf
 
-from keras_bn.moments import Moments
+from keras_bn.moments import Moments, Tensor
 
 
 def active() -> bool:
@@ -18,11 +20,11 @@ def active() -> bool:
     return replica is not None and replica.num_replicas_in_sync > 1
 
 
-def cond(condition, first, second):
+def cond(condition: Tensor, first: Callable[[], Any], second: Callable[[], Any]) -> Any:
     """`first()` where the condition holds, else `second()`.
 
-    Among replicas both run and one is taken: a reduction inside a conditional would
-    leave the others waiting.
+    Among replicas, both run and one result is taken: a reduction inside a conditional
+    would leave other replicas waiting.
 
     Args:
         condition: bool scalar, equal on every replica.
@@ -30,7 +32,7 @@ def cond(condition, first, second):
             shape and dtype; None may stand for a tensor in both.
 
     Returns:
-        The structure with the tensors taken.
+        The structure, with the tensors of the one that was taken.
     """
     if not active():
         return tf.cond(condition, first, second)
@@ -50,7 +52,7 @@ def merge(local: Moments, shift):
 
     Args:
         local: this replica's `Moments`, of its input less the shift.
-        shift: what was taken off its input, of the shape of `local.mean`.
+        shift: what was subtracted from its input, of the shape of `local.mean`.
 
     Returns:
         `(moments, shift)`: those of all replicas, about the shift, which is equal on
@@ -69,17 +71,19 @@ def merge(local: Moments, shift):
     return merged, common
 
 
-def agree(old, new, taken):
+def agree(
+    old: Sequence[Tensor], new: Sequence[Tensor], taken: Sequence[Tensor]
+) -> list[Tensor]:
     """Average the replicas' steps, so that all end with the same state.
 
-    Where a replica had nothing to take in (a bad batch, or an empty share), it has no
-    part in the mean; where none had, the old value stays, to the bit.
+    A replica that did not update (a bad batch, or an empty share) is left out of the
+    mean. Where no replica updated, the old value stays, to the bit.
 
     Args:
-        old: tuple of tensors that are equal on every replica, floats first; None for
-            what there is not.
-        new: what they became on this replica.
-        taken: bools of the same shapes, which of them took a step.
+        old: tuple of tensors that are equal on every replica, a float first; None for
+            what is not used.
+        new: their values after this replica's step.
+        taken: bools of the same shapes, true where this replica updated.
 
     Returns:
         List of tensors, equal on every replica, of the dtypes of `old`; None where
@@ -100,7 +104,7 @@ def agree(old, new, taken):
 
 
 def total(*values):
-    """Tensors of any static shapes, each added up over all replicas.
+    """Tensors of any static shapes, each summed over all replicas.
 
     Args:
         *values: tensors of one dtype, such as the two sums of the backward pass.

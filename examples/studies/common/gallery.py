@@ -1,6 +1,6 @@
-"""The frame of a gallery example: command line, progress, results, verdict.
+"""The frame of a study: command line, progress, results, verdict.
 
-An example measures, for every seed, what a claim of the literature is about, and hands
+A study measures, for every seed, what a claim of the literature is about, and hands
 over the figures. It looks like this:
 
     \"\"\"First line: what is claimed, as a sentence.
@@ -48,7 +48,6 @@ from rich.progress import TimeElapsedColumn as Elapsed
 
 import keras_bn
 from common import claims, drawing, terminal
-from keras_bn.tools.files import write_whole
 
 
 class Example:
@@ -154,8 +153,8 @@ class Example:
             },
         }
         text = json.dumps(_plain(results), indent=2, allow_nan=False) + "\n"
-        self._write("json", lambda path: path.write_text(text))
-        self._write("png", lambda path: drawing.save(picture, path))
+        (self.out / f"{self.name}.json").write_text(text)
+        drawing.save(picture, self.out / f"{self.name}.png")
         self._judgement(parts)
         self._console.print(
             f"\nFigures and picture are in {self.out}", markup=False, soft_wrap=True
@@ -169,9 +168,6 @@ class Example:
             else terminal.bad("The claim did NOT hold here.")
         )
         return 0
-
-    def _write(self, suffix, write):
-        write_whole(self.out / f"{self.name}.{suffix}", write, force=True)
 
     def _judgement(self, parts):
         table = terminal.new_table("What the claim rests on")

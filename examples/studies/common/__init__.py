@@ -1,0 +1,9 @@
+"""What the studies share. Imported before Keras, it silences TensorFlow's start-up."""
+
+import logging
+import os
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+# TensorFlow warns of retracing where each of several models has its own function.
+logging.getLogger("tensorflow").setLevel(logging.ERROR)
