@@ -57,7 +57,7 @@ def plan_fold(model):
     bn_1 -> dense
     bn_2 stays: 'relu' before it is not linear; it is an output of the model
     """
-    return _Plan(model).folds
+    return Plan(model).folds
 
 
 def fold(model):
@@ -91,23 +91,13 @@ def fold(model):
     >>> [type(layer).__name__ for layer in keras_bn.fold(model).layers]
     ['Dense']
     """
-    plan = _Plan(model)
-
-    def make(layer):
-        return type(layer).from_config(plan.edits[id(layer)].config())
-
-    def fill(layer, new):
-        plan.edits[id(layer)].write(new)
-
-    def wants(layer):
-        return id(layer) in plan.edits or id(layer) in plan.folded
-
-    return Copier(wants, make, fill, skip=plan.folded).copy(model, compiled=False)
+    return Plan(model).folded_model()
 
 
-class _Plan:
+class Plan:
     """Which normalizations go where, found graph by graph in the order of the calls.
 
+    `folds` is what `plan_fold` returns, `folded_model` makes what `fold` returns.
     `folded` holds the `id`s of those that go, `edits` the `Linear` of each layer that
     takes some in, by its `id`.
     """
@@ -120,6 +110,7 @@ class _Plan:
                 f"'{model.name}' is not built, so its statistics are not there yet. "
                 "Call it on data, or build it, first."
             )
+        self._model = model
         self.folded: set[int] = set()
         self.edits: dict[int, Linear] = {}
         self._paths = {id(layer): path for path, layer in walk(model)}
@@ -136,6 +127,21 @@ class _Plan:
         self.folds = [
             found.get(key) or Fold(self._paths[key], None, _OUTSIDE) for key in norms
         ]
+
+    def folded_model(self):
+        """The model as planned, as a new one."""
+
+        def make(layer):
+            return type(layer).from_config(self.edits[id(layer)].config())
+
+        def fill(layer, new):
+            self.edits[id(layer)].write(new)
+
+        def wants(layer):
+            return id(layer) in self.edits or id(layer) in self.folded
+
+        copier = Copier(wants, make, fill, skip=self.folded)
+        return copier.copy(self._model, compiled=False)
 
     def _place(self, graph, node):
         norm = node.operation
