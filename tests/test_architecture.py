@@ -14,14 +14,15 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # Each layer of the house may import those below it.
 ORDER = [
-    {"version"},
+    {"version", "quiet"},
     {"moments"},
     {"kernels", "moving"},
     {"renorm"},
     {"step", "arguments"},
     {"layer"},
-    {"tools", "verify", "bench"},
-    {"diagnosis", "verify_table"},
+    {"tools", "proof", "bench"},
+    {"diagnosis"},
+    {"commands"},
     {"cli"},
     {"__main__"},
 ]

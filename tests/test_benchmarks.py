@@ -1,6 +1,5 @@
 """The benchmarks run, and measure what they say."""
 
-import argparse
 import os
 import subprocess
 import sys
@@ -13,7 +12,6 @@ from distributed import strategy_of
 
 import keras_bn
 from keras_bn import bench
-from keras_bn.kernels import plan
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks import __main__ as everything
@@ -338,62 +336,3 @@ def test_triton_comes_before_tensorflow(tmp_path):
         check=True,
     )
     assert result.stdout == "False\n"
-
-
-def run(capsys, *argv):
-    parser = argparse.ArgumentParser()
-    bench.add_bench(parser.add_subparsers())
-    arguments = parser.parse_args(["bench", *argv])
-    assert arguments.run(arguments) == 0
-    return capsys.readouterr().out
-
-
-def test_command(capsys):
-    out = run(capsys, "--shape", "8,4", "--shape", "6,5,3", "--seconds", "0.1")
-    assert "(8, 4)" in out
-    assert "(6, 5, 3)" in out
-
-
-def test_calibrate(capsys, monkeypatch):
-    timing = bench.Timing(16.0, 1.0, 1.0, 1)
-    slower = {"plain": timing, "fused": timing._replace(median=32.0)}
-    faster = {"plain": timing, "fused": timing._replace(median=8.0)}
-    answers = iter([slower, faster, slower, slower, faster, faster, faster, faster])
-    monkeypatch.setattr(bench, "interleave", lambda *_: next(answers))
-    out = run(capsys, "--calibrate")
-    built_in = f"{plan.FUSED_FROM:,}"
-    assert f"fused: faster from 262,144 elements here; built in: {built_in}" in out
-
-
-def test_calibrate_says_so_where_the_fused_kernel_never_wins(monkeypatch):
-    timings = dict.fromkeys(("plain", "fused"), bench.Timing(1.0, 1.0, 1.0, 1))
-    monkeypatch.setattr(bench, "interleave", lambda *_: timings)
-    rows, start = bench.crossover()
-    assert [elements for elements, *_ in rows] == [2**power for power in range(14, 22)]
-    assert start is None
-
-
-def test_calibrate_runs_the_kernel_it_names(monkeypatch):
-    ran = []
-
-    def forward(x, mask, gamma, beta, *, epsilon, plan):
-        ran.append(plan.kernel)
-        return x, None
-
-    def interleave(functions, seconds):
-        for name, function in functions.items():
-            ran.clear()
-            function()
-            assert set(ran) == {name}
-        return dict.fromkeys(functions, bench.Timing(1.0, 1.0, 1.0, 1))
-
-    monkeypatch.setattr(bench.kernels, "forward", forward)
-    monkeypatch.setattr(bench, "interleave", interleave)
-    bench.crossover()
-
-
-@pytest.mark.parametrize("shape", ["8", "8,0", "a,b", ""])
-def test_bad_shapes_are_refused(capsys, shape):
-    with pytest.raises(SystemExit):
-        run(capsys, "--shape", shape)
-    assert "two or more positive ints" in capsys.readouterr().err

@@ -51,6 +51,8 @@ class Finding(NamedTuple):
         severity: `"error"`, `"warning"` or `"note"`.
         message: what it is, in a sentence.
         remedy: the code that mends it.
+        tool: the function of keras_bn that mends it, such as `"recalibrate"`; None if
+            there is none.
     """
 
     kind: str
@@ -58,6 +60,7 @@ class Finding(NamedTuple):
     severity: str
     message: str
     remedy: str
+    tool: str | None = None
 
     def __str__(self):
         return f"{self.severity}: {self.layer}: {self.message}"
@@ -102,6 +105,7 @@ def _non_finite(layer, record):
             f"The moving statistics of {_of(bad)} are NaN or infinite, and so is all "
             "that inference makes of them.",
             convert + _recalibrate(layer),
+            "recalibrate",
         )
 
 
@@ -114,6 +118,7 @@ def _negative_variance(layer, record):
             ERROR,
             f"The moving variance of {_of(bad)} is negative, which no data has.",
             _recalibrate(layer),
+            "recalibrate",
         )
 
 
@@ -126,6 +131,7 @@ def _never_updated(layer, record):
             "The moving statistics are those the layer was made with: no training "
             "step has ever updated them.",
             _recalibrate(layer),
+            "recalibrate",
         )
 
 
@@ -143,6 +149,7 @@ def _momentum_too_slow(layer, record):
             "the moving statistics is still what they were before, and they are off "
             f"by {_drift(layer)}.",
             f"{_recalibrate(layer)}, or train with momentum={momentum:g}",
+            "recalibrate",
         )
 
 
@@ -154,6 +161,7 @@ def _stale(layer, record):
             NOTE if layer.frozen or layer.inference_mode else WARNING,
             f"The moving statistics are not those of the data: off by {_drift(layer)}.",
             _recalibrate(layer),
+            "recalibrate",
         )
 
 
@@ -224,6 +232,7 @@ def _frozen(layer, record):
             NOTE,
             "The layer is frozen: training does not update its moving statistics.",
             thaw if layer.keras else f"{thaw}; layer.trainable = True",
+            None if layer.keras else "unfreeze",
         )
     if layer.inference_mode:
         return Finding(
@@ -288,6 +297,7 @@ def _train_inference_gap(record):
             "With the moving statistics instead of those of the batches, "
             f"{' and '.join(worse)}.",
             "keras_bn.recalibrate(model, data)",
+            "recalibrate",
         )
 
 

@@ -74,7 +74,7 @@ def plan_fold(model):
     bn_1 -> dense
     bn_2 stays: 'relu' before it is not linear; it is an output of the model
     """
-    return _Plan(model).folds
+    return Plan(model).folds
 
 
 def fold(model):
@@ -108,32 +108,20 @@ def fold(model):
     >>> [type(layer).__name__ for layer in keras_bn.fold(model).layers]
     ['Dense']
     """
-    plan = _Plan(model)
-
-    copy, of = copy_model(model, compiled=False)
-    pairs = []
-    with scope(copy):
-        for edit in plan.edits.values():
-            layer = of(edit.layer)
-            if isinstance(edit, Normalization):
-                whole = remade(layer, plain(layer), center=True, scale=True)
-                pairs.append((layer, whole))
-                layer = whole
-            edit.write(layer)
-    exchange(pairs, holders(copy))
-    bypass(copy, [of(layer) for layer in plan.folded.values()])
-    return copy
+    return Plan(model).folded_model()
 
 
-class _Plan:
+class Plan:
     """Which normalizations go where, found graph by graph in the order of the calls.
 
-    `folded` holds those that go, `edits` the `Linear` of each layer that takes some in,
-    both by the `id` of the layer.
+    `folds` is what `plan_fold` returns, `folded_model` makes what `fold` returns.
+    `folded` holds the layers that go, `edits` the `Linear` of each layer that takes
+    some in, both by the `id` of the layer.
     """
 
     def __init__(self, model):
         check_built(model)
+        self._model = model
         self.folded: dict[int, keras.layers.Layer] = {}
         self.edits: dict[int, Linear] = {}
         self._paths = {id(layer): path for path, layer in walk(model)}
@@ -151,6 +139,22 @@ class _Plan:
                 self.folds.append(Fold(path, None, _OTHERWISE))
             elif is_normalization(layer):
                 self.folds.append(found.get(id(layer)) or Fold(path, None, _OUTSIDE))
+
+    def folded_model(self):
+        """The model as planned, as a new one."""
+        copy, of = copy_model(self._model, compiled=False)
+        pairs = []
+        with scope(copy):
+            for edit in self.edits.values():
+                layer = of(edit.layer)
+                if isinstance(edit, Normalization):
+                    whole = remade(layer, plain(layer), center=True, scale=True)
+                    pairs.append((layer, whole))
+                    layer = whole
+                edit.write(layer)
+        exchange(pairs, holders(copy))
+        bypass(copy, [of(layer) for layer in self.folded.values()])
+        return copy
 
     def _place(self, graph, node):
         norm = node.operation

@@ -2,24 +2,22 @@
 
 import json
 
+import command_line
 import keras
 import numpy as np
 import pytest
 from keras import layers
 
 import keras_bn
-from keras_bn import cli
+from keras_bn.diagnosis import report
 
 
 def run(*arguments):
-    return cli.main(["inspect", *map(str, arguments)])
+    return command_line.run("inspect", *arguments)
 
 
 def refused(capsys, *arguments):
-    with pytest.raises(SystemExit) as raised:
-        run(*arguments)
-    assert raised.value.code == 2
-    return " ".join(capsys.readouterr().err.split())
+    return command_line.refused(capsys, "inspect", *arguments)
 
 
 def data(n=200):
@@ -96,7 +94,7 @@ def test_a_sick_model(files, tmp_path, capsys):
 def test_a_healthy_model_after_the_remedy(files, tmp_path, capsys):
     mended = tmp_path / "mended.keras"
     arguments = [files[0], mended, "--data", files[1]]
-    assert cli.main(["recalibrate", *map(str, arguments)]) == 0
+    assert command_line.run("recalibrate", *arguments) == 0
     assert run(mended, "--data", files[1]) == 0
     assert "Nothing to complain of." in capsys.readouterr().out
 
@@ -120,6 +118,103 @@ def test_keras_layers_are_diagnosed_as_such(model, files, capsys):
     model.save(files[0])
     assert run(files[0], "--data", files[1]) == 1
     assert "from_keras(model)" in capsys.readouterr().out
+
+
+def state(files, tmp_path, *options):
+    file = tmp_path / "state.json"
+    status = run(files[0], "--json", file, "--force", *options)
+    [layer] = json.loads(file.read_text())["layers"]
+    return layer["state"], status
+
+
+STATES = {
+    "never updated": {},
+    "non finite statistics": {"moving_mean": np.nan},
+    "negative variance": {"moving_variance": -1.0},
+}
+
+
+@pytest.mark.parametrize("expected", STATES)
+def test_the_state_is_known_without_data(model, files, tmp_path, expected):
+    for name, value in STATES[expected].items():
+        getattr(model.get_layer("bn"), name).assign(np.full(6, value))
+    model.save(files[0])
+    assert state(files, tmp_path) == (expected, 0)
+    found, status = state(files, tmp_path, "--data", files[1])
+    assert found.split(", ")[0] == expected
+    assert status == 1
+
+
+def test_without_data_no_layer_is_called_healthy(model, files, tmp_path):
+    model.get_layer("bn").moving_mean.assign(np.full(6, 100.0))
+    model.save(files[0])
+    assert state(files, tmp_path) == ("updated", 0)
+    found = state(files, tmp_path, "--data", files[1])
+    assert found == ("stale statistics", 1)
+
+
+def test_a_frozen_layer_is_said_to_be(model, files, tmp_path):
+    model.get_layer("bn").trainable = False
+    model.save(files[0])
+    assert state(files, tmp_path) == ("never updated, frozen", 0)
+    found = state(files, tmp_path, "--data", files[1])
+    assert found == ("never updated, frozen", 1)
+
+
+def test_the_state_is_what_the_diagnosis_finds(model, files, tmp_path):
+    keras_bn.recalibrate(model, data()[0], verbose=0)
+    model.save(files[0])
+    assert state(files, tmp_path, "--data", files[1]) == ("healthy", 0)
+    small = ["--data", files[1], "--batch-size", 8]
+    assert state(files, tmp_path, *small) == ("small batch", 1)
+    model.get_layer("bn").gamma.assign(np.zeros(6))
+    model.save(files[0])
+    assert state(files, tmp_path, "--data", files[1]) == ("small gamma", 1)
+
+
+def test_the_remedy_on_files_is_for_what_recalibration_mends(model, files, capsys):
+    model.get_layer("bn").trainable = False
+    model.save(files[0])
+    run(files[0], "--data", files[1])
+    command = f"recalibrate {files[0]} OUT.keras --data {files[1]} --include-frozen"
+    assert f"On files: keras-bn {command}" in " ".join(capsys.readouterr().out.split())
+    keras_bn.recalibrate(model, data()[0], include_frozen=True, verbose=0)
+    model.get_layer("bn").gamma.assign(np.zeros(6))
+    model.save(files[0])
+    assert run(files[0], "--data", files[1]) == 1
+    assert "On files" not in capsys.readouterr().out
+
+
+def tools(model):
+    found = keras_bn.diagnose(model, data()[0]).findings
+    return {finding.kind: finding.tool for finding in found}
+
+
+def test_findings_name_the_tool(model):
+    model.get_layer("bn").gamma.assign(np.zeros(6))
+    named = tools(model)
+    assert named["never-updated"] == named["train-inference-gap"] == "recalibrate"
+    assert named["small-gamma"] is None
+    ours = keras_bn.from_keras(model)
+    keras_bn.freeze(ours)
+    assert tools(ours)["frozen"] == "unfreeze"
+
+
+@pytest.mark.parametrize("option", ["--html", "--plot"])
+def test_an_output_that_fails_ends_with_a_sentence(
+    files, tmp_path, capsys, monkeypatch, option
+):
+    pytest.importorskip("matplotlib", reason="it draws the figure")
+
+    def full(*arguments, **options):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(report.Report, "to_html", full)
+    monkeypatch.setattr(report.Report, "plot", full)
+    out = tmp_path / {"--html": "a.html", "--plot": "a.png"}[option]
+    message = refused(capsys, files[0], "--data", files[1], option, out)
+    assert message.endswith(f"{out} can't be written: No space left on device")
+    assert not out.exists()
 
 
 def test_nothing_is_overwritten_without_force(files, tmp_path, capsys):

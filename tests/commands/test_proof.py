@@ -9,8 +9,8 @@ import pytest
 from keras import ops
 
 import keras_bn
-from keras_bn import verify
 from keras_bn.kernels import modes
+from keras_bn.proof import cases, judge
 
 SHAPE = ((32, 20, 8), -1)
 DRAWN = ("gamma", "beta", "moving_mean", "moving_variance")
@@ -23,7 +23,7 @@ def drawn(shape, axis, seed=0):
 
 
 def run(case, seed=0):
-    [record] = verify.verify([case], seed)
+    [record] = judge.verify([case], seed)
     return record
 
 
@@ -39,12 +39,12 @@ def test_reference_gradients_are_its_finite_differences(shape, axis):
 
     def loss(**changed):
         inputs = {"x": x, **arguments, **changed}
-        results = verify.reference(
+        results = judge.reference(
             upstream=upstream, axis=axis, momentum=0.9, epsilon=1e-3, **inputs
         )
         return np.sum(upstream * results["output"])
 
-    results = verify.reference(
+    results = judge.reference(
         x, upstream, axis=axis, momentum=0.9, epsilon=1e-3, **arguments
     )
     for name, point in (("x", x), *arguments.items()):
@@ -59,7 +59,7 @@ def test_reference_gradients_are_its_finite_differences(shape, axis):
         np.testing.assert_allclose(results[f"d{name}"], numeric, rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize(("shape", "axis"), verify.SHAPES)
+@pytest.mark.parametrize(("shape", "axis"), cases.SHAPES)
 def test_reference_is_the_oracle(shape, axis):
     x, upstream, arguments = drawn(shape, axis)
     gamma, beta, mean, variance = arguments.values()
@@ -75,7 +75,7 @@ def test_reference_is_the_oracle(shape, axis):
         "moving variance": oracle.moving(variance, batch_variance, 0.9),
         "inference": oracle.normalize(x, mean, variance, gamma, beta, axes, 1e-3),
     }
-    got = verify.reference(
+    got = judge.reference(
         x, upstream, axis=axis, momentum=0.9, epsilon=1e-3, **arguments
     )
     assert got.keys() == want.keys()
@@ -84,26 +84,24 @@ def test_reference_is_the_oracle(shape, axis):
 
 
 def test_cases_cover_what_is_promised():
-    every, quick = verify.cases(), verify.cases(quick=True)
+    every, quick = cases.cases(), cases.cases(quick=True)
     assert set(quick) < set(every)
     assert len(set(every)) == len(every)
     settings = {(len(c.shape), c.axis, c.dtype, c.mode) for c in every}
     for rank in (2, 3, 4, 5):
-        for dtype in verify.DTYPES:
+        for dtype in cases.DTYPES:
             for mode in modes.MODES:
                 assert (rank, -1, dtype, mode) in settings
                 assert rank == 2 or (rank, 1, dtype, mode) in settings
     assert {c.shape for c in quick} == {c.shape for c in every}
     assert {c.dtype for c in quick} == {c.dtype for c in every}
-    assert {c.mean for c in quick} == {verify.MEAN, *verify.LARGE_MEANS}
+    assert {c.mean for c in quick} == {cases.MEAN, *cases.LARGE_MEANS}
 
 
-@pytest.mark.parametrize("dtype", verify.DTYPES)
+@pytest.mark.parametrize("dtype", cases.DTYPES)
 def test_inputs_are_numbers_of_the_dtype(dtype):
     policy = keras.DTypePolicy(dtype)
-    draw = verify._draw(
-        verify.Case(*SHAPE, dtype, "eager"), np.random.default_rng((0, 0))
-    )
+    draw = cases.draw(cases.Case(*SHAPE, dtype, "eager"), np.random.default_rng((0, 0)))
     for name, values in draw.items():
         held = policy.variable_dtype if name in DRAWN else policy.compute_dtype
         again = np.asarray(ops.cast(values, held)).astype("float64")
@@ -111,7 +109,7 @@ def test_inputs_are_numbers_of_the_dtype(dtype):
 
 
 def test_the_seed_decides_the_numbers():
-    case = verify.Case(*SHAPE, "float32", "eager")
+    case = cases.Case(*SHAPE, "float32", "eager")
     assert run(case, seed=3) == run(case, seed=3) != run(case, seed=4)
 
 
@@ -223,9 +221,9 @@ BROKEN = [
 def test_a_wrong_layer_fails_where_it_is_wrong(
     broken, dtype, quantities, mode, monkeypatch
 ):
-    case = verify.Case(*SHAPE, dtype, mode)
+    case = cases.Case(*SHAPE, dtype, mode)
     assert run(case).verdict == "PASS"
-    monkeypatch.setattr(verify, "BatchNormalization", broken)
+    monkeypatch.setattr(judge, "BatchNormalization", broken)
     record = run(case)
     assert record.verdict == "FAIL"
     assert record.worst.quantity in failing(record)
@@ -239,22 +237,22 @@ def test_a_kernel_of_the_wrong_sign_fails(monkeypatch):
         return right(x, mask, gamma, -beta, **options)
 
     monkeypatch.setattr(keras_bn.kernels, "forward", wrong)
-    record = run(verify.Case(*SHAPE, "float32", "tf.function"))
+    record = run(cases.Case(*SHAPE, "float32", "tf.function"))
     assert failing(record) == {"output", "dbeta"}
 
 
 def test_large_means_tell_two_passes_from_one(monkeypatch):
-    near = verify.Case(*SHAPE, "float32", "tf.function", mean=0.0)
-    far = verify.Case(*SHAPE, "float32", "tf.function", mean=1e3)
+    near = cases.Case(*SHAPE, "float32", "tf.function", mean=0.0)
+    far = cases.Case(*SHAPE, "float32", "tf.function", mean=1e3)
     assert run(far).verdict == "PASS"
-    monkeypatch.setattr(verify, "BatchNormalization", MeanOfSquares)
+    monkeypatch.setattr(judge, "BatchNormalization", MeanOfSquares)
     assert run(near).verdict == "PASS"
     assert failing(run(far)) == {"moving variance"}
 
 
 def test_missing_gradients_fail(monkeypatch):
-    monkeypatch.setattr(verify, "BatchNormalization", NoGradient)
-    record = run(verify.Case(*SHAPE, "float32", "eager"))
+    monkeypatch.setattr(judge, "BatchNormalization", NoGradient)
+    record = run(cases.Case(*SHAPE, "float32", "eager"))
     assert (record.verdict, record.checks) == ("FAIL", ())
     assert "dx has the shape ()" in record.failure
 
@@ -264,8 +262,8 @@ def test_an_error_of_our_layer_is_a_failure(monkeypatch):
         def build(self, input_shape):
             raise MemoryError("too large")
 
-    monkeypatch.setattr(verify, "BatchNormalization", Raises)
-    record = run(verify.Case(*SHAPE, "float32", "eager"))
+    monkeypatch.setattr(judge, "BatchNormalization", Raises)
+    record = run(cases.Case(*SHAPE, "float32", "eager"))
     assert (record.verdict, record.checks) == ("FAIL", ())
     assert record.failure == "MemoryError: too large"
 
@@ -275,20 +273,20 @@ def test_an_error_of_keras_leaves_nothing_to_compare(monkeypatch):
         def call(self, inputs, training=None):
             raise RuntimeError("no such kernel\non this device")
 
-    case = verify.Case(*SHAPE, "float32", "eager")
+    case = cases.Case(*SHAPE, "float32", "eager")
     passing = run(case)
     monkeypatch.setattr(keras.layers, "BatchNormalization", Unsupported)
     record = run(case)
     assert record.verdict == "skip"
     assert "no such kernel" in record.skipped
     assert "\n" not in record.skipped
-    assert not verify.passed([record])
-    assert verify.passed([record, passing])
+    assert not judge.passed([record])
+    assert judge.passed([record, passing])
 
 
 def test_what_passes():
     def strain(ours, limit=1.0, **arguments):
-        return verify.Check("dx", ours, 0.5, limit=limit, **arguments).strain
+        return judge.Check("dx", ours, 0.5, limit=limit, **arguments).strain
 
     assert strain(1.0, difference=0.0) == 1
     assert strain(1.1, difference=0.0) > 1
@@ -298,7 +296,7 @@ def test_what_passes():
 
 
 def test_no_records_prove_nothing():
-    assert not verify.passed([])
+    assert not judge.passed([])
 
 
 @pytest.mark.parametrize("mode", ["graph", None])

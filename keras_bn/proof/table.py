@@ -1,4 +1,4 @@
-"""The records of `keras_bn.verify`, for the terminal."""
+"""The records of the proof, for the terminal."""
 
 from collections import Counter
 from itertools import groupby
@@ -6,7 +6,8 @@ from itertools import groupby
 from rich import box
 from rich.table import Table
 
-from keras_bn.verify import DRAWS, FLOAT64_LIMIT, LEAST_ERROR, MEAN
+from keras_bn.proof.cases import MEAN
+from keras_bn.proof.judge import DRAWS, FLOAT64_LIMIT, LEAST_ERROR
 
 RULE = """\
 Each row shows the quantity nearest to its limit, of these: the output, the

@@ -1,4 +1,4 @@
-"""The command line: statuses, what it prints and what it writes."""
+"""The command line, and `verify`: statuses, what it prints and what it writes."""
 
 import json
 import pathlib
@@ -9,13 +9,14 @@ import keras
 import pytest
 
 import keras_bn
-from keras_bn import cli, verify
+from keras_bn import cli
+from keras_bn.proof import cases, judge
 
 FEW = [
-    verify.Case((64, 4), -1, "float32", "eager"),
-    verify.Case((6, 4, 5, 5), 1, "float32", "tf.function", mean=1e3),
+    cases.Case((64, 4), -1, "float32", "eager"),
+    cases.Case((6, 4, 5, 5), 1, "float32", "tf.function", mean=1e3),
     # So far from zero, Keras's own error hides a wrong epsilon.
-    verify.Case((64, 4), -1, "float32", "eager", mean=1e5),
+    cases.Case((64, 4), -1, "float32", "eager", mean=1e5),
 ]
 
 
@@ -26,12 +27,12 @@ class WrongEpsilon(keras_bn.BatchNormalization):
 
 @pytest.fixture
 def few(monkeypatch):
-    monkeypatch.setattr(verify, "cases", lambda quick=False: FEW)
+    monkeypatch.setattr(cases, "cases", lambda quick=False: FEW)
 
 
 @pytest.fixture
 def broken(few, monkeypatch):
-    monkeypatch.setattr(verify, "BatchNormalization", WrongEpsilon)
+    monkeypatch.setattr(judge, "BatchNormalization", WrongEpsilon)
 
 
 def usage_error(arguments, capsys):
@@ -47,23 +48,23 @@ def test_quick_proof_passes(tmp_path, capsys):
     file = tmp_path / "proof.json"
     assert cli.main(["verify", "--quick", "--seed", "1", "--json", str(file)]) == 0
     out = capsys.readouterr().out
-    cases = verify.cases(quick=True)
+    every = cases.cases(quick=True)
     for name in ("keras_bn", "keras", "tensorflow", "python"):
-        assert f"{name} {verify.environment()[name]}" in out.splitlines()[0]
-    assert verify.environment()["device"] in out.splitlines()[0]
-    for case in cases:
+        assert f"{name} {judge.environment()[name]}" in out.splitlines()[0]
+    assert judge.environment()["device"] in out.splitlines()[0]
+    for case in every:
         shape = "×".join(map(str, case.shape))
         rows = [line.split() for line in out.splitlines() if line.startswith(shape)]
         assert any(case.mode in row and case.dtype in row for row in rows)
     assert max(map(len, out.splitlines()[1:])) <= 80
-    assert out.splitlines()[-1] == f"PASS: {len(cases)} of {len(cases)} comparisons"
+    assert out.splitlines()[-1] == f"PASS: {len(every)} of {len(every)} comparisons"
 
     results = json.loads(file.read_text())
     assert results["passed"] is True
     assert results["seed"] == 1
-    assert results["environment"] == verify.environment()
-    assert len(results["records"]) == len(cases)
-    for record, case in zip(results["records"], cases, strict=True):
+    assert results["environment"] == judge.environment()
+    assert len(results["records"]) == len(every)
+    for record, case in zip(results["records"], every, strict=True):
         assert (tuple(record["shape"]), record["dtype"]) == (case.shape, case.dtype)
         assert record["verdict"] == "PASS"
         assert len(record["checks"]) == 7
@@ -96,7 +97,7 @@ def test_json_has_no_numbers_that_json_has_not(few, monkeypatch, capsys):
         def call(self, inputs, training=None):
             return super().call(inputs, training=training) * float("nan")
 
-    monkeypatch.setattr(verify, "BatchNormalization", NotFinite)
+    monkeypatch.setattr(judge, "BatchNormalization", NotFinite)
     assert cli.main(["verify", "--json", "-"]) == 1
 
     def refuse(constant):
@@ -109,7 +110,7 @@ def test_json_has_no_numbers_that_json_has_not(few, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("module", "said"),
     [
-        (verify, ["FAIL: 3 of 3 comparisons", "our layer raised MemoryError: [too]"]),
+        (judge, ["FAIL: 3 of 3 comparisons", "our layer raised MemoryError: [too]"]),
         (
             keras.layers,
             ["FAIL: nothing could be compared", "Keras's layer raised MemoryError"],
@@ -162,11 +163,11 @@ def test_files_that_can_not_be_written_are_refused_at_once(tmp_path, capsys):
 def test_a_file_that_appears_meanwhile_is_kept(tmp_path, monkeypatch, capsys):
     file = tmp_path / "proof.json"
 
-    def cases(quick=False):
+    def slow(quick=False):
         file.write_text("theirs")
         return FEW[:1]
 
-    monkeypatch.setattr(verify, "cases", cases)
+    monkeypatch.setattr(cases, "cases", slow)
     with pytest.raises(SystemExit) as raised:
         cli.main(["verify", "--json", str(file)])
     assert raised.value.code == 2
@@ -191,7 +192,7 @@ def test_interrupted(monkeypatch, tmp_path):
     def interrupt(quick=False):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(verify, "cases", interrupt)
+    monkeypatch.setattr(cases, "cases", interrupt)
     file = tmp_path / "proof.json"
     assert cli.main(["verify", "--json", str(file)]) == 130
     assert not file.exists()

@@ -28,7 +28,6 @@ import platform
 import textwrap
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
-from itertools import product
 
 import keras
 import numpy as np
@@ -36,49 +35,17 @@ from keras import ops
 
 from keras_bn.kernels import modes
 from keras_bn.layer import BatchNormalization
+from keras_bn.proof import cases
 from keras_bn.version import __version__
 
 # What Keras's error counts for at least, by the dtype that holds the result.
 LEAST_ERROR = {"float32": 2.0**-23, "float16": 2.0**-11, "bfloat16": 2.0**-8}
 FLOAT64_LIMIT = 1e-12
 DRAWS = 4
-MEAN = 1.0
 SUMS = ("dgamma", "dbeta", "moving mean", "moving variance")
 
 # With half the old value, errors of the batch statistics show in the moving ones.
 ARGUMENTS = {"momentum": 0.5, "epsilon": 1e-3}
-
-SHAPES = [
-    ((256, 64), -1),
-    ((32, 40, 16), -1),
-    ((32, 16, 40), 1),
-    ((8, 14, 14, 32), -1),
-    ((8, 32, 14, 14), 1),
-    ((4, 6, 8, 6, 16), -1),
-    ((4, 16, 6, 8, 6), 1),
-]
-DTYPES = ["float64", "float32", "mixed_float16", "mixed_bfloat16", "float16"]
-LARGE_MEANS = [1e3, 1e5]
-QUICK = ("float32", MEAN)
-
-
-@dataclass(frozen=True)
-class Case:
-    """One setting to compare the layers in.
-
-    Args:
-        shape: of the input.
-        axis: the channel axis.
-        dtype: name of a dtype policy, such as "float32" or "mixed_float16".
-        mode: one of `keras_bn.kernels.modes.MODES`.
-        mean: of the input, whose standard deviation is 1.
-    """
-
-    shape: tuple[int, ...]
-    axis: int
-    dtype: str
-    mode: str
-    mean: float = MEAN
 
 
 @dataclass(frozen=True)
@@ -119,7 +86,7 @@ class Record:
         skipped: the error that Keras's layer raised: there is nothing to compare with.
     """
 
-    case: Case
+    case: cases.Case
     checks: tuple[Check, ...] = ()
     failure: str | None = None
     skipped: str | None = None
@@ -138,17 +105,10 @@ class Record:
         return max(self.checks, key=lambda check: check.strain, default=None)
 
     def to_dict(self) -> dict:
-        """The record in JSON's types; numbers that are not finite become None."""
-        checks = {
-            check.quantity: {
-                "ours": _finite(check.ours),
-                "keras": _finite(check.keras),
-                "difference": _finite(check.difference),
-                "limit": _finite(check.limit),
-                "difference_limit": _finite(check.difference_limit),
-            }
-            for check in self.checks
-        }
+        """The record in plain types."""
+        checks = {check.quantity: asdict(check) for check in self.checks}
+        for check in checks.values():
+            del check["quantity"]
         return {
             **asdict(self.case),
             "verdict": self.verdict,
@@ -158,35 +118,11 @@ class Record:
         }
 
 
-def cases(quick: bool = False) -> list[Case]:
-    """The settings that `verify` goes through by default.
-
-    Args:
-        quick: all shapes in float32, and the other dtypes and a large mean with one
-            shape, instead of all combinations.
-
-    Returns:
-        Shapes of rank 2 to 5, with the channels last and first, in each dtype; some of
-        them in float32 with large means as well; all that in each of `modes.MODES`.
-    """
-    settings = []
-    for shape in SHAPES:
-        settings += [(shape, dtype, MEAN) for dtype in DTYPES]
-        if len(shape[0]) in (2, 4):
-            settings += [(shape, "float32", mean) for mean in LARGE_MEANS]
-    if quick:
-        settings = [s for s in settings if s[0] == SHAPES[0] or s[1:] == QUICK]
-    return [
-        Case(*shape, dtype, mode, mean)
-        for (shape, dtype, mean), mode in product(settings, modes.MODES)
-    ]
-
-
-def verify(settings: Iterable[Case] | None = None, seed: int = 0) -> Iterator[Record]:
+def verify(settings: Iterable[cases.Case], seed: int = 0) -> Iterator[Record]:
     """Compare this package's layer with Keras's, one case after the other.
 
     Args:
-        settings: the cases; `cases()` by default.
+        settings: the cases, such as `cases.cases()`.
         seed: not negative, of the random inputs, parameters and upstream gradients.
 
     Yields:
@@ -194,12 +130,12 @@ def verify(settings: Iterable[Case] | None = None, seed: int = 0) -> Iterator[Re
 
     Example:
 
-    >>> case = Case((32, 4), axis=-1, dtype="float64", mode="eager")
+    >>> case = cases.Case((32, 4), axis=-1, dtype="float64", mode="eager")
     >>> [record] = verify([case])
     >>> record.verdict
     'PASS'
     """
-    for case in cases() if settings is None else settings:
+    for case in settings:
         yield _compare(case, seed)
 
 
@@ -263,7 +199,7 @@ def reference(
 
 
 def _compare(case, seed):
-    draws = [_draw(case, np.random.default_rng((seed, i))) for i in range(DRAWS)]
+    draws = [cases.draw(case, np.random.default_rng((seed, i))) for i in range(DRAWS)]
     want = _stack(reference(**draw, axis=case.axis, **ARGUMENTS) for draw in draws)
     # Whatever a layer raises on this device is a result, not the end of the run.
     try:
@@ -275,30 +211,6 @@ def _compare(case, seed):
     except Exception as error:
         return Record(case, failure=_summary(error))
     return Record(case, tuple(_check(case, q, ours, theirs, want) for q in want))
-
-
-def _draw(case, rng):
-    """The arguments of `reference` at random, in numbers that the layers can hold."""
-    policy = keras.DTypePolicy(case.dtype)
-    channels = case.shape[case.axis]
-    activations = {
-        "x": rng.normal(case.mean, 1, case.shape),
-        "upstream": rng.normal(size=case.shape),
-    }
-    weights = {
-        "gamma": rng.uniform(0.5, 1.5, channels),
-        "beta": rng.normal(size=channels),
-        "moving_mean": rng.normal(case.mean, 0.1, channels),
-        "moving_variance": rng.uniform(0.5, 2, channels),
-    }
-
-    def rounded(arrays, dtype):
-        return {name: _array(ops.cast(a, dtype)) for name, a in arrays.items()}
-
-    return {
-        **rounded(activations, policy.compute_dtype),
-        **rounded(weights, policy.variable_dtype),
-    }
 
 
 def _results(layer_class, case, draws):
@@ -331,10 +243,6 @@ def _results(layer_class, case, draws):
             if array.shape != shape:
                 raise ValueError(f"{quantity} has the shape {array.shape}, not {shape}")
         yield results
-
-
-def _finite(number):
-    return number if math.isfinite(number) else None
 
 
 def _summary(error):

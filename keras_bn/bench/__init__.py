@@ -1,0 +1,27 @@
+"""Timing: what `keras-bn bench` and the scripts in benchmarks/ share."""
+
+from keras_bn.bench.chains import (
+    OURS,
+    PEER,
+    chain,
+    compare,
+    crossover,
+    depth,
+    in_line,
+    per_layer,
+)
+from keras_bn.bench.timing import Timing, interleave, verdict
+
+__all__ = [
+    "OURS",
+    "PEER",
+    "Timing",
+    "chain",
+    "compare",
+    "crossover",
+    "depth",
+    "in_line",
+    "interleave",
+    "per_layer",
+    "verdict",
+]

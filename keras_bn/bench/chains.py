@@ -1,0 +1,160 @@
+"""Chains of layers, ours and Keras's, as functions to be timed."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import numpy as np
+
+from keras_bn import kernels
+from keras_bn.bench.timing import Timing, interleave
+from keras_bn.kernels import modes, plan
+from keras_bn.layer import BatchNormalization
+
+OURS, PEER = "keras_bn", "Keras"
+
+
+def depth(shape) -> int:
+    """How many layers a chain has: fewer of large ones.
+
+    >>> depth((32, 64)), depth((16, 112, 112, 64))
+    (16, 4)
+    """
+    return 16 if math.prod(shape) < 4e6 else 4
+
+
+def chain(
+    make: Callable[[], keras.Layer],
+    shape: tuple[int, ...],
+    mode: str = "tf.function",
+    training: bool = True,
+    dtype: str = "float32",
+    backward: bool = True,
+    known: bool = False,
+) -> Callable[[], Any]:
+    """Layers one after another as one function of no arguments, on random data.
+
+    Args:
+        make: gives a new layer.
+        shape: of the input.
+        mode: one of `kernels.modes.MODES`.
+        training: whether to take training steps, forward and backward with the
+            update of the moving statistics; or inference steps, forward alone.
+        dtype: of the input.
+        backward: whether training steps go backward.
+        known: whether the batch size is known while tracing; in `fit` it is not.
+
+    Returns:
+        The function, for `depth(shape)` layers.
+    """
+    rng = np.random.default_rng(0)
+    x, upstream = (
+        keras.ops.convert_to_tensor(rng.normal(size=shape).astype("float32"), dtype)
+        for _ in range(2)
+    )
+    spec = (shape if known else (None, *shape[1:]), dtype)
+    forward, weights = in_line(make, spec[0], training, depth(shape))
+    if not (training and backward):
+        run = modes.in_mode(forward, mode, [spec])
+        return lambda: run(x)
+    step = modes.with_gradients(forward, weights, mode, [spec, spec])
+    return lambda: step(x, upstream)
+
+
+def in_line(make, shape, training=True, length=None):
+    """New layers one after another.
+
+    Args:
+        make, shape, training: as for `chain`.
+        length: how many; `depth(shape)` by default.
+
+    Returns:
+        `(forward, weights)`: a function of one tensor that returns one, and the
+        trainable variables.
+    """
+    layers = [make() for _ in range(length or depth(shape))]
+    for layer in layers:
+        layer.build(shape)
+
+    def forward(x):
+        for layer in layers:
+            x = layer(x, training=training)
+        return x
+
+    return forward, [w for layer in layers for w in layer.trainable_variables]
+
+
+def compare(shape, mode="tf.function", training=True, seconds=5.0, **options):
+    """Milliseconds per layer, ours and Keras's.
+
+    Args:
+        shape, mode, training: as for `chain`.
+        seconds: how long to measure.
+        **options: arguments of both layers, such as `axis` and `dtype`.
+
+    Returns:
+        A dict from name to `Timing`.
+    """
+    makes = {
+        PEER: lambda: keras.layers.BatchNormalization(**options),
+        OURS: lambda: BatchNormalization(**options),
+    }
+    functions = {n: chain(make, shape, mode, training) for n, make in makes.items()}
+    return per_layer(interleave(functions, seconds), shape)
+
+
+def per_layer(timings: dict[str, Timing], shape) -> dict[str, Timing]:
+    """The timings of a chain as those of one of its layers."""
+    n = depth(shape)
+    return {
+        name: Timing(t.median / n, t.low / n, t.high / n, t.rounds)
+        for name, t in timings.items()
+    }
+
+
+def crossover(seconds: float = 20.0, channels: int = 64) -> tuple[list, int | None]:
+    """Where the fused kernel becomes the faster one on this machine.
+
+    Args:
+        seconds: how long to measure in all.
+        channels: channels of the inputs.
+
+    Returns:
+        A list of `(elements, ms of the plain kernel, ms of the fused one)` per layer,
+        and the number of elements from which the fused one stays faster; None if it
+        never is.
+    """
+    rows = []
+    for power in range(14, 22):
+        shape = (2**power // channels, channels)
+        plans = {name: plan.Plan(name, axes=(1,)) for name in ("plain", "fused")}
+        functions = {name: _by_plan(each, shape) for name, each in plans.items()}
+        timings = per_layer(interleave(functions, seconds / 8), shape)
+        rows.append((2**power, timings["plain"].median, timings["fused"].median))
+    start = None
+    for elements, plain, fused in reversed(rows):
+        if fused >= plain:
+            break
+        start = elements
+    return rows, start
+
+
+def _by_plan(how, shape):
+    """A training step of a chain of kernels by one plan, as a function."""
+    rng = np.random.default_rng(0)
+    x, upstream = (
+        keras.ops.convert_to_tensor(rng.normal(size=shape).astype("float32"))
+        for _ in range(2)
+    )
+    gamma, beta = (keras.Variable(np.full(shape[-1:], v, "float32")) for v in (1, 0))
+
+    def forward(x):
+        for _ in range(depth(shape)):
+            x, _ = kernels.forward(
+                x, None, gamma.value, beta.value, epsilon=1e-3, plan=how
+            )
+        return x
+
+    step = modes.with_gradients(forward, [gamma, beta], "tf.function")
+    return lambda: step(x, upstream)

@@ -1,0 +1,108 @@
+"""`keras-bn bench`: the layer timed beside Keras's on this machine.
+
+keras-bn bench --shape 32,56,56,64
+"""
+
+import argparse
+
+from rich.console import Console
+from rich.table import Table
+
+from keras_bn.bench import chains, timing
+from keras_bn.commands.errors import UsageError, refused
+from keras_bn.commands.options import at_least
+from keras_bn.kernels import modes, plan
+
+_SHAPES = ((32, 64), (128, 256), (256, 1024), (32, 28, 28, 128), (16, 56, 56, 64))
+
+
+def add(commands):
+    """Add the command."""
+    parser = commands.add_parser(
+        "bench",
+        help="time the layer beside Keras's on this machine",
+        description="Time training steps of a chain of layers, keras_bn's and Keras's "
+        "in turn, and print milliseconds per layer and the ratio of the medians.",
+    )
+    parser.add_argument(
+        "--shape",
+        type=_shape,
+        action="append",
+        metavar="N,...,C",
+        help="of an input, such as 32,56,56,64; may be given again",
+    )
+    parser.add_argument("--axis", type=int, default=-1, help="of the channels (-1)")
+    parser.add_argument(
+        "--mode", choices=modes.MODES, default="tf.function", help="how to run it"
+    )
+    parser.add_argument(
+        "--inference", action="store_true", help="inference instead of training"
+    )
+    parser.add_argument(
+        "--seconds",
+        type=at_least(0, float),
+        default=60.0,
+        help="how long to measure in all (60)",
+    )
+    parser.add_argument(
+        "--calibrate",
+        action="store_true",
+        help="print from which size on a plan with the fused kernel is faster here",
+    )
+    parser.set_defaults(run=_run, parser=parser)
+
+
+def _run(arguments):
+    console = Console(highlight=False)
+    for line in _calibrated(arguments) if arguments.calibrate else _timed(arguments):
+        console.print(line)
+    return 0
+
+
+def _calibrated(arguments):
+    """A table, and what it says."""
+    rows, start = chains.crossover(arguments.seconds)
+    table = Table("elements", "plain, ms", "fused, ms")
+    for elements, *times in rows:
+        table.add_row(f"{elements:,}", *(f"{t:.3f}" for t in times))
+    here = "none here" if start is None else f"{start:,} elements here"
+    built_in = f"built in: {plan.FUSED_FROM:,}"
+    return [table, f"[bold]fused: faster from {here}; {built_in}[/]"]
+
+
+def _timed(arguments):
+    """A table."""
+    shapes = arguments.shape or _SHAPES
+    table = Table("input", "Keras, ms", "keras_bn, ms", "ratio", "keras_bn is")
+    for shape in shapes:
+        if not -len(shape) <= arguments.axis < len(shape):
+            raise UsageError(f"--axis {arguments.axis} is no axis of {shape}")
+        with refused(ValueError, MemoryError, saying=f"{shape} can't be timed: "):
+            timings = chains.compare(
+                shape,
+                arguments.mode,
+                not arguments.inference,
+                arguments.seconds / len(shapes),
+                axis=arguments.axis,
+            )
+        ours, peer = (timings[name].median for name in (chains.OURS, chains.PEER))
+        table.add_row(
+            str(shape),
+            f"{peer:.3f}",
+            f"{ours:.3f}",
+            f"{peer / ours:.2f}",
+            timing.verdict(peer / ours),
+        )
+    return [table]
+
+
+def _shape(text):
+    try:
+        shape = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        shape = ()
+    if len(shape) < 2 or min(shape) < 1:
+        raise argparse.ArgumentTypeError(
+            f"must be two or more positive ints, such as 32,56,56,64, not {text!r}"
+        )
+    return shape

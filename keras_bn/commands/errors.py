@@ -1,0 +1,72 @@
+"""What goes wrong in a command: an error is one sentence, a warning is a note."""
+
+import contextlib
+import re
+import warnings
+from pathlib import Path
+
+_PACKAGE = Path(__file__).parents[1]
+
+# What Keras writes around the cause of an error.
+_BEFORE = "Exception encountered: "
+_HEADING = "Exception encountered when calling "
+_AFTER = " Full object config: "
+_BOLD = re.compile(r"\x1b\[\d*m")
+
+
+class UsageError(Exception):
+    """What the user asked for cannot be done; the message is a sentence that says why.
+
+    `cli.main` prints it and ends with exit status 2.
+    """
+
+
+@contextlib.contextmanager
+def refused(*kinds, saying=""):
+    """Turn errors of these kinds into a `UsageError`.
+
+    Args:
+        *kinds: classes of exceptions; `Exception` for code of others, which may raise
+            anything for what the user gave it.
+        saying: what stands before the error's own sentence.
+    """
+    try:
+        yield
+    except UsageError:
+        raise
+    except kinds as error:
+        raise UsageError(saying + sentence(error)) from error
+
+
+@contextlib.contextmanager
+def noted():
+    """Collect what keras_bn warns of; what Keras and others warn of is dropped.
+
+    Yields:
+        A list, which holds the sentences when the context has ended.
+    """
+    notes: list[str] = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield notes
+    notes += [
+        str(warning.message)
+        for warning in caught
+        if issubclass(warning.category, UserWarning)
+        and _PACKAGE in Path(warning.filename).parents
+    ]
+
+
+def sentence(error) -> str:
+    """The line of an error's message that says what is wrong.
+
+    Keras puts the cause of a failed load at the end, after the configs of all layers
+    around it, and the cause of a failed call below a heading.
+
+    >>> sentence(TypeError("Not this.\\n\\nException encountered: No class 'A'."))
+    "No class 'A'."
+    """
+    text = _BOLD.sub("", str(error)).rpartition(_BEFORE)[2]
+    lines = [line.strip() for line in text.splitlines()]
+    said = [line for line in lines if line and not line.startswith(_HEADING)]
+    return said[0].partition(_AFTER)[0] if said else repr(error)

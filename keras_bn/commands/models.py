@@ -1,0 +1,131 @@
+"""What the commands on model files share: arguments, the models they open and save."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import h5py
+import keras
+
+from keras_bn.commands import output
+from keras_bn.commands.errors import UsageError, noted, refused, sentence
+from keras_bn.commands.modules import add_import, imported
+from keras_bn.commands.options import add_json
+from keras_bn.tools.convert import to_keras
+from keras_bn.tools.load import holds_ours, load_model
+from keras_bn.tools.norms import normalizations
+
+# How Keras begins or goes on if it doesn't know a class or function of a file.
+_UNKNOWN = ("Could not locate ", "custom_object_scope")
+
+
+class Opened(NamedTuple):
+    """A model from a file.
+
+    Args:
+        model: the model, with layers of ours.
+        layers: its batch normalizations by path.
+        native: whether the file has Keras's own layers.
+        notes: what loading it has warned of.
+    """
+
+    model: keras.Model
+    layers: dict[str, keras.Layer]
+    native: bool
+    notes: list[str]
+
+
+def add_command(commands, name, summary, description, run, output=False):
+    """Add a command on a model file, with its usual arguments.
+
+    Args:
+        commands: what `add_subparsers` gave.
+        name, summary, description: of the command.
+        run: `run(arguments)`, which gives the exit status.
+        output: whether it writes a model.
+
+    Returns:
+        The parser, for further arguments.
+    """
+    parser = commands.add_parser(name, help=summary, description=description)
+    files = "a .keras or .h5 file"
+    parser.add_argument("model", metavar="IN" if output else "MODEL", help=files)
+    if output:
+        parser.add_argument("output", metavar="OUT", help="the file to write")
+    add_import(parser)
+    add_json(parser)
+
+    def with_modules(arguments):
+        with imported(arguments.modules):
+            return run(arguments)
+
+    parser.set_defaults(run=with_modules, parser=parser)
+    return parser
+
+
+def open_model(arguments) -> Opened:
+    """Check the outputs of a command, then load the model it is about.
+
+    Raises:
+        UsageError: if that cannot be.
+        SystemExit: with status 1 if the model has no batch normalization.
+    """
+    file = arguments.model
+    if (target := getattr(arguments, "output", None)) is not None:
+        if Path(target).suffix not in (".keras", ".h5"):
+            raise UsageError(f"{target} must end in .keras or .h5")
+        output.check(arguments, target)
+    output.check_json(arguments)
+    with refused(OSError):
+        _check_holds_model(file)
+    try:
+        with noted() as notes:
+            model = load_model(file)
+        native = not holds_ours(file)
+    except Exception as error:  # whatever Keras makes of a file it can't read
+        raise UsageError(_cause(file, error)) from error
+    with refused(ValueError):
+        layers = normalizations(model)
+    if not layers:
+        raise SystemExit(f"'{model.name}' has no batch normalization in it.")
+    return Opened(model, layers, native, notes)
+
+
+def save(arguments, model, native=False):
+    """Write a model to the command's output, whole or not at all.
+
+    Args:
+        arguments: of the command.
+        model: the model.
+        native: whether with Keras's own layers, as its file had them.
+    """
+    if native:
+        with refused(ValueError, TypeError):
+            model = to_keras(model)
+    with noted():
+        output.write(arguments, arguments.output, model.save)
+
+
+def channels(layer):
+    """How many channels a layer has; a list of sizes for several axes."""
+    sizes = tuple(layer.moving_mean.shape)
+    return sizes[0] if len(sizes) == 1 else list(sizes)
+
+
+def _check_holds_model(file):
+    """Refuse a file of weights alone."""
+    if not Path(file).is_file() or not h5py.is_hdf5(file):
+        return
+    with h5py.File(file) as opened:
+        if "model_config" not in opened.attrs:
+            raise UsageError(
+                f"{file} holds weights and no model: load them into the model they "
+                "belong to, and save that with model.save"
+            )
+
+
+def _cause(file, error):
+    """What is wrong with a file, and what helps if Keras doesn't know a class in it."""
+    said = sentence(error)
+    if any(words in said for words in _UNKNOWN):
+        said += " --import MODULE imports the module that defines it."
+    return said if file in said else f"{file} can't be loaded: {said}"

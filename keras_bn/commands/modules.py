@@ -1,0 +1,76 @@
+"""`--import MODULE`: the user's own classes and functions, which a model needs."""
+
+import contextlib
+import importlib
+import inspect
+import os
+import sys
+
+import keras
+
+from keras_bn.commands.errors import UsageError, sentence
+
+
+def add_import(parser):
+    """Add `--import`."""
+    parser.add_argument(
+        "--import",
+        dest="modules",
+        metavar="MODULE",
+        action="append",
+        default=[],
+        help="import this module first, for the classes that the model needs; the "
+        "current folder is searched too; may be given again",
+    )
+
+
+@contextlib.contextmanager
+def imported(names):
+    """Import modules, and let Keras find the classes and functions they define.
+
+    Registered or not: within the context, Keras finds them by their names.
+
+    Args:
+        names: of modules that are installed or in the current folder.
+    """
+    if not names:
+        yield
+        return
+    folder = os.getcwd()
+    sys.path.insert(0, folder)
+    try:
+        found = [_defined_in(_import(name)) for name in names]
+        with keras.saving.custom_object_scope(*found):
+            yield
+    finally:
+        sys.path.remove(folder)
+
+
+def _import(name):
+    if name.endswith(".py") or os.sep in name:
+        raise UsageError(
+            f"--import takes the name of a module, such as my_layers, not {name}"
+        )
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if name == error.name or name.startswith(f"{error.name}."):
+            raise UsageError(
+                f"--import {name}: no module '{error.name}' is installed or in the "
+                "current folder"
+            ) from error
+        raise UsageError(f"--import {name} fails: {sentence(error)}") from error
+    except Exception as error:  # whatever the user's code raises
+        kind = type(error).__name__
+        raise UsageError(f"--import {name} fails: {kind}: {sentence(error)}") from error
+
+
+def _defined_in(module):
+    """Its classes and functions by name, without those that it has from elsewhere."""
+    package = module.__name__
+    return {
+        name: value
+        for name, value in vars(module).items()
+        if (inspect.isclass(value) or inspect.isfunction(value))
+        and f"{value.__module__}.".startswith(f"{package}.")
+    }

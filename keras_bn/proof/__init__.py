@@ -1,0 +1,1 @@
+"""The proof that the layer computes what Keras's computes, on this machine."""

@@ -1,0 +1,93 @@
+"""Commands without TensorFlow's start-up notices; programs keep their logging."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import keras
+import pytest
+
+import keras_bn
+from keras_bn import quiet
+
+ROOT = Path(keras_bn.__file__).parents[1]
+SCRIPT = "from keras_bn.cli import main\n\nraise SystemExit(main())\n"
+
+
+def process(*command, **variables):
+    """Run Python as from a fresh shell."""
+    kept = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
+    return subprocess.run(
+        [sys.executable, *map(str, command)],
+        env={**kept, "PYTHONPATH": str(ROOT), **variables},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    file = tmp_path_factory.mktemp("model") / "model.keras"
+    layers = [keras.Input((4,)), keras.layers.BatchNormalization(name="bn")]
+    keras.Sequential(layers).save(file)
+    return file
+
+
+@pytest.mark.parametrize("form", ["module", "script"])
+@pytest.mark.parametrize("suffix", ["keras", "h5"])
+def test_stderr_is_empty(model, tmp_path, form, suffix):
+    """Also of what Keras logs when it writes a file of the older format."""
+    script = tmp_path / "keras-bn"  # as pip installs it
+    script.write_text(SCRIPT)
+    start = ["-m", "keras_bn"] if form == "module" else [script]
+    out = tmp_path / f"out.{suffix}"
+    done = process(*start, "convert", model, out)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "1 converted" in done.stdout
+
+
+def test_a_step_under_xla_prints_nothing_either():
+    options = ["--shape", "8,4", "--mode", "jit_compile", "--seconds", "0"]
+    done = process("-m", "keras_bn", "bench", *options)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_programs_keep_their_logging(tmp_path):
+    program = tmp_path / "program.py"
+    level = "print(os.environ.get('TF_CPP_MIN_LOG_LEVEL'))"
+    program.write_text(f"import os\nimport keras_bn\n{level}\n")
+    done = process(program)
+    assert done.stdout == "None\n"
+    assert done.stderr  # what TensorFlow says when it starts
+    done = process(program, TF_CPP_MIN_LOG_LEVEL="1")
+    assert done.stdout == "1\n"
+
+
+def test_who_asks_for_the_notices_gets_them(model):
+    done = process("-m", "keras_bn", "inspect", model, TF_CPP_MIN_LOG_LEVEL="0")
+    assert done.returncode == 0
+    assert done.stderr
+
+
+@pytest.mark.parametrize(
+    ("argv", "original", "expected"),
+    [
+        (["/usr/bin/keras-bn", "inspect"], ["python", "/usr/bin/keras-bn"], True),
+        (["C:\\Scripts\\keras-bn.exe"], ["keras-bn.exe"], os.name == "nt"),
+        (["keras-bn.exe"], ["keras-bn.exe"], True),
+        (["-m", "verify"], ["python", "-m", "keras_bn", "verify"], True),
+        (["-m"], ["python", "-X", "dev", "-m", "keras_bn"], True),
+        (["-m"], ["python", "-m", "my.training"], False),
+        (["-m"], ["python", "-m", "pytest", "--pyargs", "keras_bn.layer"], False),
+        (["train.py", "keras_bn"], ["python", "train.py", "keras_bn"], False),
+        (["-c"], ["python", "-c", "import keras_bn"], False),
+        ([""], ["python"], False),
+        ([], ["embedded"], False),
+    ],
+)
+def test_what_is_the_command_line(monkeypatch, argv, original, expected):
+    monkeypatch.setattr(sys, "argv", argv)
+    monkeypatch.setattr(sys, "orig_argv", original)
+    assert quiet.is_command_line() is expected
