@@ -45,10 +45,15 @@ def assert_same(got, want):
     assert relative_error(got, want) < 16 * np.finfo("float32").eps
 
 
-def to_tflite(model, path):
-    """A TFLite interpreter of the exported model."""
+def to_tflite(model, path, calibrated_on=None):
+    """A TFLite interpreter of the exported model; in int8 if data is given for that."""
     model.export(path, verbose=False)
-    converted = tf.lite.TFLiteConverter.from_saved_model(str(path)).convert()
+    converter = tf.lite.TFLiteConverter.from_saved_model(str(path))
+    if calibrated_on is not None:
+        converter.optimizations = [tf.lite.Optimize.DEFAULT]
+        converter.representative_dataset = lambda: ([x[None]] for x in calibrated_on)
+        converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS_INT8]
+    converted = converter.convert()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*tf.lite.Interpreter is deprecated")
         return tf.lite.Interpreter(model_content=converted)
@@ -81,6 +86,26 @@ def test_a_normalization_that_stays_costs_what_keras_costs(tmp_path):
         randomize(model.layers[1])
         costs.append(operators(to_tflite(model, tmp_path / cls.__module__)))
     assert costs[0] == costs[1] == ["ADD", "MUL", "RELU"]
+
+
+@pytest.mark.parametrize("folded", [False, True])
+def test_int8_is_as_accurate_as_with_keras_layer(tmp_path, folded):
+    """A normalization after an activation stays, and is quantized as it stands."""
+    layers, rng = keras.layers, np.random.default_rng(0)
+    x = rng.normal(0.0, 1.0, (64, 8, 8, 4)).astype("float32")
+    errors = []
+    for cls in keras.layers.BatchNormalization, keras_bn.BatchNormalization:
+        keras.utils.set_random_seed(0)
+        model = keras.Sequential(
+            [keras.Input((8, 8, 4)), layers.Conv2D(8, 3), layers.ReLU(), cls(name="bn")]
+        )
+        randomize(model.get_layer("bn"))
+        model = keras_bn.fold(model) if folded else model
+        assert isinstance(model.layers[-1], cls)
+        interpreter = to_tflite(model, tmp_path / cls.__module__, calibrated_on=x)
+        got = np.concatenate([run_tflite(interpreter, each[None]) for each in x])
+        errors.append(relative_error(got, model(x).numpy()))
+    assert 0 < errors[1] <= 1.05 * errors[0] < 0.2
 
 
 @pytest.mark.parametrize("make", MODELS)
