@@ -10,21 +10,20 @@ from typing import Any, NamedTuple
 
 import keras
 import numpy as np
+from keras.src.losses.loss import unscale_loss_for_distribution
 
 from keras_bn.arguments import align_mask
 from keras_bn.moments import Moments
-from keras_bn.tools.graph import (
-    graph_of,
-    input_of,
-    intercepted,
-    nodes,
-    scope,
-    state_kept,
-    walk,
-)
+from keras_bn.tools.arrays import axes, float64
+from keras_bn.tools.graph import graph_of, input_of, nodes, walk
 from keras_bn.tools.linear import is_linear
-from keras_bn.tools.norms import is_normalization
-from keras_bn.tools.recalibrate import Pass, is_frozen, twin_of
+from keras_bn.tools.norms import (
+    is_frozen,
+    is_keras,
+    is_normalization,
+    normalizations,
+)
+from keras_bn.tools.observe import Watch, batches, observed, pooled, state_kept
 
 _INFERENCE, _TRAINING, _PROBE = "inference", "training", "probe"
 
@@ -143,18 +142,8 @@ def collect(model, data, *, steps=None, batch_size=None, verbose="auto"):
     Returns:
         A `ModelRecord`.
     """
-    if not isinstance(model, keras.layers.Layer):
-        raise TypeError(f"Expected a Keras model. Received: {model!r}")
-    if not model.built:
-        raise ValueError(
-            f"'{model.name}' is not built, so it has no statistics yet. Call it on "
-            "data, or build it, first."
-        )
-    layers = {path: layer for path, layer in walk(model) if is_normalization(layer)}
-    if not layers:
-        raise ValueError(f"'{model.name}' has no batch normalization in it.")
-    with scope(model), state_kept(model):
-        run = _Run(model, layers, paired=isinstance(data, tuple) and len(data) > 1)
+    layers = check_any(model)
+    with _Run(model, layers) as run:
         run.over(data, steps=steps, batch_size=batch_size, verbose=verbose)
     biases = dict(_idle_biases(model))
     return ModelRecord(
@@ -173,6 +162,13 @@ def collect(model, data, *, steps=None, batch_size=None, verbose="auto"):
     )
 
 
+def check_any(model):
+    """The normalizations of a model, by path; refuses one that has none."""
+    if layers := normalizations(model):
+        return layers
+    raise ValueError(f"'{model.name}' has no batch normalization in it.")
+
+
 class _Gap:
     """Collects how far outputs in training are from those in inference."""
 
@@ -185,7 +181,7 @@ class _Gap:
         if training.size:
             self._squares += float(np.square(training - inference).sum())
             new = Moments(float(training.size), training.mean(), training.var())
-            self._training = Moments(*map(_float64, self._training.merge(new)))
+            self._training = Moments(*map(float64, self._training.merge(new)))
 
     @property
     def value(self):
@@ -224,12 +220,11 @@ class _Seen:
     modes: set = field(default_factory=set)
 
 
-class _Run:
+class _Run(Watch):
     """Runs a model both ways over data, with twins of its normalizations."""
 
-    def __init__(self, model, layers, paired):
-        self._model, self._layers, self._paired = model, layers, paired
-        self._twins = {path: twin_of(layer) for path, layer in layers.items()}
+    def __init__(self, model, layers):
+        super().__init__(model, layers, self._answer)
         self._mode = _INFERENCE
         self._outputs: dict[str, list] = {}
         self.samples = self.batches = 0
@@ -237,85 +232,62 @@ class _Run:
         self.gap, self.loss, self.accuracy = _Gap(), _Pair(), _Pair()
 
     def over(self, data, **options):
-        calls = [(layer, self._stand_in(path)) for path, layer in self._layers.items()]
-        with intercepted(calls):
-            try:
-                Pass(self._step).predict(data, **options)
-            except UnboundLocalError:  # Keras has no outputs to join if no batch came
-                if self.samples:
-                    raise
+        data = data if isinstance(data, tuple) else (data,)
+        for x, y, sample_weight in batches(*data, **options):
+            if not self.batches:
+                with state_kept(self._model):
+                    self._forward(x, _PROBE, training=True)
+            self._step(x, y, sample_weight)
         if not self.samples:
             raise ValueError("There is no data: not one batch came.")
 
-    def _step(self, x, y):
-        if self._paired and y is None:
-            x, y, *_ = x
+    def _step(self, x, y, sample_weight):
         samples = keras.tree.flatten(x)[0].shape[0]
-        if not self.batches:
-            with state_kept(self._model):
-                self._forward(x, _PROBE, training=True)
-        self._outputs = {}
-        inference = self._forward(x, _INFERENCE)
-        training = self._forward(x, _TRAINING)
         self.samples += samples
         self.batches += 1
-        pairs = zip(
-            keras.tree.flatten(inference), keras.tree.flatten(training), strict=True
-        )
-        for first, second in pairs:
-            self.gap.add(_float64(first).ravel(), _float64(second).ravel())
-        if y is not None:
-            for pair, measure in ((self.loss, _loss), (self.accuracy, _accuracy)):
-                values = [measure(self._model, y, z) for z in (inference, training)]
-                if None not in values:
-                    pair.add(values, samples)
+        self._outputs = {}
+        outputs, losses, accuracies = [], [], []
+        for mode in _INFERENCE, _TRAINING:
+            outputs.append(self._forward(x, mode))
+            if y is not None:
+                losses.append(_loss(self._model, x, y, outputs[-1], sample_weight))
+                accuracies.append(_accuracy(y, outputs[-1]))
+        for first, second in zip(*map(keras.tree.flatten, outputs), strict=True):
+            self.gap.add(float64(first).ravel(), float64(second).ravel())
+        for pair, values in ((self.loss, losses), (self.accuracy, accuracies)):
+            if values and None not in values:
+                pair.add(values, samples)
 
     def _forward(self, x, mode, training=False):
         self._mode = mode
-        return self._model(x, training=training)
+        return self.run(x, training=training)
 
-    def _stand_in(self, path):
-        def call(inputs, training=None, mask=None):
-            twin = self._twins[path]
-            seen = self.seen.setdefault(path, _Seen())
-            if self._mode == _PROBE:
-                seen.modes.add(bool(training))
-                return twin.call(inputs, training=False, mask=mask)
-            if self._mode == _INFERENCE:
-                y = twin.call(inputs, training=False, mask=mask)
-                self._outputs.setdefault(path, []).append(y)
-                return y
-            _, moments = twin.normalize_batch(inputs, mask)
-            self._take(path, seen, moments, inputs.shape[0])
-            trains = seen.modes != {False}
-            with state_kept(twin):
-                y = twin.call(inputs, training=trains, mask=mask)
-            before = self._outputs[path].pop(0)
-            seen.gap.add(*(_counted(z, mask, twin.axis) for z in (before, y)))
+    def _answer(self, path, twin, inputs, training, mask):
+        seen = self.seen.setdefault(path, _Seen())
+        if self._mode == _PROBE:
+            seen.modes.add(bool(training))
+            return twin.call(inputs, training=False, mask=mask)
+        if self._mode == _INFERENCE:
+            y = twin.call(inputs, training=False, mask=mask)
+            self._outputs.setdefault(path, []).append(y)
             return y
-
-        return call
-
-    def _take(self, path, seen, moments, samples):
-        try:
-            count, mean, variance = map(_float64, moments)
-        except NotImplementedError:
-            raise ValueError(
-                f"'{path}' is called inside a compiled function, where its statistics "
-                "cannot be had. Call the layers of the model directly in it."
-            ) from None
-        group = self._twins[path].virtual_batch_size or samples
-        seen.elements.append(float(count.min()) * min(1.0, group / max(samples, 1)))
-        finite = np.isfinite(mean) & np.isfinite(variance)
-        batch = Moments(np.where(finite, count, 0.0), mean, variance)
-        if seen.data is None:
-            seen.data = batch
-        else:
-            seen.data = Moments(*map(_float64, seen.data.merge(batch)))
+        _, moments = observed(path, twin, inputs, mask)
+        samples = inputs.shape[0]
+        group = twin.virtual_batch_size or samples
+        seen.elements.append(
+            float(moments.count.max()) * min(1.0, group / max(samples, 1))
+        )
+        seen.data = pooled(seen.data, moments)
+        trains = seen.modes != {False}
+        with state_kept(twin):
+            y = twin.call(inputs, training=trains, mask=mask)
+        before = self._outputs[path].pop(0)
+        seen.gap.add(*(_counted(z, mask, twin) for z in (before, y)))
+        return y
 
 
 def _layer_record(path, layer, seen, bias_of):
-    mean, variance = _float64(layer.moving_mean), _float64(layer.moving_variance)
+    mean, variance = float64(layer.moving_mean), float64(layer.moving_variance)
     initial = (
         layer.moving_mean_initializer(mean.shape),
         layer.moving_variance_initializer(variance.shape),
@@ -323,7 +295,7 @@ def _layer_record(path, layer, seen, bias_of):
     inference_mode = seen.modes == {False}
     return LayerRecord(
         layer=path,
-        keras=not hasattr(layer, "freeze_statistics"),
+        keras=is_keras(layer),
         epsilon=layer.epsilon,
         momentum=layer.momentum,
         debias=layer.momentum is None or getattr(layer, "debias", False),
@@ -332,10 +304,10 @@ def _layer_record(path, layer, seen, bias_of):
         moving_mean=mean,
         moving_variance=variance,
         initial=all(
-            np.array_equal(present, _float64(first))
+            np.array_equal(present, float64(first))
             for present, first in zip((mean, variance), initial, strict=True)
         ),
-        gamma=None if layer.gamma is None else _float64(layer.gamma),
+        gamma=None if layer.gamma is None else float64(layer.gamma),
         bias_of=None if is_frozen(layer) or inference_mode else bias_of,
         data=Moments(np.broadcast_to(seen.data.count, mean.shape), *seen.data[1:]),
         elements=float(np.median(seen.elements)),
@@ -380,34 +352,31 @@ def _steps(model):
     optimizer: Any = getattr(model, "optimizer", None)
     if optimizer is None or not optimizer.built:
         return None
-    return int(optimizer.iterations) or None
+    return int(float64(optimizer.iterations)) or None
 
 
-def _counted(values, mask, axis):
+def _counted(values, mask, layer):
     """The elements that a mask lets count, in one row."""
-    values = _float64(values)
+    values = float64(values)
     if mask is None:
         return values.ravel()
-    axes = axis if isinstance(axis, list) else [axis]
-    mask = align_mask(mask, values, sorted(a % values.ndim for a in axes))
+    mask = align_mask(mask, values, tuple(sorted(a % values.ndim for a in axes(layer))))
     return values[np.broadcast_to(keras.ops.convert_to_numpy(mask), values.shape)]
 
 
-def _loss(model, y, outputs):
-    """The mean loss of a model with a single one; None for others."""
-    loss = getattr(model, "loss", None)
-    if loss is None or isinstance(loss, dict | list | tuple):
+def _loss(model, x, y, outputs, sample_weight):
+    """The loss of a batch, as `evaluate` takes it; None if the model has none."""
+    if not getattr(model, "compiled", False) or model._compile_loss is None:
         return None
-    if len(keras.tree.flatten(outputs)) > 1:
-        return None
-    return float(np.mean(_float64(keras.losses.get(loss)(y, outputs))))
+    loss = model.compute_loss(x=x, y=y, y_pred=outputs, sample_weight=sample_weight)
+    return float(float64(unscale_loss_for_distribution(loss)))
 
 
-def _accuracy(model, y, outputs):
+def _accuracy(y, outputs):
     """The share of samples whose class is told right; None if there are no classes."""
     if len(keras.tree.flatten(outputs)) > 1 or len(keras.tree.flatten(y)) > 1:
         return None
-    y, outputs = _float64(y), _float64(outputs)
+    y, outputs = float64(y), float64(outputs)
     if outputs.ndim != 2 or outputs.shape[1] < 2 or np.any(y % 1):
         return None
     if y.shape == outputs.shape:
@@ -417,7 +386,3 @@ def _accuracy(model, y, outputs):
     if y.size != len(outputs):
         return None
     return float(np.mean(y.ravel() == outputs.argmax(1)))
-
-
-def _float64(value):
-    return np.asarray(keras.ops.convert_to_numpy(value), "float64")

@@ -8,9 +8,11 @@ from typing import NamedTuple
 
 import keras
 
-from keras_bn.diagnosis.collect import collect
+from keras_bn.diagnosis.collect import check_any, collect
 from keras_bn.kernels import Events
 from keras_bn.tools.files import check_writable, write_whole
+from keras_bn.tools.norms import warn_of_others
+from keras_bn.tools.observe import check_end
 
 
 class DriftRow(NamedTuple):
@@ -61,12 +63,15 @@ class StatisticsLogger(keras.callbacks.Callback):
         append: whether `fit` goes on with the rows that are there, in the file if
             there is one. Those after the epoch that it starts from (`initial_epoch`)
             give way. Without it they all do.
+        model: the model to look at, where it is not the one that is fitted: a part of
+            it, such as the generator of a GAN.
         steps, batch_size: as in `keras_bn.diagnose`.
 
     Raises:
         OSError: when `fit` begins, if the file cannot be written.
-        ValueError: when `fit` begins, for `append` to a file with other columns; when
-            an epoch begins, for a model without batch normalization.
+        ValueError: when `fit` begins, for `append` to a file with other columns, for a
+            model without batch normalization, and for data without end if no `steps`
+            are given.
 
     Example:
 
@@ -94,17 +99,26 @@ class StatisticsLogger(keras.callbacks.Callback):
         *,
         log_dir=None,
         append=False,
+        model=None,
         steps=None,
         batch_size=None,
     ):
         super().__init__()
         self.filename, self.log_dir, self.append = filename, log_dir, append
         self.rows: list[DriftRow] = []
-        self._data = data
+        self._data, self._part = data, model
         self._options = {"steps": steps, "batch_size": batch_size, "verbose": 0}
         self._events = None
 
+    @property
+    def _target(self):
+        return self.model if self._part is None else self._part
+
     def on_train_begin(self, logs=None):
+        check_end(self._data, self._options["steps"])
+        if self._target.built:
+            check_any(self._target)
+            warn_of_others(self._target)
         if not self.append:
             self.rows = []
         if self.filename is not None:
@@ -152,7 +166,7 @@ class StatisticsLogger(keras.callbacks.Callback):
         return figure
 
     def _record(self, epoch):
-        record = collect(self.model, self._data, **self._options)
+        record = collect(self._target, self._data, **self._options)
         new = [_row(epoch, layer) for layer in record.layers]
         nan = math.nan
         new.append(DriftRow(epoch, record.model, nan, nan, nan, nan, record.gap))

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from keras_bn.diagnosis.collect import LayerRecord, ModelRecord, collect
 from keras_bn.diagnosis.findings import ERROR, WARNING, Finding, findings
+from keras_bn.tools.norms import warn_of_others
 
 
 def diagnose(model, data, *, steps=None, batch_size=None, verbose=0):
@@ -20,8 +21,9 @@ def diagnose(model, data, *, steps=None, batch_size=None, verbose=0):
         model: a built model, with layers of ours or Keras's.
         data: inputs as `fit` takes them, best as they come in training: arrays, a
             `tf.data.Dataset`, a `keras.utils.PyDataset`, or a generator with `steps`.
-            With labels, as a tuple `(x, y)` or in the data set, the loss of the
-            compiled model and its accuracy are compared, too.
+            With labels, as a tuple `(x, y)` or in the data set, the loss that
+            `evaluate` would give and the accuracy are compared, too; `(x, y,
+            sample_weight)` weighs the samples in the loss.
         steps: how many batches to take; all of them by default.
         batch_size: for arrays; 32 by default. It should be what training used, and
             the order random.
@@ -34,7 +36,11 @@ def diagnose(model, data, *, steps=None, batch_size=None, verbose=0):
     Raises:
         TypeError: for what is no Keras model.
         ValueError: for a model that is not built or has no batch normalization, and
-            if there is no data.
+            if there is no data, or no end of it without `steps`.
+
+    Warns:
+        UserWarning: of layers that are left alone because their class has a `call` of
+            its own.
 
     Example:
 
@@ -52,6 +58,7 @@ def diagnose(model, data, *, steps=None, batch_size=None, verbose=0):
     []
     """
     record = collect(model, data, steps=steps, batch_size=batch_size, verbose=verbose)
+    warn_of_others(model)
     return Report(record, findings(record))
 
 

@@ -76,39 +76,3 @@ def holders(model):
     """All layers of a model, and the graphs in its Sequential models."""
     held = [layer for _, layer in walk(model)]
     return [*held, *(graph for graph in graphs(model) if graph not in held)]
-
-
-@contextlib.contextmanager
-def intercepted(calls):
-    """Let other functions stand for the `call` of layers for a while.
-
-    Args:
-        calls: pairs of a layer and the function that is called instead.
-    """
-    calls = list(calls)
-    for layer, call in calls:
-        vars(layer)["call"] = call
-    try:
-        yield
-    finally:
-        for layer, _ in calls:
-            vars(layer).pop("call", None)
-
-
-@contextlib.contextmanager
-def state_kept(model):
-    """Put back whatever runs of the model change in it: random and recurrent state."""
-    variables = [
-        variable
-        for _, layer in walk(model)
-        for variable in (
-            *layer._non_trainable_variables,
-            *(generator.state for generator in layer._seed_generators),
-        )
-    ]
-    before = [keras.ops.convert_to_numpy(variable) for variable in variables]
-    try:
-        yield
-    finally:
-        for variable, value in zip(variables, before, strict=True):
-            variable.assign(value)

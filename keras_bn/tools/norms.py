@@ -5,6 +5,8 @@ long as it computes what its base class does: it may have arguments or defaults 
 own, but no `call`.
 """
 
+import warnings
+
 import keras
 
 from keras_bn.layer import BatchNormalization
@@ -73,6 +75,16 @@ def normalizations(model) -> dict:
         for path, layer in walk(model)
         if is_normalization(layer)
     }
+
+
+def warn_of_others(model, stacklevel=3):
+    """Warn of layers that a tool leaves alone, since they compute something else."""
+    others = [path or la.name for path, la in walk(model) if computes_otherwise(la)]
+    if others:
+        warnings.warn(
+            f"Left alone, for their class has a `call` of its own: {', '.join(others)}",
+            stacklevel=stacklevel,
+        )
 
 
 def check_built(model):

@@ -1,22 +1,14 @@
 """Replacing the moving statistics of a model by those of a data set."""
 
-import contextlib
 import warnings
 
 import keras
 import numpy as np
 
-from keras_bn.layer import BatchNormalization
 from keras_bn.moments import Moments
-from keras_bn.tools.convert import remade
-from keras_bn.tools.copying import copy_model
-from keras_bn.tools.graph import (
-    intercepted,
-    scope,
-    state_kept,
-    walk,
-)
-from keras_bn.tools.norms import is_normalization
+from keras_bn.tools.arrays import float64
+from keras_bn.tools.norms import is_frozen, normalizations, warn_of_others
+from keras_bn.tools.observe import Watch, batches, check_end, observed, pooled
 
 # Below this many elements, the standard error of a variance is over 14 %.
 _FEW = 100
@@ -67,11 +59,14 @@ def recalibrate(
         A dict of the `Moments` found in the data, by the path of the layer.
 
     Raises:
-        ValueError: if there is nothing to recalibrate or no data; for a generator
-            with `exact`, which can be read only once.
+        ValueError: if there is nothing to recalibrate or no data; for data without end
+            and without `steps`; for a generator with `exact`, which can be read only
+            once.
 
     Warns:
-        UserWarning: if some statistic rests on fewer than 100 elements.
+        UserWarning: if some statistic rests on fewer than 100 elements, if the data
+            ends before `steps` batches, and for layers that are left alone because
+            their class has a `call` of its own.
 
     Source: Schneider et al., "Improving robustness against common corruptions by
     covariate shift adaptation", 2020. There, means and variances are blended; here,
@@ -97,9 +92,8 @@ def recalibrate(
         )
     if prior < 0:
         raise ValueError(f"`prior` must be 0 or greater. Received: prior={prior}")
-    with scope(model), state_kept(model):
-        collector = _Collector(model, layers)
-        options = {"steps": steps, "batch_size": batch_size}
+    options = {"steps": steps, "batch_size": batch_size, "labels": []}
+    with _Collector(model, layers) as collector:
         if exact:
             found = collector.in_order(data, prior, verbose, **options)
         else:
@@ -107,7 +101,8 @@ def recalibrate(
     if not collector.samples:
         raise ValueError("There is no data: not one batch came.")
     _warn_of_few(found, prior)
-    _warn_of_skew(model, collector.labels)
+    _warn_of_skew(model, options["labels"])
+    warn_of_others(model)
     if missing := [path for path in layers if path not in found]:
         warnings.warn(f"Not called, so not changed: {', '.join(missing)}", stacklevel=2)
     _assign(
@@ -122,14 +117,7 @@ def recalibrate(
 
 def _layers(model, include_frozen):
     """The layers to recalibrate, by path."""
-    if not isinstance(model, keras.layers.Layer):
-        raise TypeError(f"Expected a Keras model. Received: {model!r}")
-    if not model.built:
-        raise ValueError(
-            f"'{model.name}' is not built, so it has no statistics yet. Call it on "
-            "data, or build it, first."
-        )
-    found = {path: layer for path, layer in walk(model) if is_normalization(layer)}
+    found = normalizations(model)
     if not found:
         raise ValueError(
             f"'{model.name}' has no batch normalization that could be recalibrated."
@@ -145,33 +133,8 @@ def _layers(model, include_frozen):
     return live
 
 
-def is_frozen(layer):
-    """Whether training leaves the statistics of a layer, ours or Keras's, alone."""
-    return not layer.trainable or getattr(layer, "freeze_statistics", False)
-
-
-class _Reached(BaseException):
-    """A pass has seen all it is about. No Exception, so that Keras lets it through."""
-
-
-class Pass(keras.Model):
-    """Keras's way through all kinds of data, progress bar and replicas included."""
-
-    def __init__(self, step):
-        super().__init__()
-        self._step = step
-        self.run_eagerly = True
-
-    def predict_step(self, data):
-        x, y, _ = keras.utils.unpack_x_y_sample_weight(data)
-        self._step(x, y)
-        return keras.ops.zeros((1,))
-
-
-class _Collector:
+class _Collector(Watch):
     """Runs a model with batch statistics in some of its layers, and gathers these.
-
-    A twin stands in for each such layer, so that nothing in the model is touched.
 
     Args:
         model: the model.
@@ -179,102 +142,55 @@ class _Collector:
     """
 
     def __init__(self, model, layers):
-        self._model, self._layers = model, layers
-        self._twins = {path: twin_of(layer) for path, layer in layers.items()}
-        self._pass = Pass(self._step)
+        super().__init__(model, layers, self._answer)
         self._finished: set[str] = set()
-        self._only: str | None = None
-        self._probing = False
-        self._calls: dict[str, int] = {}
-        self.labels: list = []
-
-    def at_once(self, data, **options):
-        """The moments of all layers, by path, in one pass."""
-        self.samples = 0
         self._found: dict[str, Moments] = {}
-        calls = [(layer, self._stand_in(path)) for path, layer in self._layers.items()]
-        with intercepted(calls):
-            try:
-                self._pass.predict(data, **options)
-            except UnboundLocalError:  # Keras has no outputs to join if no batch came
-                if self.samples:
-                    raise
+        self.samples = 0
+
+    def at_once(self, data, steps, batch_size, verbose, labels=None):
+        """The moments of all layers, by path, in one pass, and the labels with them."""
+        self._found, self.samples = {}, 0
+        how = {"steps": steps, "batch_size": batch_size, "verbose": verbose}
+        for x, y, _ in batches(data, **how):
+            self.samples += keras.tree.flatten(x)[0].shape[0]
+            if labels is not None and y is not None:
+                labels.append(y)
+            self.run(x)
         return self._found
 
-    def in_order(self, data, prior, verbose, steps, batch_size):
+    def in_order(self, data, prior, verbose, steps, batch_size, labels):
         """The moments of each layer when those before it are recalibrated."""
         found: dict[str, Moments] = {}
-        options = {"steps": steps, "batch_size": batch_size, "verbose": 0}
-        self._probing = True
-        order = list(self.at_once(data, **options))
-        self._probing = False
-        calls = dict(self._calls)
+        how = {"batch_size": batch_size, "verbose": 0}
+        order = list(self.at_once(data, steps=1, **how))
         bar = keras.utils.Progbar(
             len(order), unit_name="layer", verbose=1 if verbose == "auto" else verbose
         )
         for path in order:
-            self._only, self._last = path, calls[path]
-            found[path] = self.at_once(data, **options)[path]
-            twin = self._twins[path]
+            found[path] = self.at_once(data, steps, labels=labels, **how)[path]
+            labels = None  # each pass shows them again
+            twin = self.twins[path]
             moments = _with_prior(twin, found[path], prior, self.samples)
             _assign(_assignments(twin, moments))
             self._finished.add(path)
             bar.add(1)
         return found
 
-    def _step(self, x, y):
-        self.samples += keras.tree.flatten(x)[0].shape[0]
-        if y is not None and not self._finished:
-            self.labels.append(y)
-        self._calls = {}
-        self._pass.stop_predicting = self._probing
-        with contextlib.suppress(_Reached):
-            self._model(x, training=False)
-
-    def _stand_in(self, path):
-        def call(inputs, training=None, mask=None):
-            twin = self._twins[path]
-            if path in self._finished:
-                return twin.call(inputs, training=False, mask=mask)
-            y, moments = twin.normalize_batch(inputs, mask)
-            self._calls[path] = self._calls.get(path, 0) + 1
-            if self._only in (None, path):
-                self._take(path, moments)
-            if self._only == path and self._calls[path] == self._last:
-                raise _Reached
-            return y
-
-        return call
-
-    def _take(self, path, moments):
-        try:
-            count, mean, variance = map(_float64, moments)
-        except NotImplementedError:
-            raise ValueError(
-                f"'{path}' is called inside a compiled function, where its statistics "
-                "cannot be had. Call the layers of the model directly in it."
-            ) from None
-        # A channel that is not finite in a batch takes no part with that batch.
-        finite = np.isfinite(mean) & np.isfinite(variance)
-        moments = Moments(np.where(finite, count, 0.0), mean, variance)
-        if path in self._found:
-            merged = self._found[path].merge(moments)
-            moments = Moments(*map(_float64, merged))
-        self._found[path] = moments
-
-
-def twin_of(layer):
-    """A layer of ours with the config and weights of the given one."""
-    return remade(copy_model(layer)[0], BatchNormalization)
+    def _answer(self, path, twin, inputs, training, mask):
+        if path in self._finished:
+            return twin.call(inputs, training=False, mask=mask)
+        outputs, moments = observed(path, twin, inputs, mask)
+        self._found[path] = pooled(self._found.get(path), moments)
+        return outputs
 
 
 def _with_prior(layer, moments, prior, samples):
     """The moments of the data and those of `prior` samples as the layer knows them."""
-    mean, variance = _float64(layer.moving_mean), _float64(layer.moving_variance)
+    mean, variance = float64(layer.moving_mean), float64(layer.moving_variance)
     known = np.isfinite(mean) & np.isfinite(variance)
     elements = prior * moments.count / samples
     present = Moments(np.where(known, elements, 0.0), mean, variance)
-    return Moments(*map(_float64, present.merge(moments)))
+    return Moments(*map(float64, present.merge(moments)))
 
 
 def _assignments(layer, moments):
@@ -282,7 +198,7 @@ def _assignments(layer, moments):
     known = known_variance = moments.count > 0
     if getattr(layer, "unbiased", False):
         known_variance = moments.count > 1
-        moments = Moments(*map(_float64, moments.unbiased()))
+        moments = Moments(*map(float64, moments.unbiased()))
     with np.errstate(invalid="ignore"):
         stddev = np.sqrt(moments.variance + layer.epsilon)
     new = {
@@ -295,7 +211,7 @@ def _assignments(layer, moments):
     for name, (value, usable) in new.items():
         variable = getattr(layer, name, None)
         if variable is not None:
-            yield variable, np.where(usable, value, _float64(variable))
+            yield variable, np.where(usable, value, float64(variable))
 
 
 def _assign(assignments):
@@ -309,10 +225,6 @@ def _assign(assignments):
         for (variable, _), value in zip(assignments, before, strict=True):
             variable.assign(value)
         raise
-
-
-def _float64(value):
-    return np.asarray(keras.ops.convert_to_numpy(value), "float64")
 
 
 def _warn_of_few(found, prior):
@@ -361,8 +273,14 @@ class Recalibrate(keras.callbacks.Callback):
     Args:
         data: as in `recalibrate`; a generator is read on from epoch to epoch.
         when: `"epoch"` or `"end"`.
+        model: the model to recalibrate, where it is not the one that is fitted: a part
+            of it, such as the generator of a GAN.
         verbose: as in `recalibrate`.
         **options: further arguments of `recalibrate`.
+
+    Raises:
+        ValueError: when `fit` begins, if there is nothing to recalibrate, or if the
+            data has no end and no `steps` are given.
 
     Example:
 
@@ -375,16 +293,19 @@ class Recalibrate(keras.callbacks.Callback):
     True
     """
 
-    def __init__(self, data, *, when="epoch", verbose=0, **options):
+    def __init__(self, data, *, when="epoch", model=None, verbose=0, **options):
         super().__init__()
         if when not in ("epoch", "end"):
             raise ValueError(f"`when` must be 'epoch' or 'end'. Received: {when!r}")
         self.when = when
-        self._data = data
+        self._data, self._part = data, model
         self._options = {"verbose": verbose, **options}
         self._fitting = False
 
     def on_train_begin(self, logs=None):
+        check_end(self._data, self._options.get("steps"))
+        if self._target.built:
+            _layers(self._target, self._options.get("include_frozen", False))
         self._fitting, self._weights = True, None
 
     def on_train_batch_end(self, batch, logs=None):
@@ -402,12 +323,16 @@ class Recalibrate(keras.callbacks.Callback):
         self._recalibrate()
         self._fitting = False
 
+    @property
+    def _target(self):
+        return self.model if self._part is None else self._part
+
     def _recalibrate(self):
         """Recalibrate, unless the statistics belong to these very weights already."""
         weights = [
             float(keras.ops.sum(keras.ops.cast(v, "float64")))
-            for v in self.model.trainable_variables
+            for v in self._target.trainable_variables
         ]
         if weights != self._weights:
-            recalibrate(self.model, self._data, **self._options)
+            recalibrate(self._target, self._data, **self._options)
             self._weights = weights

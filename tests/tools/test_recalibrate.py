@@ -344,7 +344,7 @@ def test_an_interrupted_assignment_is_taken_back(monkeypatch):
         return assign(self, value)
 
     monkeypatch.setattr(type(last), "assign", interrupted)
-    monkeypatch.setattr("keras_bn.tools.recalibrate.state_kept", lambda m: Nothing())
+    monkeypatch.setattr("keras_bn.tools.observe.state_kept", lambda m: Nothing())
     with pytest.raises(KeyboardInterrupt):
         recalibrate(model, data())
     for path, value in before.items():

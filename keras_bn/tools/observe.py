@@ -1,0 +1,258 @@
+"""The one pass over data that shows the Moments at every normalization of a model.
+
+`batches` goes through whatever `fit` takes. `Watch` runs a model on them, with a
+function in the place of the `call` of some of its normalizations: in the thread and
+context of the pass alone, so that the model serves others as ever.
+"""
+
+import contextlib
+import contextvars
+import threading
+import types
+import warnings
+
+import keras
+import numpy as np
+from keras.src.trainers.data_adapters.py_dataset_adapter import PyDatasetAdapter
+from keras.src.trainers.data_adapters.tf_dataset_adapter import TFDatasetAdapter
+from keras.src.trainers.epoch_iterator import EpochIterator
+
+from keras_bn.layer import BatchNormalization
+from keras_bn.moments import Moments
+from keras_bn.tools.arrays import float64
+from keras_bn.tools.convert import remade
+from keras_bn.tools.copying import copy_model
+from keras_bn.tools.graph import walk
+
+
+def batches(x, y=None, sample_weight=None, *, steps=None, batch_size=None, verbose=0):
+    """The batches of data of any kind that `fit` takes, with its progress bar.
+
+    Args:
+        x, y, sample_weight: as in `fit`.
+        steps: how many batches to take; None for all.
+        batch_size: for arrays; 32 by default.
+        verbose: `"auto"`, 0, 1 or 2, as in `fit`.
+
+    Returns:
+        An iterator of `(x, y, sample_weight)`; what there is not is None.
+
+    Raises:
+        ValueError: for data without end, if `steps` is None.
+
+    Warns:
+        UserWarning: if the data ends before `steps` batches have come.
+    """
+    if hasattr(x, "__next__"):
+        adapter, source, total = None, x, steps
+    else:
+        adapter, total = _adapted(x, y, sample_weight, steps, batch_size)
+        known = isinstance(adapter, TFDatasetAdapter)
+        source = adapter._dataset if known else adapter.get_numpy_iterator()
+    verbose = 1 if verbose == "auto" else verbose
+    bar = keras.utils.Progbar(total, verbose=verbose, unit_name="step")
+    seen = 0
+    if adapter is not None:
+        adapter.on_epoch_begin()
+    try:
+        # Not one batch more than asked for is taken out of a generator.
+        for batch in () if total == 0 else source:
+            yield keras.utils.unpack_x_y_sample_weight(batch)
+            seen += 1
+            bar.update(seen)
+            if seen == total:
+                break
+    finally:
+        if adapter is not None:
+            adapter.on_epoch_end()
+    if seen and total is None:
+        bar.update(seen, finalize=True)
+    if seen and steps is not None and seen < steps:
+        warnings.warn(
+            f"The data ended after {seen} batches. Received: steps={steps}",
+            stacklevel=2,
+        )
+
+
+def check_end(data, steps):
+    """Refuse data without end where nobody says how much of it to take.
+
+    Raises:
+        ValueError: for a generator, or what is known to be endless, without `steps`.
+    """
+    if steps is not None:
+        return
+    if hasattr(data, "__next__"):
+        raise ValueError(
+            "A generator is read on from epoch to epoch, so `steps` must say how many "
+            "batches each time. Received: steps=None"
+        )
+    _adapted(*(data if isinstance(data, tuple) else (data,)))
+
+
+def _adapted(x, y=None, sample_weight=None, steps=None, batch_size=None):
+    """Keras's adapter for data, and how many batches are to come, if that is known."""
+    iterator = EpochIterator(
+        x, y, sample_weight, batch_size=batch_size or 32, steps_per_epoch=steps
+    )
+    adapter = iterator.data_adapter
+    total = adapter.num_batches
+    if total is None and steps is None and _is_endless(adapter):
+        raise ValueError(
+            f"The data has no end: give `steps`, the number of batches to take. "
+            f"Received: {x!r} and steps=None"
+        )
+    return adapter, total if steps is None else steps
+
+
+def _is_endless(adapter):
+    if isinstance(adapter, TFDatasetAdapter):
+        cardinality = adapter._dataset.cardinality
+        return int(cardinality() if callable(cardinality) else cardinality) == -1
+    return isinstance(adapter, PyDatasetAdapter)
+
+
+class Watch:
+    """Runs a model while a function answers for some of its normalizations.
+
+    Args:
+        model: the model; nothing in it changes.
+        layers: the normalizations, by path.
+        answer: `answer(path, twin, inputs, training, mask)` gives the output of a
+            call. The twin is a layer of ours with the weights of the one that was
+            called, and may be changed.
+
+    Attributes:
+        twins: the twin of each layer, by path.
+    """
+
+    def __init__(self, model, layers, answer):
+        self._model = model
+        self.twins = {path: twin_of(layer) for path, layer in layers.items()}
+        self._answers = {
+            id(layer): _Answer(answer, path, self.twins[path])
+            for path, layer in layers.items()
+        }
+        self._layers = list(layers.values())
+
+    def __enter__(self):
+        self._stack = contextlib.ExitStack()
+        self._stack.enter_context(state_kept(self._model))
+        for layer in self._layers:
+            self._stack.enter_context(_listening(layer))
+        return self
+
+    def __exit__(self, *error):
+        self._stack.close()
+
+    def run(self, x, training=False):
+        """The outputs of the model, with the answers in them."""
+        token = _ANSWERS.set(self._answers)
+        try:
+            return self._model(x, training=training)
+        finally:
+            _ANSWERS.reset(token)
+
+
+class _Answer:
+    def __init__(self, function, *first):
+        self._function, self._first = function, first
+
+    def __call__(self, inputs, training=None, mask=None):
+        return self._function(*self._first, inputs, training, mask)
+
+
+# What answers for which layer, by its `id`, in the present thread and context.
+_ANSWERS: contextvars.ContextVar[dict | None] = contextvars.ContextVar(
+    "answers", default=None
+)
+_LISTENERS: dict = {}
+_LOCK = threading.Lock()
+
+
+@contextlib.contextmanager
+def _listening(layer):
+    """Have the calls of a layer answered where something answers for it."""
+
+    def call(self, *args, **kwargs):
+        answer = (_ANSWERS.get() or {}).get(id(self))
+        return (answer or type(self).call.__get__(self))(*args, **kwargs)
+
+    with _LOCK:
+        _LISTENERS[id(layer)] = _LISTENERS.get(id(layer), 0) + 1
+        if _LISTENERS[id(layer)] == 1:
+            vars(layer)["call"] = types.MethodType(call, layer)
+    try:
+        yield
+    finally:
+        with _LOCK:
+            _LISTENERS[id(layer)] -= 1
+            if not _LISTENERS[id(layer)]:
+                del _LISTENERS[id(layer)]
+                del vars(layer)["call"]
+
+
+@contextlib.contextmanager
+def state_kept(model):
+    """Put back whatever runs of a model change in it.
+
+    That is random and recurrent state, and what its metrics have counted.
+    """
+    variables = [
+        variable
+        for _, layer in walk(model)
+        for variable in (
+            *layer._non_trainable_variables,
+            *(generator.state for generator in layer._seed_generators),
+        )
+    ]
+    metrics = list(getattr(model, "metrics", []))
+    for metric in metrics:
+        variables += metric.variables
+    before = [keras.ops.convert_to_numpy(variable) for variable in variables]
+    try:
+        yield
+    finally:
+        for variable, value in zip(variables, before, strict=True):
+            variable.assign(value)
+        # Keras makes those of a loss when it first takes it.
+        for metric in getattr(model, "metrics", []):
+            if all(metric is not known for known in metrics):
+                metric.reset_state()
+
+
+def twin_of(layer):
+    """A layer of ours with the config of a normalization, and a copy of its weights."""
+    return remade(copy_model(layer)[0], BatchNormalization)
+
+
+def observed(path, twin, inputs, mask):
+    """A batch normalized by its own statistics, and these.
+
+    Args:
+        path: the path of the layer, for messages.
+        twin: its twin.
+        inputs, mask: as it was called with.
+
+    Returns:
+        `(outputs, Moments)`: the moments in float64. A channel that is not finite in
+        the batch has a count of 0.
+
+    Raises:
+        ValueError: inside of a function that is being compiled.
+    """
+    outputs, moments = twin.normalize_batch(inputs, mask)
+    try:
+        count, mean, variance = map(float64, moments)
+    except NotImplementedError:
+        raise ValueError(
+            f"'{path}' is called inside a compiled function, where its statistics "
+            "cannot be had. Call the layers of the model directly in it."
+        ) from None
+    finite = np.isfinite(mean) & np.isfinite(variance)
+    return outputs, Moments(np.where(finite, count, 0.0), mean, variance)
+
+
+def pooled(first, second):
+    """The moments of both together, in float64; the first may be None."""
+    return second if first is None else Moments(*map(float64, first.merge(second)))
