@@ -108,7 +108,7 @@ def test_the_cause_is_said_and_what_helps(save, folder, capsys, name, said):
 def test_the_cause_in_hdf5(save, folder, capsys):
     save("in.h5", "Scale")
     message = refused(capsys, "inspect", "in.h5")
-    assert "'Scale'" in message
+    assert "Unknown layer: 'my>Scale'" in message
     assert "--import MODULE" in message
     assert run("inspect", "in.h5", "--import", "my_layers") == 0
 
