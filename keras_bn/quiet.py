@@ -30,17 +30,19 @@ def stderr_held_back():
         return
     sys.stderr.flush()
     stderr = os.dup(2)
+    failed = True
     with tempfile.TemporaryFile() as held:
         os.dup2(held.fileno(), 2)
         try:
             yield
-        except BaseException:
-            held.seek(0)
-            os.write(stderr, held.read())
-            raise
+            failed = False
         finally:
+            sys.stderr.flush()
             os.dup2(stderr, 2)
             os.close(stderr)
+            if failed:
+                held.seek(0)
+                os.write(2, held.read())
 
 
 # Who sets the variable wants to see something.
