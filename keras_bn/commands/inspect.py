@@ -54,7 +54,7 @@ def add(commands):
 def _run(arguments):
     _check_arguments(arguments)
     model, layers, native, notes = open_model(arguments)
-    if native:
+    if native and arguments.data is not None:
         # As the file has them, so that the remedies speak of the user's layers.
         with refused(TypeError, ValueError):
             model = to_keras(model)

@@ -78,11 +78,12 @@ def test_what_libraries_say_before_they_fail_is_shown(tmp_path):
 
 
 def test_stderr_is_itself_again(capfd, monkeypatch):
-    monkeypatch.setattr(sys, "stderr", open(2, "w", closefd=False))
-    with quiet.stderr_held_back():
-        os.write(2, b"a notice")
-        print("another", file=sys.stderr)
-    os.write(2, b"after it")
+    with open(2, "w", closefd=False) as stderr:
+        monkeypatch.setattr(sys, "stderr", stderr)
+        with quiet.stderr_held_back():
+            os.write(2, b"a notice")
+            print("another", file=sys.stderr)
+        os.write(2, b"after it")
     assert capfd.readouterr().err == "after it"
 
 
