@@ -1,6 +1,7 @@
 """The command line: `keras-bn` and `python -m keras_bn`."""
 
 import argparse
+import contextlib
 import logging
 
 from keras_bn.commands import bench, convert, fold, inspect, recalibrate, verify
@@ -33,12 +34,27 @@ def main(argv=None) -> int:
     for command in COMMANDS:
         command.add(commands)
     arguments = parser.parse_args(argv)
-    # Keras logs through absl: that a format is old, that metrics are not built yet.
-    for name in ("tensorflow", "absl"):
-        logging.getLogger(name).setLevel(logging.ERROR)
     try:
-        return arguments.run(arguments)
+        with _errors_alone():
+            return arguments.run(arguments)
     except UsageError as error:
         return arguments.parser.error(str(error))
     except KeyboardInterrupt:
         return 130
+
+
+@contextlib.contextmanager
+def _errors_alone():
+    """Drop what TensorFlow and Keras log that is no error.
+
+    Keras logs through absl, such as that the format of a file is old.
+    """
+    loggers = [logging.getLogger(name) for name in ("tensorflow", "absl")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -1,13 +1,16 @@
 """The command line runs without TensorFlow's start-up notices.
 
-TensorFlow prints a dozen lines when it is imported, unless TF_CPP_MIN_LOG_LEVEL is set
-by then. It is imported with this package, before any command can run. So
-`keras_bn/__init__.py` imports this module first, and the module sets the variable if
-the process is the command line. Programs that import keras_bn keep their logging.
+TensorFlow prints a dozen lines when it is imported, which happens with this package and
+before any command can run. So `keras_bn/__init__.py` imports this module first. If the
+process is the command line, it imports Keras, and TensorFlow with it, with stderr held
+back: TF_CPP_MIN_LOG_LEVEL alone does not stop lines that TensorFlow writes while its
+libraries are being loaded. Programs that import keras_bn keep their logging.
 """
 
+import contextlib
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 
@@ -19,5 +22,31 @@ def is_command_line() -> bool:
     return Path(program).stem == "keras-bn"
 
 
-if is_command_line():
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+@contextlib.contextmanager
+def stderr_held_back():
+    """Drop what is written to stderr, by libraries in C++ too; if it fails, show it."""
+    if sys.stderr is None:  # it is closed
+        yield
+        return
+    sys.stderr.flush()
+    stderr = os.dup(2)
+    failed = True
+    with tempfile.TemporaryFile() as held:
+        os.dup2(held.fileno(), 2)
+        try:
+            yield
+            failed = False
+        finally:
+            sys.stderr.flush()
+            os.dup2(stderr, 2)
+            os.close(stderr)
+            if failed:
+                held.seek(0)
+                os.write(2, held.read())
+
+
+# Who sets the variable wants to see something.
+if is_command_line() and "TF_CPP_MIN_LOG_LEVEL" not in os.environ:
+    os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
+    with stderr_held_back():
+        import keras  # noqa: F401

@@ -9,7 +9,7 @@ _PACKAGE = Path(__file__).parents[1]
 
 # What Keras writes around the cause of an error.
 _BEFORE = "Exception encountered: "
-_HEADING = "Exception encountered when calling "
+_HEADINGS = ("Exception encountered when calling ", "A total of ")
 _AFTER = " Full object config: "
 _BOLD = re.compile(r"\x1b\[\d*m")
 
@@ -61,12 +61,13 @@ def sentence(error) -> str:
     """The line of an error's message that says what is wrong.
 
     Keras puts the cause of a failed load at the end, after the configs of all layers
-    around it, and the cause of a failed call below a heading.
+    around it, and the cause of a failed call, or of weights that don't fit, below a
+    heading.
 
     >>> sentence(TypeError("Not this.\\n\\nException encountered: No class 'A'."))
     "No class 'A'."
     """
     text = _BOLD.sub("", str(error)).rpartition(_BEFORE)[2]
     lines = [line.strip() for line in text.splitlines()]
-    said = [line for line in lines if line and not line.startswith(_HEADING)]
+    said = [line for line in lines if line and not line.startswith(_HEADINGS)]
     return said[0].partition(_AFTER)[0] if said else repr(error)

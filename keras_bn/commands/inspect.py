@@ -15,7 +15,7 @@ from keras_bn.diagnosis.report import diagnose
 from keras_bn.tools.arrays import float64
 from keras_bn.tools.convert import to_keras
 from keras_bn.tools.fold import Fold, plan_fold
-from keras_bn.tools.norms import is_frozen
+from keras_bn.tools.norms import is_frozen, normalizations
 
 _HEADER = ["layer", "channels", "axis", "momentum", "epsilon", "state", "folds into"]
 
@@ -54,7 +54,12 @@ def add(commands):
 def _run(arguments):
     _check_arguments(arguments)
     model, layers, native, notes = open_model(arguments)
-    report = None if arguments.data is None else _diagnosed(arguments, model, native)
+    if native and arguments.data is not None:
+        # As the file has them, so that the remedies speak of the user's layers.
+        with refused(TypeError, ValueError):
+            model = to_keras(model)
+        layers = normalizations(model)
+    report = None if arguments.data is None else _diagnosed(arguments, model)
     records = _listed(model, layers, report)
     rows = [
         [
@@ -98,7 +103,7 @@ def _check_arguments(arguments):
             raise UsageError("--plot needs matplotlib; --html does without") from error
 
 
-def _diagnosed(arguments, model, native):
+def _diagnosed(arguments, model):
     inputs, labels = read_data(arguments.data, model)
     order = np.random.default_rng(0).permutation(len(tree.flatten(inputs)[0]))
     data = tree.map_structure(lambda array: array[order], inputs)
@@ -106,9 +111,7 @@ def _diagnosed(arguments, model, native):
         data = (data, labels[order])
     what = f"the model can't be run on {arguments.data}: "
     with refused(Exception, saying=what), noted():
-        # As the file has them, so that the remedies speak of the user's layers.
-        seen = to_keras(model) if native else model
-        return diagnose(seen, data, batch_size=arguments.batch_size)
+        return diagnose(model, data, batch_size=arguments.batch_size)
 
 
 def _write(arguments, report):
@@ -163,7 +166,7 @@ def _listed(model, layers, report):
 
 def _found(path, report):
     """What the diagnosis has found in a layer."""
-    if path in report.record.not_called:
+    if path not in [each.layer for each in report.record.layers]:
         return ["not called"]
     kinds = [each.kind for each in report.findings if each.layer == path]
     return [kind.replace("-", " ") for kind in kinds] or ["healthy"]

@@ -127,5 +127,6 @@ def _cause(file, error):
     """What is wrong with a file, and what helps if Keras doesn't know a class in it."""
     said = sentence(error)
     if any(words in said for words in _UNKNOWN):
-        said += " --import MODULE imports the module that defines it."
+        said = said.partition(". ")[0]  # the rest is advice for code
+        said += "; --import MODULE imports the module that defines it"
     return said if file in said else f"{file} can't be loaded: {said}"

@@ -39,11 +39,27 @@ def imported(names):
     folder = os.getcwd()
     sys.path.insert(0, folder)
     try:
-        found = [_defined_in(_import(name)) for name in names]
-        with keras.saving.custom_object_scope(*found):
+        found = {}
+        for name in names:
+            found.update(_defined_in(_import(name)))
+        with _known(found):
             yield
     finally:
         sys.path.remove(folder)
+
+
+@contextlib.contextmanager
+def _known(found):
+    """Let Keras find objects by their names. A scope would be hidden by inner ones."""
+    objects = keras.saving.get_custom_objects()
+    before = {name: objects[name] for name in found if name in objects}
+    objects.update(found)
+    try:
+        yield
+    finally:
+        for name in found:
+            objects.pop(name, None)
+        objects.update(before)
 
 
 def _import(name):

@@ -6,7 +6,7 @@ import math
 from rich import box
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from keras_bn.commands.errors import refused
 from keras_bn.tools import files
@@ -19,7 +19,8 @@ def console(arguments) -> Console:
 
 def table(header, rows) -> Table:
     """A table for the console, of rows of strings."""
-    made = Table(*header, box=box.SIMPLE_HEAD)
+    columns = [Column(name, overflow="fold") for name in header]
+    made = Table(*columns, box=box.SIMPLE_HEAD)
     for row in rows:
         made.add_row(*map(escape, row))
     return made

@@ -20,6 +20,7 @@ WRAPPED = (
         (ValueError("First.\nSecond."), "First."),
         (TypeError(WRAPPED), "No class 'C'. Import it."),
         (OSError(28, "No space left"), "[Errno 28] No space left"),
+        (ValueError("A total of 2 … for object <A>:\n\nA is bad.\n"), "A is bad."),
         (ValueError(), "ValueError()"),
         (RuntimeError("\n \n"), "RuntimeError('\\n \\n')"),
     ],

@@ -1,6 +1,8 @@
 """`--import MODULE`: files with classes and functions of the user's."""
 
+import json
 import sys
+from pathlib import Path
 
 import keras
 import numpy as np
@@ -91,16 +93,16 @@ def save(folder, forget):
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("Residual", "Could not locate class 'Residual'."),
-        ("Scale", "Could not locate class 'Scale'."),
-        ("wave", "Could not locate function 'wave'."),
+        ("Residual", "Could not locate class 'Residual'; --import"),
+        ("Scale", "Could not locate class 'Scale'; --import"),
+        ("wave", "Could not locate function 'wave'; --import"),
     ],
 )
 def test_the_cause_is_said_and_what_helps(save, folder, capsys, name, said):
     save("in.keras", name)
     message = refused(capsys, "inspect", "in.keras")
     assert f"in.keras can't be loaded: {said}" in message
-    assert message.endswith("--import MODULE imports the module that defines it.")
+    assert message.endswith("--import MODULE imports the module that defines it")
     assert "config" not in message
     assert run("inspect", "in.keras", "--import", "my_layers") == 0
 
@@ -108,8 +110,8 @@ def test_the_cause_is_said_and_what_helps(save, folder, capsys, name, said):
 def test_the_cause_in_hdf5(save, folder, capsys):
     save("in.h5", "Scale")
     message = refused(capsys, "inspect", "in.h5")
-    assert "'Scale'" in message
-    assert "--import MODULE" in message
+    assert "Unknown layer: 'my>Scale'" in message
+    assert message.endswith("--import MODULE imports the module that defines it")
     assert run("inspect", "in.h5", "--import", "my_layers") == 0
 
 
@@ -130,6 +132,17 @@ def test_a_loss_of_a_compiled_model(folder, forget):
     forget()
     data = ["--data", "data.npz"]
     assert run("inspect", "in.keras", "--import", "my_layers", *data) == 1
+
+
+def test_the_state_is_that_of_the_layer(save, folder):
+    """Also where Keras names a layer anew whenever it makes a model."""
+    save("in.keras", "Residual")
+    options = ["--import", "my_layers", "--data", "data.npz", "--json", "a.json"]
+    assert run("inspect", "in.keras", *options) == 1
+    results = json.loads(Path("a.json").read_text())
+    assert len(results["layers"]) == 6
+    for layer in results["layers"]:
+        assert layer["state"].startswith("never updated")
 
 
 def test_modules_in_packages_and_several_of_them(folder):
