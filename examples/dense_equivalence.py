@@ -6,7 +6,7 @@ in float64. Shows how far apart they are after every epoch, saves both, loads th
 again, and ends with a verdict; the exit status is 0 if they are equivalent.
 """
 
-import equivalence  # isort: skip (it silences TensorFlow, so it comes before Keras)
+import equivalence  # isort: skip (before Keras: it sets TensorFlow's logging)
 
 import sys
 
@@ -37,7 +37,9 @@ class Side(equivalence.KerasSide):
     """The model with one of the two layers."""
 
     def train(self, x, y, batch_size, tick):
-        watch = keras.callbacks.LambdaCallback(on_train_batch_end=lambda *_: tick())
+        watch = keras.callbacks.LambdaCallback(
+            on_train_batch_end=lambda batch, logs: tick()
+        )
         fitted = self.model.fit(
             x, y, batch_size=batch_size, shuffle=False, verbose=0, callbacks=[watch]
         )

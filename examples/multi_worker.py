@@ -9,7 +9,7 @@ ends with a verdict; the exit status is 0 if they are equivalent.
 Where TF_CONFIG is set, it is one worker of that cluster and nothing more.
 """
 
-import equivalence  # isort: skip (it silences TensorFlow, so it comes before Keras)
+import equivalence  # isort: skip (before Keras: it sets TensorFlow's logging)
 
 import functools
 import os

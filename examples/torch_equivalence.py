@@ -12,7 +12,7 @@ with contextlib.suppress(ImportError):
     # PyTorch may bring triton, whose import after TensorFlow ends the process.
     import triton  # noqa: F401
 
-import equivalence  # isort: skip (it silences TensorFlow, so it comes before Keras)
+import equivalence  # isort: skip (before Keras: it sets TensorFlow's logging)
 
 import itertools
 import sys
@@ -82,7 +82,9 @@ class KerasSide(equivalence.KerasSide):
     """The model in Keras, in training."""
 
     def train(self, x, y, batch_size, tick):
-        watch = keras.callbacks.LambdaCallback(on_train_batch_end=lambda *_: tick())
+        watch = keras.callbacks.LambdaCallback(
+            on_train_batch_end=lambda batch, logs: tick()
+        )
         fitted = self.model.fit(
             x, y, batch_size=batch_size, shuffle=False, verbose=0, callbacks=[watch]
         )

@@ -157,7 +157,7 @@ def to_float(inputs: Tensor, compute_dtype: str) -> Tensor:
     raise TypeError(f"Inputs must be real numbers. Received: inputs of dtype {dtype}")
 
 
-def align_mask(mask: Tensor, x: Tensor, axes: tuple[int, ...]) -> Tensor:
+def align_mask(mask: Tensor, x: Tensor, axes: Sequence[int]) -> Tensor:
     """The mask as bools that broadcast to the inputs; None stays None.
 
     A mask of the shape of the inputs' leading axes, all but the last, counts along

@@ -35,7 +35,7 @@ class Moments(NamedTuple):
     """
 
     # A field called `count` hides tuple.count, which nobody needs here.
-    count: Tensor  # type: ignore[assignment]
+    count: Tensor
     mean: Tensor
     variance: Tensor
 

@@ -21,16 +21,19 @@ class Bounds(NamedTuple):
     dmax: Tensor
 
 
-def bounds(clipping: dict[str, Any], updates: Tensor, dtype: str) -> Bounds:
+def bounds(clipping: dict[str, Any] | None, updates: Tensor, dtype: str) -> Bounds:
     """The bounds in force after so many updates.
 
     Args:
         clipping: dict with any of the keys `rmax`, `rmin`, `dmax`: floats, or
-            `LearningRateSchedule`s of the update count. What is missing is unbounded.
+            `LearningRateSchedule`s of the update count. What is missing is unbounded;
+            None bounds nothing.
         updates: int tensor, how many updates came before; None without schedules.
         dtype: float dtype of the result.
     """
     unbounded = {"rmax": float("inf"), "rmin": 0.0, "dmax": float("inf")}
+
+    clipping = clipping or {}
 
     def value(key):
         bound = clipping.get(key)

@@ -7,7 +7,7 @@ from keras import ops
 
 from keras_bn import kernels, moving, renorm
 from keras_bn.moments import Moments, Tensor
-from keras_bn.moving import State
+from keras_bn.moving import State as State
 
 
 class Settings(NamedTuple):

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -20,6 +21,15 @@ def run(script, *arguments, **environment):
         capture_output=True,
         timeout=300,
     )
+
+
+def error_lines(result):
+    """What a script printed to its standard error, without TensorFlow's notices.
+
+    TensorFlow prints these while it is loaded, before it reads any setting.
+    """
+    notice = re.compile(r"WARNING: All log messages before absl|[IW]\d{4} ")
+    return [line for line in result.stderr.splitlines() if not notice.match(line)]
 
 
 def assert_is_a_drawing(path, least=500):

@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from scripts import ROOT, assert_is_a_drawing, run
+from scripts import ROOT, assert_is_a_drawing, error_lines, run
 
 pytest.importorskip("matplotlib", reason="the examples draw with matplotlib")
 pytest.importorskip("sklearn", reason="the examples take scikit-learn's digits")
@@ -84,7 +84,7 @@ def test_short(example, tmp_path, capsys, name):
 def test_in_full(tmp_path, name):
     result = run(f"studies/{name}.py", "--out", tmp_path)
     assert result.returncode == 0, result.stderr
-    assert result.stderr == ""
+    assert error_lines(result) == []
     check(name, tmp_path, result.stdout, short=False)
 
 

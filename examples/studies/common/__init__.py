@@ -1,4 +1,4 @@
-"""What the studies share. Imported before Keras, it silences TensorFlow's start-up."""
+"""What the studies share. Imported before Keras, it sets TensorFlow's logging."""
 
 import logging
 import os

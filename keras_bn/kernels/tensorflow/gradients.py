@@ -7,10 +7,10 @@ def with_gradients(outputs, inputs, vjp):
     """`outputs`, with gradients of our own with respect to `inputs`.
 
     The outputs are computed outside of `tf.custom_gradient`, which passes all of its
-    results through one IdentityN op. Through it, Grappler, TensorFlow's optimizer of
-    graphs, would see a path from the reading of beta to its update, drop the stated
-    control dependency as redundant, and then remove the op: the output might hold the
-    new beta (`tests/test_update_order.py`).
+    results through one IdentityN op. Through it, TensorFlow's graph optimizer would see
+    a path from the reading of beta to its update, drop the stated control dependency as
+    redundant, and then remove the op: the output might hold the new beta
+    (`tests/test_update_order.py`).
 
     Args:
         outputs: a tensor or several, computed from the inputs.
