@@ -4,7 +4,6 @@ import math
 import operator
 
 import keras
-import numpy as np
 from keras import ops
 
 from keras_bn import kernels, renorm
@@ -125,18 +124,6 @@ def channel_axes(axis, input_shape, sizes_known=True):
     return tuple(positive)
 
 
-def check_variance(variance, name):
-    """Refuse a stored moving variance that no training can have left behind."""
-    bad = np.argwhere(~(np.isfinite(variance) & (variance >= 0)))
-    if len(bad):
-        channel = tuple(int(i) for i in bad[0])
-        raise ValueError(
-            f"Layer {name!r} can't load a moving variance that is negative or "
-            f"not finite. Received: {variance[channel]} in channel "
-            f"{channel[0] if len(channel) == 1 else channel}"
-        )
-
-
 def to_float(inputs, compute_dtype):
     """The inputs in a float dtype; integers in the compute dtype, float32 at least."""
     dtype = keras.backend.standardize_dtype(inputs.dtype)
@@ -145,6 +132,22 @@ def to_float(inputs, compute_dtype):
     if "int" in dtype or dtype == "bool":
         return ops.cast(inputs, keras.backend.result_type(compute_dtype, "float32"))
     raise TypeError(f"Inputs must be real numbers. Received: inputs of dtype {dtype}")
+
+
+def with_channels(x, axes, sizes):
+    """The inputs, with the channel sizes of the build where they are not known.
+
+    Args:
+        x: the inputs.
+        axes: the channel axes, non-negative and ascending.
+        sizes: their sizes.
+    """
+    if all(x.shape[axis] is not None for axis in axes):
+        return x
+    shape = list(ops.shape(x))
+    for axis, size in zip(axes, sizes, strict=True):
+        shape[axis] = size
+    return ops.reshape(x, shape)
 
 
 def align_mask(mask, x, axes):

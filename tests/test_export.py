@@ -137,6 +137,79 @@ def test_onnxruntime_folds_the_layer_into_the_convolution(tmp_path):
     assert not {"Add", "Sub", "Mul"} & set(operations), operations
 
 
+LARGE = (16, 32, 32, 16)
+
+
+class Trainer(tf.Module):
+    """One normalization of large images, and its training step as a signature."""
+
+    def __init__(self, bn, axis=-1):
+        super().__init__()
+        self.layer = bn(axis=axis)
+        self.layer.build(LARGE)
+        randomize(self.layer)
+
+    @tf.function(
+        input_signature=[tf.TensorSpec(LARGE, name="x"), tf.TensorSpec(LARGE, name="g")]
+    )
+    def train(self, x, g):
+        weights = [self.layer.gamma.value, self.layer.beta.value]
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y = self.layer(x, training=True)
+        dx, *gradients = tape.gradient(y, [x, *weights], g)
+        for weight, gradient in zip(weights, gradients, strict=True):
+            weight.assign_sub(0.01 * gradient)
+        return {"y": y, "dx": dx, "mean": self.layer.moving_mean.value}
+
+
+def inputs_of_a_step():
+    rng = np.random.default_rng(2)
+    return (rng.normal(1, 2, LARGE).astype("float32") for _ in range(2))
+
+
+@pytest.mark.parametrize(
+    "bn", [keras.layers.BatchNormalization, keras_bn.BatchNormalization]
+)
+def test_a_training_step_is_a_signature_of_tflite(bn, tmp_path):
+    trainer = Trainer(bn)
+    signature = {"train": trainer.train.get_concrete_function()}
+    tf.saved_model.save(trainer, str(tmp_path), signature)
+    converter = tf.lite.TFLiteConverter.from_saved_model(str(tmp_path))
+    converter.experimental_enable_resource_variables = True
+    kinds = tf.lite.OpsSet
+    converter.target_spec.supported_ops = [kinds.TFLITE_BUILTINS, kinds.SELECT_TF_OPS]
+    content = converter.convert()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*tf.lite.Interpreter is deprecated")
+        interpreter = tf.lite.Interpreter(model_content=content)
+    train = interpreter.get_signature_runner("train")
+    for _ in range(2):
+        x, g = inputs_of_a_step()
+        got, want = train(x=x, g=g), trainer.train(x, g)
+        for name, value in want.items():
+            assert relative_error(got[name], value.numpy()) < 1e-5, name
+
+
+@pytest.mark.parametrize(
+    "bn", [keras.layers.BatchNormalization, keras_bn.BatchNormalization]
+)
+def test_a_training_step_is_a_graph_of_onnx(bn, tmp_path):
+    tf2onnx = require("tf2onnx")
+    trainer = Trainer(bn)
+
+    def forward(x):
+        return trainer.layer(x, training=True)
+
+    x, _ = inputs_of_a_step()
+    signature = [tf.TensorSpec(LARGE, name="x")]
+    path = tmp_path / "model.onnx"
+    function = tf.function(forward, signature)
+    tf2onnx.convert.from_function(function, signature, output_path=str(path))
+    (y,) = open_onnx(path).run(None, {"x": x})
+    assert relative_error(y, forward(x).numpy()) < 1e-5
+
+
 def test_a_missing_package_skips_a_test_but_not_in_ci(monkeypatch):
     monkeypatch.delenv("CI", raising=False)
     with pytest.raises(pytest.skip.Exception, match="no_such_package"):

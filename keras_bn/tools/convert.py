@@ -14,6 +14,7 @@ _BEYOND_KERAS = {
     "unbiased": False,
     "debias": False,
     "freeze_statistics": False,
+    "freeze_affine": False,
 }
 # Older releases of Keras have no renorm.
 _TAKEN_BY_KERAS = inspect.signature(keras.layers.BatchNormalization).parameters
@@ -131,7 +132,7 @@ def _to_keras(layer):
     config = layer.get_config()
     for name in (*_BEYOND_KERAS, "renorm_clipping", "renorm_momentum"):
         if name not in _TAKEN_BY_KERAS:
-            config.pop(name)
+            config.pop(name, None)
     return keras.layers.BatchNormalization.from_config(config)
 
 
