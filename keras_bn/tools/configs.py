@@ -202,7 +202,7 @@ def _with_input(config):
         "dtype": dtype if isinstance(dtype, str) else None,
         "name": f"{first['config'].get('name')}_input",
     }
-    added = {"class_name": "InputLayer", "config": given}
+    added: dict = {"class_name": "InputLayer", "config": given}
     if "module" in first:
         added = {**added, "module": "keras.layers", "registered_name": None}
     return {**config, "config": {**inner, "layers": [added, *inner["layers"]]}}

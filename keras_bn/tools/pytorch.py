@@ -59,7 +59,7 @@ def from_torch(module, axis=1, *, rank=None, prefix="", eps=None, momentum=None)
     (0.9, 1e-05, True, 3)
     """
     if isinstance(module, Mapping):
-        state, name, kind = _part(module, prefix), "a state dict", None
+        state, name, kind = _part(module, prefix), "a state dict", ""
         eps = 1e-5 if eps is None else eps
         momentum = 0.1 if momentum is None else momentum
     else:
