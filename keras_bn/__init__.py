@@ -10,8 +10,8 @@ from keras_bn.tools.convert import from_keras, to_keras
 from keras_bn.tools.fold import fold, plan_fold
 from keras_bn.tools.freeze import freeze, unfreeze
 from keras_bn.tools.load import load_model
+from keras_bn.tools.pytorch import from_torch, to_torch
 from keras_bn.tools.recalibrate import Recalibrate, recalibrate
-from keras_bn.tools.torch import from_torch, to_torch
 from keras_bn.version import __version__
 
 __all__ = [

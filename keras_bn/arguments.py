@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import keras
-import numpy as np
 from keras import ops
 
 from keras_bn import kernels, renorm
@@ -135,18 +134,6 @@ def channel_axes(
     return tuple(positive)
 
 
-def check_variance(variance: np.ndarray[Any, Any], name: str) -> None:
-    """Refuse a stored moving variance that no training can have left behind."""
-    bad = np.argwhere(~(np.isfinite(variance) & (variance >= 0)))
-    if len(bad):
-        channel = tuple(int(i) for i in bad[0])
-        raise ValueError(
-            f"Layer {name!r} can't load a moving variance that is negative or "
-            f"not finite. Received: {variance[channel]} in channel "
-            f"{channel[0] if len(channel) == 1 else channel}"
-        )
-
-
 def to_float(inputs: Tensor, compute_dtype: str) -> Tensor:
     """The inputs in a float dtype; integers in the compute dtype, float32 at least."""
     dtype = keras.backend.standardize_dtype(inputs.dtype)
@@ -155,6 +142,22 @@ def to_float(inputs: Tensor, compute_dtype: str) -> Tensor:
     if "int" in dtype or dtype == "bool":
         return ops.cast(inputs, keras.backend.result_type(compute_dtype, "float32"))
     raise TypeError(f"Inputs must be real numbers. Received: inputs of dtype {dtype}")
+
+
+def with_channels(x: Tensor, axes: Sequence[int], sizes: Sequence[int]) -> Tensor:
+    """The inputs, with the channel sizes of the build where they are not known.
+
+    Args:
+        x: the inputs.
+        axes: the channel axes, non-negative and ascending.
+        sizes: their sizes.
+    """
+    if all(x.shape[axis] is not None for axis in axes):
+        return x
+    shape = list(ops.shape(x))
+    for axis, size in zip(axes, sizes, strict=True):
+        shape[axis] = size
+    return ops.reshape(x, shape)
 
 
 def align_mask(mask: Tensor, x: Tensor, axes: Sequence[int]) -> Tensor:

@@ -3,14 +3,15 @@
 from typing import Any
 
 import keras
-import numpy as np
 from keras import constraints, initializers, ops, regularizers
 
 from keras_bn import arguments, kernels, moving, renorm, step
+from keras_bn.frozen import Freezable
+from keras_bn.stored import Checked
 
 
 @keras.saving.register_keras_serializable(package="keras_bn")
-class BatchNormalization(keras.layers.Layer):
+class BatchNormalization(Freezable, Checked):
     """Drop-in replacement for `keras.layers.BatchNormalization`.
 
     Same arguments, weights and numbers. In training, each channel is normalized with
@@ -58,7 +59,10 @@ class BatchNormalization(keras.layers.Layer):
         debias: whether the moving statistics are the weighted mean of the batches
             seen alone, without the pull of their initial values.
         freeze_statistics: whether training uses the moving statistics and leaves
-            them alone, while gamma and beta still train. May be set on a live layer.
+            them alone, while gamma and beta still train.
+        freeze_affine: whether training leaves gamma and beta alone, too; `"gamma"` or
+            `"beta"` for one of them. Like `freeze_statistics` it may be set on a live
+            layer, and goes on when `trainable` is set to True.
         **kwargs: arguments of `keras.layers.Layer`, such as `name` and `dtype`.
 
     Call arguments:
@@ -120,6 +124,7 @@ class BatchNormalization(keras.layers.Layer):
         unbiased=False,
         debias=False,
         freeze_statistics=False,
+        freeze_affine=False,
         **kwargs,
     ):
         super().__init__(**kwargs)
@@ -148,6 +153,7 @@ class BatchNormalization(keras.layers.Layer):
         self.unbiased = unbiased
         self.debias = debias
         self.freeze_statistics = freeze_statistics
+        self.freeze_affine = freeze_affine
         self.supports_masking = True
         self.gamma: Any = None
         self.beta: Any = None
@@ -194,6 +200,7 @@ class BatchNormalization(keras.layers.Layer):
                 regularizer=self.beta_regularizer,
                 constraint=self.beta_constraint,
             )
+        self._hold_affine()
         # What replicas assign is equal already: no reduction of each variable's own.
         state = {"trainable": False, "aggregation": "only_first_replica"}
         self.moving_mean = add("moving_mean", self.moving_mean_initializer, **state)
@@ -224,8 +231,7 @@ class BatchNormalization(keras.layers.Layer):
         if mask is None and ops.is_tensor(training):
             # Keras hands on the mask of the only tensor argument; here are two.
             mask = getattr(inputs, "_keras_mask", None)
-        x = arguments.to_float(inputs, self.compute_dtype)
-        mask = arguments.align_mask(mask, x, self._axes)
+        x, mask = self._prepared(inputs, mask)
         if not self.trainable or self.freeze_statistics:
             training = False
 
@@ -269,8 +275,7 @@ class BatchNormalization(keras.layers.Layer):
         >>> print(np.round(y.numpy().T, 2), moments.mean.numpy())
         [[-1.  1.]] [2.]
         """
-        x = arguments.to_float(inputs, self.compute_dtype)
-        mask = arguments.align_mask(mask, x, self._axes)
+        x, mask = self._prepared(inputs, mask)
         y, moments = step.normalize(
             x, mask, *self._affine, settings=step.Settings(self._axes, self.epsilon)
         )
@@ -279,13 +284,6 @@ class BatchNormalization(keras.layers.Layer):
     def compute_output_shape(self, input_shape):
         arguments.channel_axes(self.axis, input_shape, sizes_known=False)
         return input_shape
-
-    def load_own_variables(self, store):
-        names = [variable.name for variable in self.variables]
-        key = str(names.index("moving_variance"))
-        if key in store.keys():  # noqa: SIM118 (a store is not a dict)
-            arguments.check_variance(np.asarray(store[key]), self.name)
-        super().load_own_variables(store)
 
     def get_config(self):
         return {
@@ -317,6 +315,7 @@ class BatchNormalization(keras.layers.Layer):
             "unbiased": self.unbiased,
             "debias": self.debias,
             "freeze_statistics": self.freeze_statistics,
+            **({"freeze_affine": self.freeze_affine} if self.freeze_affine else {}),
             # Keras's reader of .h5 files throws away an `axis` of several.
             **({"axes": self.axis} if isinstance(self.axis, list) else {}),
         }
@@ -328,6 +327,12 @@ class BatchNormalization(keras.layers.Layer):
         if "axes" in config:
             config["axis"] = config.pop("axes")
         return super().from_config(config)
+
+    def _prepared(self, inputs, mask):
+        """The inputs in a float dtype, with known channels, and the mask for them."""
+        x = arguments.to_float(inputs, self.compute_dtype)
+        x = arguments.with_channels(x, self._axes, self.moving_mean.shape)
+        return x, arguments.align_mask(mask, x, self._axes)
 
     @property
     def _rule(self):

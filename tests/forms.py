@@ -84,6 +84,7 @@ FORMS = {
     ),
     "plain mean": ({"momentum": None}, (6,)),
     "frozen statistics": ({"freeze_statistics": True}, (6,)),
+    "frozen gamma": ({"freeze_affine": "gamma"}, (6,)),
     **{
         dtype: ({"dtype": dtype}, (6,))
         for dtype in ("float64", "float16", "bfloat16", "mixed_float16")

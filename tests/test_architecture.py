@@ -18,7 +18,7 @@ ORDER = [
     {"moments"},
     {"kernels", "moving"},
     {"renorm"},
-    {"step", "arguments"},
+    {"step", "arguments", "frozen", "stored"},
     {"layer"},
     {"tools", "proof", "bench"},
     {"diagnosis"},

@@ -162,6 +162,90 @@ def test_onnxruntime_folds_the_layer_into_the_convolution(tmp_path):
     assert not {"Add", "Sub", "Mul"} & set(operations), operations
 
 
+LARGE = (16, 32, 32, 16)
+
+
+class Trainer(tf.Module):
+    """One normalization of large images, and its training step as a signature."""
+
+    def __init__(self, bn, axis=-1):
+        super().__init__()
+        self.layer = bn(axis=axis)
+        self.layer.build(LARGE)
+        randomize(self.layer)
+
+    @tf.function(
+        input_signature=[tf.TensorSpec(LARGE, name="x"), tf.TensorSpec(LARGE, name="g")]
+    )
+    def train(self, x, g):
+        weights = [self.layer.gamma.value, self.layer.beta.value]
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y = self.layer(x, training=True)
+        dx, *gradients = tape.gradient(y, [x, *weights], g)
+        for weight, gradient in zip(weights, gradients, strict=True):
+            weight.assign_sub(0.01 * gradient)
+        return {"y": y, "dx": dx, "mean": self.layer.moving_mean.value}
+
+
+def inputs_of_a_step():
+    rng = np.random.default_rng(2)
+    return (rng.normal(1, 2, LARGE).astype("float32") for _ in range(2))
+
+
+def signatures_of_tflite(trainer, path, *kinds):
+    """A TFLite interpreter of the training step, of operators of these kinds."""
+    signature = {"train": trainer.train.get_concrete_function()}
+    tf.saved_model.save(trainer, str(path), signature)
+    converter = tf.lite.TFLiteConverter.from_saved_model(str(path))
+    converter.experimental_enable_resource_variables = True
+    converter.target_spec.supported_ops = list(kinds)
+    content = converter.convert()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*tf.lite.Interpreter is deprecated")
+        return tf.lite.Interpreter(model_content=content)
+
+
+@pytest.mark.parametrize("axis", [-1, 1])
+def test_a_training_step_is_a_signature_of_tflite(axis, tmp_path):
+    """With the operators that TensorFlow's guide to training on a device asks for."""
+    kinds = tf.lite.OpsSet.TFLITE_BUILTINS, tf.lite.OpsSet.SELECT_TF_OPS
+    trainer = Trainer(keras_bn.BatchNormalization, axis)
+    interpreter = signatures_of_tflite(trainer, tmp_path, *kinds)
+    signature = {"inputs": ["g", "x"], "outputs": ["dx", "mean", "y"]}
+    assert interpreter.get_signature_list() == {"train": signature}
+    selected = {name for name in operators(interpreter) if name.startswith("Flex")}
+    assert selected == {"FlexFusedBatchNormV3", "FlexFusedBatchNormGradV3"}
+
+
+def test_kerass_layer_needs_no_operators_but_tflites_own(tmp_path):
+    """What the FAQ says of `to_keras`."""
+    trainer = Trainer(keras_bn.BatchNormalization)
+    trainer.layer = keras_bn.to_keras(trainer.layer)
+    kinds = [tf.lite.OpsSet.TFLITE_BUILTINS]
+    interpreter = signatures_of_tflite(trainer, tmp_path, *kinds)
+    assert not [name for name in operators(interpreter) if name.startswith("Flex")]
+
+
+@pytest.mark.parametrize(
+    "bn", [keras.layers.BatchNormalization, keras_bn.BatchNormalization]
+)
+def test_a_training_step_is_a_graph_of_onnx(bn, tmp_path):
+    tf2onnx = require("tf2onnx")
+    trainer = Trainer(bn)
+
+    def forward(x):
+        return trainer.layer(x, training=True)
+
+    x, _ = inputs_of_a_step()
+    signature = [tf.TensorSpec(LARGE, name="x")]
+    path = tmp_path / "model.onnx"
+    function = tf.function(forward, signature)
+    tf2onnx.convert.from_function(function, signature, output_path=str(path))
+    (y,) = open_onnx(path).run(None, {"x": x})
+    assert relative_error(y, forward(x).numpy()) < 1e-5
+
+
 def test_a_missing_package_skips_a_test_but_not_in_ci(monkeypatch):
     monkeypatch.delenv("CI", raising=False)
     with pytest.raises(pytest.skip.Exception, match="no_such_package"):

@@ -23,6 +23,7 @@ BEYOND_KERAS = {
     "ghost batches",
     "plain mean",
     "frozen statistics",
+    "frozen gamma",
 }
 if "renorm" not in inspect.signature(keras.layers.BatchNormalization).parameters:
     BEYOND_KERAS.add("renorm")

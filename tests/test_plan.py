@@ -1,5 +1,8 @@
 """Which plan serves what: the table, what feeds it, and how often it is traced."""
 
+import gc
+import weakref
+
 import keras
 import numpy as np
 import pytest
@@ -10,7 +13,7 @@ import keras_bn
 from keras_bn import kernels, step
 from keras_bn.kernels import formulas, make_plan
 from keras_bn.kernels.plan import Plan, by_size, fused_fits
-from keras_bn.kernels.tensorflow import context, either, fused
+from keras_bn.kernels.tensorflow import compiled, context, either, fused
 
 
 @pytest.mark.parametrize(
@@ -277,3 +280,23 @@ def test_compiled_functions_are_told_the_plan():
     for rows in (8, 16, 100_000, 200_000):
         function(tf.zeros([rows, 4]), None, settings=settings)
     assert seen == ["plain", "fused"]
+
+
+def test_traces_are_bounded_and_let_go(monkeypatch):
+    monkeypatch.setattr(compiled, "TRACES", 3)
+    graphs = []
+
+    @kernels.compiled
+    def function(x, mask, *, settings, plan):
+        graphs.append(weakref.ref(tf.compat.v1.get_default_graph()))
+        return x * 2.0
+
+    settings = step.Settings((1,), 1e-3)
+    for channels in range(1, 9):
+        got = function(tf.ones([2, channels]), None, settings=settings)
+        np.testing.assert_array_equal(got, np.full([2, channels], 2.0))
+    for rows in range(3, 9):
+        function(tf.ones([rows, 8]), None, settings=settings)
+    assert len(graphs) == 8, "one trace for all sizes but those of the channels"
+    gc.collect()
+    assert sum(graph() is not None for graph in graphs) == 3

@@ -4,18 +4,18 @@ import inspect
 
 import keras
 
+from keras_bn.frozen import forget_traces
 from keras_bn.layer import BatchNormalization
 from keras_bn.tools.copying import copy_model
 from keras_bn.tools.exchange import (
     exchange,
-    forget_traces,
     holders_alive,
     optimizers,
     rekey,
     replace,
 )
 from keras_bn.tools.graph import holders, scope, walk
-from keras_bn.tools.norms import computes_otherwise, is_keras, is_ours
+from keras_bn.tools.norms import check_layer, computes_otherwise, is_keras, is_ours
 
 # What a layer of ours may be set to that Keras's has no argument for, and the value
 # that says the same as not having it.
@@ -24,6 +24,7 @@ _BEYOND_KERAS = {
     "unbiased": False,
     "debias": False,
     "freeze_statistics": False,
+    "freeze_affine": False,
 }
 # Older releases of Keras have no renorm.
 _TAKEN_BY_KERAS = inspect.signature(keras.layers.BatchNormalization).parameters
@@ -112,8 +113,7 @@ def to_keras(model, *, in_place=False, compiled=True):
 
 def _convert(model, wanted, kind, in_place, compiled):
     """Exchange the wanted layers of a model, or of a copy of it."""
-    if not isinstance(model, keras.layers.Layer):
-        raise TypeError(f"Expected a Keras layer or model. Received: {model!r}")
+    check_layer(model)
     if in_place and not compiled:
         raise ValueError(
             "`compiled=False` goes with a copy. Received: in_place=True, compiled=False"

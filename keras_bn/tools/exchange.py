@@ -188,21 +188,6 @@ def note_nodes(graph):
     }
 
 
-def forget_traces(layers):
-    """Have every model that holds some layers trace its functions anew.
-
-    Args:
-        layers: the layers that were changed.
-    """
-    changed = {id(layer) for layer in layers}
-    for each in gc.get_objects():
-        whole = issubclass(type(each), keras.Model) and "_layers" in vars(each)
-        if whole and any(id(layer) in changed for _, layer in walk(each)):
-            each.train_function = None
-            each.test_function = None
-            each.predict_function = None
-
-
 def optimizers(model):
     """The optimizers that the layers of a model have as attributes, to any depth."""
     waiting = [v for _, layer in walk(model) for v in vars(layer).values()]

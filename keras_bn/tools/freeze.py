@@ -1,9 +1,10 @@
 """Holding the statistics of a whole model still, and letting them go again."""
 
-import keras
+import warnings
 
-from keras_bn.tools.convert import is_keras, is_ours
-from keras_bn.tools.exchange import forget_traces
+from keras_bn.frozen import forget_traces
+from keras_bn.layer import BatchNormalization
+from keras_bn.tools import norms
 from keras_bn.tools.graph import walk
 
 
@@ -13,12 +14,15 @@ def freeze(model, *, affine=False):
     From now on training normalizes with the moving statistics and leaves them alone,
     to the bit. Gamma and beta go on training, unless `affine` says otherwise. It is
     independent of `trainable`: a base that is thawed for fine-tuning with
-    `base.trainable = True` keeps its statistics.
+    `base.trainable = True` keeps what is frozen here. So do saved files and copies.
 
-    It takes effect at once in eager loops, and in the next `fit` or `train_on_batch`
-    of the given model, with no need to compile again. What else has been compiled
-    before, such as a `tf.function` of your own or a model that holds this one, goes
-    on as it was traced: give `freeze` the model that you train, or compile again.
+    It is `layer.freeze_statistics = True` for every layer, and `layer.freeze_affine =
+    True` with `affine`. It takes effect at once in eager loops, and in the next step of
+    every model that holds the layers, from within `fit` too, with no need to compile
+    again. A `tf.function` of your own goes on as it was traced: trace it anew.
+
+    Layers of Keras in the model are left alone, with a warning: they have no such
+    option.
 
     Args:
         model: a model or layer.
@@ -49,7 +53,8 @@ def unfreeze(model, *, affine=False):
     """Let training move the statistics again: the inverse of `freeze`.
 
     It takes effect as `freeze` does. With `affine`, compile again if the optimizer was
-    built while gamma and beta were frozen: it does not know them.
+    built while gamma and beta were frozen: it does not know them. A layer that has
+    `trainable=False` does not train until that is set to True.
 
     Args:
         model: a model or layer.
@@ -72,29 +77,42 @@ def unfreeze(model, *, affine=False):
 
 
 def _set(model, frozen, affine):
-    if not isinstance(model, keras.layers.Layer):
-        raise TypeError(f"Expected a Keras layer or model. Received: {model!r}")
+    norms.check_layer(model)
+    found = {path or layer.name: layer for path, layer in walk(model)}
     layers = {
-        path or layer.name: layer for path, layer in walk(model) if is_ours(layer)
+        path: layer
+        for path, layer in found.items()
+        if isinstance(layer, BatchNormalization)
     }
+    theirs = [path for path, layer in found.items() if norms.is_keras(layer)]
+    verb = "freeze" if frozen else "unfreeze"
     if not layers:
-        theirs = any(is_keras(layer) for _, layer in walk(model))
         raise ValueError(
-            f"'{model.name}' has no batch normalization of keras_bn to freeze."
+            f"'{model.name}' has no batch normalization of keras_bn to {verb}."
             + (" Convert it by `keras_bn.from_keras(model)`." if theirs else "")
         )
-    changed = []
-    for path, layer in layers.items():
-        parameters = [w for w in (layer.gamma, layer.beta) if w is not None]
-        parameters = parameters if affine else []
-        if layer.freeze_statistics is frozen and all(
-            w.trainable is not frozen for w in parameters
-        ):
-            continue
-        layer.freeze_statistics = frozen
-        for parameter in parameters:
-            parameter.trainable = not frozen
-        changed.append(path)
-    if changed:
-        forget_traces(layers[path] for path in changed)
+    if theirs:
+        _warn(
+            f"{_listed(theirs)} are layers of Keras, which `{verb}` leaves alone. "
+            "Convert the model first: `keras_bn.from_keras(model)`."
+        )
+    if unknown := [p for p, each in layers.items() if norms.computes_otherwise(each)]:
+        _warn(
+            f"{_listed(unknown)} are of subclasses with a `call` of their own, which "
+            f"must heed `freeze_statistics` itself for `{verb}` to have an effect."
+        )
+    changed = [
+        path
+        for path, layer in layers.items()
+        if layer.set_frozen(frozen, frozen if affine else None)
+    ]
+    forget_traces([layers[path] for path in changed])
     return changed
+
+
+def _listed(paths):
+    return ", ".join(f"'{path}'" for path in paths)
+
+
+def _warn(message):
+    warnings.warn(message, stacklevel=4)

@@ -12,16 +12,16 @@ import h5py
 import keras
 
 from keras_bn.layer import BatchNormalization
-from keras_bn.tools.convert import from_keras, is_keras
-from keras_bn.tools.graph import Functional, walk
+from keras_bn.stored import lenient, lost
+from keras_bn.tools.configs import OURS, SyncBatchNormalization, modern
+from keras_bn.tools.convert import from_keras
+from keras_bn.tools.graph import walk
+from keras_bn.tools.norms import is_keras
 
 _HDF5 = b"\x89HDF\r\n\x1a\n"
-_NAME = "keras_bn>BatchNormalization"
 
-# HDF5 files name classes without their module, and losses by short names that Keras 3
-# has forgotten.
+# HDF5 files name losses by short names that Keras 3 has forgotten.
 _NAMED_IN_HDF5 = {
-    "BatchNormalization": BatchNormalization,
     "mse": keras.losses.mean_squared_error,
     "mae": keras.losses.mean_absolute_error,
     "mape": keras.losses.mean_absolute_percentage_error,
@@ -36,6 +36,10 @@ def load_model(path, **kwargs):
     `keras.saving.load_model` with every BatchNormalization exchanged for ours, also
     where Keras 3 cannot load it: files of Keras 2 say `axis: [3]`. Keras's safe mode
     is on, as it is there: a file that would run code of its own is refused.
+
+    A model whose moving statistics are lost (NaN, infinite, a negative variance) is
+    loaded with a warning that names the layers, for `keras_bn.recalibrate` to mend.
+    `keras.saving.load_model` refuses it.
 
     Args:
         path: a `.keras` or `.h5` file.
@@ -62,21 +66,25 @@ def load_model(path, **kwargs):
     'keras_bn.layer'
     """
     path = Path(os.fspath(path))
-    with tempfile.TemporaryDirectory() as folder:
-        kind = _kind(path)
+    kind = _kind(path)
+    custom = dict(kwargs.pop("custom_objects", None) or {})
+    with tempfile.TemporaryDirectory() as folder, lenient():
+        copy = Path(folder) / f"model{kind}"
         if kind == ".keras":
-            copy = Path(folder) / "model.keras"
-            _exchange_in_archive(path, copy)
-            model = keras.saving.load_model(copy, **kwargs)
-        else:
-            custom = {**_NAMED_IN_HDF5, **(kwargs.pop("custom_objects", None) or {})}
-            copy = Path(folder) / "model.h5"
-            shutil.copyfile(path, copy)
+            _exchange_in_archive(path, copy, custom)
             model = keras.saving.load_model(copy, custom_objects=custom, **kwargs)
+        else:
+            _exchange_in_hdf5(path, copy, custom)
+            named = {**_NAMED_IN_HDF5, **custom}
+            model = keras.saving.load_model(copy, custom_objects=named, **kwargs)
             _restore_optimizer(model, path)
-    # What a class of the user's makes itself stands in no config.
-    if any(is_keras(layer) for _, layer in walk(model)):
-        model = from_keras(model)
+        for _, layer in walk(model):
+            if type(layer) is SyncBatchNormalization:
+                layer.__class__ = BatchNormalization
+        # What a class of the user's makes itself stands in no config.
+        if any(is_keras(layer) for _, layer in walk(model)):
+            model = from_keras(model)
+    _warn_of_lost(model)
     return model
 
 
@@ -85,10 +93,10 @@ def holds_ours(path):
     path = Path(os.fspath(path))
     if _kind(path) == ".keras":
         with zipfile.ZipFile(path) as archive:
-            return _NAME.encode() in archive.read("config.json")
+            return OURS.encode() in archive.read("config.json")
     with h5py.File(path) as file:
         config = file.attrs.get("model_config", "")
-    return _NAME in (config.decode() if isinstance(config, bytes) else config)
+    return OURS in (config.decode() if isinstance(config, bytes) else config)
 
 
 def _kind(path):
@@ -135,34 +143,38 @@ def _restore_optimizer(model, path):
         )
 
 
-def _exchange_in_archive(source, target):
+def _warn_of_lost(model):
+    """Name the layers whose moving statistics no training can have left behind."""
+    named = [
+        f"'{path or layer.name}'"
+        for path, layer in walk(model)
+        if isinstance(layer, BatchNormalization)
+        and any(lost(v.name, v) is not None for v in layer.variables)
+    ]
+    if named:
+        warnings.warn(
+            f"The moving statistics of {', '.join(named)} are lost: not finite, or a "
+            "negative variance. `keras_bn.recalibrate(model, data)` replaces them.",
+            stacklevel=3,
+        )
+
+
+def _exchange_in_archive(source, target, custom):
     """Copy a `.keras` archive, naming our layer in its config instead of Keras's."""
     with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w") as new:
         for item in old.infolist():
             if item.filename == "config.json":
                 config = json.loads(old.read(item))
-                new.writestr(item, json.dumps(_exchanged(config)))
+                new.writestr(item, json.dumps(modern(config, custom)))
                 continue
             with old.open(item) as content, new.open(item, "w") as place:
                 shutil.copyfileobj(content, place)
 
 
-def _exchanged(config):
-    if isinstance(config, list):
-        return [_exchanged(part) for part in config]
-    if not isinstance(config, dict):
-        return config
-    config = {key: _exchanged(part) for key, part in config.items()}
-    if isinstance(compiled := config.get("compile_config"), dict):
-        # Keras 2 writes None for what was left at its default.
-        config["compile_config"] = {k: v for k, v in compiled.items() if v is not None}
-    name, module = config.get("class_name"), str(config.get("module"))
-    if config.get("registered_name") not in (None, name):
-        return config
-    if name == "BatchNormalization" and module.startswith("keras."):
-        module, name = BatchNormalization.__module__, _NAME
-        return {**config, "module": module, "registered_name": name}
-    if name == "Functional" and ".engine." in module:
-        # Where Keras 2 and tf_keras keep what Keras 3 keeps elsewhere.
-        return {**config, "module": Functional.__module__, "registered_name": None}
-    return config
+def _exchange_in_hdf5(source, target, custom):
+    """Copy an `.h5` file, naming our layer in its config instead of Keras's."""
+    shutil.copyfile(source, target)
+    with h5py.File(target, "r+") as file:
+        config = file.attrs.get("model_config")
+        if config is not None:
+            file.attrs["model_config"] = json.dumps(modern(json.loads(config), custom))

@@ -23,6 +23,9 @@ _COMPUTING = (
     "_update_renorm_statistics",
 )
 
+# What may be installed beside Keras 3. TensorFlow still ships a Keras of its own.
+_OLDER_KERASES = ("tf_keras", "tensorflow.python.keras", "keras_core")
+
 
 def is_ours(layer) -> bool:
     """Whether a layer is our batch normalization, or a subclass computing it."""
@@ -87,6 +90,24 @@ def warn_of_others(model, stacklevel=3):
         )
 
 
+def check_layer(model):
+    """Refuse what is no layer or model of Keras 3; say how an older Keras's gets in.
+
+    Raises:
+        TypeError: for what is no Keras layer or model.
+    """
+    if isinstance(model, keras.layers.Layer):
+        return
+    hint = ""
+    if package := _older_keras(model):
+        hint = (
+            f", which is of {package} and not of Keras 3. Save the model to a file, "
+            '`model.save("model.h5")`, and load that: '
+            '`keras_bn.load_model("model.h5")`'
+        )
+    raise TypeError(f"Expected a Keras layer or model. Received: {model!r}{hint}.")
+
+
 def check_built(model):
     """Refuse what is no layer, or has no statistics yet.
 
@@ -94,8 +115,7 @@ def check_built(model):
         TypeError: for what is no Keras layer or model.
         ValueError: if the model, or a normalization in it, is not built.
     """
-    if not isinstance(model, keras.layers.Layer):
-        raise TypeError(f"Expected a Keras model. Received: {model!r}")
+    check_layer(model)
     if not model.built:
         raise ValueError(
             f"'{model.name}' is not built, so it has no statistics yet. Call it on "
@@ -108,6 +128,15 @@ def check_built(model):
                 "the model has never called it. Call the model on data that reaches "
                 "it, or take it out."
             )
+
+
+def _older_keras(model):
+    """The package of another Keras that a model or layer comes from, or None."""
+    modules = [f"{kind.__module__}." for kind in type(model).__mro__]
+    for package in _OLDER_KERASES:
+        if any(module.startswith(f"{package}.") for module in modules):
+            return package
+    return None
 
 
 def _overrides(layer, base) -> bool:

@@ -1,7 +1,9 @@
 """load_model: files of Keras 3 and Keras 2, straight into our layers."""
 
+import json
 import zipfile
 
+import h5py
 import keras
 import numpy as np
 import pytest
@@ -10,8 +12,9 @@ from keras import layers
 from zoo import convolutional, inputs_of, randomized, sequential, wrapped
 
 import keras_bn
-from keras_bn.tools.convert import is_keras, is_ours
+from keras_bn.tools.configs import modern
 from keras_bn.tools.graph import walk
+from keras_bn.tools.norms import is_keras, is_ours
 
 
 def kinds(model):
@@ -72,6 +75,337 @@ def test_files_of_keras_2(suffix, tmp_path):
     assert not np.allclose(loaded.get_layer("bn").moving_mean.numpy(), before)
 
 
+def of_time(k):
+    """Normalizations and recurrent layers in wrappers, and a model in one."""
+    frame = k.Sequential(
+        [k.layers.Conv2D(3, 2, input_shape=(4, 4, 2)), k.layers.BatchNormalization()]
+    )
+    x = images = k.Input((5, 4, 4, 2))
+    x = k.layers.TimeDistributed(frame)(x)
+    x = k.layers.TimeDistributed(k.layers.Flatten())(x)
+    x = k.layers.TimeDistributed(k.layers.BatchNormalization())(x)
+    x = k.layers.Bidirectional(k.layers.LSTM(3, return_sequences=True))(x)
+    x = k.layers.RNN(k.layers.GRUCell(3), return_sequences=True)(x)
+    return k.Model(images, k.layers.BatchNormalization()(x))
+
+
+def of_convolutions(k):
+    """Layers whose configs had more arguments in Keras 2."""
+    x = images = k.Input((8, 8, 3))
+    for layer in (
+        k.layers.DepthwiseConv2D(3),
+        k.layers.SeparableConv2D(4, 3),
+        k.layers.Conv2DTranspose(4, 3),
+        k.layers.LeakyReLU(0.2),
+    ):
+        x = k.layers.BatchNormalization()(layer(x))
+    return k.Model(images, k.layers.GlobalMaxPooling2D()(x))
+
+
+def with_input_shape(k):
+    return k.Sequential(
+        [
+            k.layers.Conv2D(3, 2, input_shape=(5, 5, 2)),
+            k.layers.BatchNormalization(axis=-1, name="bn"),
+            k.layers.GlobalAveragePooling2D(),
+        ]
+    )
+
+
+def with_input_dim(k):
+    return k.Sequential([k.layers.Dense(3, input_dim=4), k.layers.BatchNormalization()])
+
+
+def with_batch_input_shape(k):
+    return k.Sequential(
+        [k.layers.BatchNormalization(batch_input_shape=(None, 4)), k.layers.Dense(3)]
+    )
+
+
+def with_input_length(k):
+    return k.Sequential(
+        [
+            k.layers.Embedding(5, 4, input_length=6),
+            k.layers.BatchNormalization(),
+            k.layers.GRU(3),
+        ]
+    )
+
+
+def in_a_sequential(k):
+    inner = with_input_shape(k)
+    return k.Sequential([inner, k.layers.BatchNormalization(), k.layers.Dense(2)])
+
+
+def with_input_layer(k):
+    return k.Sequential(
+        [k.layers.InputLayer(input_shape=(4,)), k.layers.BatchNormalization()]
+    )
+
+
+def of_half_precision(k):
+    return k.Sequential(
+        [
+            k.layers.Dense(3, input_shape=(4,), dtype="mixed_float16"),
+            k.layers.BatchNormalization(dtype="mixed_float16"),
+        ]
+    )
+
+
+def synchronized(k):
+    with_input = k.layers.Dense(3, input_shape=(4,))
+    norm = k.layers.experimental.SyncBatchNormalization(name="sync")
+    return k.Sequential([with_input, norm])
+
+
+def with_initializers(k):
+    return k.Sequential(
+        [
+            k.layers.Dense(3, input_shape=(4,), kernel_initializer="he_normal"),
+            k.layers.BatchNormalization(
+                gamma_initializer=k.initializers.RandomUniform(0.5, 1.5),
+                beta_regularizer=k.regularizers.L2(0.1),
+                gamma_constraint=k.constraints.NonNeg(),
+            ),
+        ]
+    )
+
+
+OF_KERAS_2 = [
+    of_time,
+    of_convolutions,
+    with_input_shape,
+    with_input_dim,
+    with_batch_input_shape,
+    with_input_length,
+    in_a_sequential,
+    with_input_layer,
+    of_half_precision,
+    synchronized,
+    with_initializers,
+]
+
+
+def input_for(model):
+    rng = np.random.default_rng(1)
+    shape = (4, *(size or 5 for size in model.input_shape[1:]))
+    if type(model.layers[0]).__name__ == "Embedding":
+        return rng.integers(0, 5, (4, 6)).astype("float32")
+    return rng.normal(0.3, 2.0, shape).astype("float32")
+
+
+def randomized_2(model):
+    """A model of Keras 2, with weights and statistics as if it had been trained."""
+    rng = np.random.default_rng(0)
+    for variable in model.variables:
+        if "variance" in variable.name or "gamma" in variable.name:
+            variable.assign(rng.uniform(0.5, 2.0, variable.shape))
+        elif not variable.dtype.is_integer:
+            variable.assign(rng.normal(0.0, 0.5, variable.shape))
+    return model
+
+
+def saved(make, path):
+    """A model of Keras 2 in a file, its input and its output."""
+    model = randomized_2(make(require("tf_keras")))
+    model.save(path)
+    x = input_for(model)
+    return model, x, model.predict(x, verbose=0)
+
+
+@pytest.mark.parametrize("suffix", [".keras", ".h5"])
+@pytest.mark.parametrize("make", OF_KERAS_2)
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_whatever_keras_2_writes(make, suffix, tmp_path):
+    path = tmp_path / f"model{suffix}"
+    model, x, expected = saved(make, path)
+    loaded = keras_bn.load_model(path)
+    wanted = sum("Normalization" in type(m).__name__ for m in model.submodules)
+    assert kinds(loaded) == (0, wanted)
+    got = loaded.predict(x, verbose=0)
+    np.testing.assert_allclose(got, expected, rtol=2e-3, atol=1e-5)
+    assert np.std(expected) > 1e-2
+    assert loaded.input_shape == model.input_shape
+
+
+@pytest.mark.parametrize("suffix", [".keras", ".h5"])
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_synchronized_normalization_stays_so(suffix, tmp_path):
+    saved(synchronized, tmp_path / f"model{suffix}")
+    loaded = keras_bn.load_model(tmp_path / f"model{suffix}")
+    assert loaded.get_layer("sync").synchronized
+
+
+def rewritten(path, change):
+    """Have `change` alter the config in a model file."""
+    if path.suffix == ".h5":
+        with h5py.File(path, "r+") as file:
+            config = change(json.loads(file.attrs["model_config"]))
+            file.attrs["model_config"] = json.dumps(config)
+        return
+    with zipfile.ZipFile(path) as archive:
+        parts = {name: archive.read(name) for name in archive.namelist()}
+    parts["config.json"] = json.dumps(change(json.loads(parts["config.json"])))
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in parts.items():
+            archive.writestr(name, content)
+
+
+def everywhere(change):
+    """`change` for every dict of a config."""
+
+    def changed(config):
+        if isinstance(config, list):
+            return [changed(part) for part in config]
+        if not isinstance(config, dict):
+            return config
+        return change({key: changed(part) for key, part in config.items()})
+
+    return changed
+
+
+def as_of_tensorflow_1(name):
+    """How TensorFlow 1 would have written a config of Keras 2."""
+
+    def change(config):
+        kind, inner = config.get("class_name"), config.get("config", {})
+        if kind == "BatchNormalization":
+            config["class_name"] = name
+        if kind in ("Zeros", "Ones", "GlorotUniform", "Orthogonal"):
+            config = {"class_name": kind, "config": {**inner, "dtype": "float32"}}
+        if kind == "Sequential":
+            layers = inner["layers"]
+            if layers[0]["class_name"] == "InputLayer":
+                del layers[0]
+            inner.pop("build_input_shape", None)
+        if kind in ("TimeDistributed", "Bidirectional", "RNN"):
+            for key in ("layer", "cell"):
+                if key in inner:
+                    kept = ("class_name", "config")
+                    inner[key] = {k: inner[key][k] for k in kept}
+        return config
+
+    return everywhere(change)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "BatchNormalization",
+        "BatchNormalizationV1",
+        "BatchNormalizationV2",
+        "SyncBatchNormalization",
+    ],
+)
+@pytest.mark.parametrize(
+    "make", [of_time, with_input_shape, with_input_dim, keras_2_model]
+)
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_files_of_tensorflow_1(make, name, tmp_path):
+    path = tmp_path / "model.h5"
+    _, x, expected = saved(make, path)
+    rewritten(path, as_of_tensorflow_1(name))
+    loaded = keras_bn.load_model(path)
+    assert kinds(loaded)[0] == 0
+    np.testing.assert_allclose(loaded.predict(x, verbose=0), expected, atol=1e-5)
+
+
+def test_a_config_without_names_of_models(tmp_path):
+    """Until Keras 2.2, a Sequential model was the list of its layers."""
+    path = tmp_path / "model.h5"
+    with pytest.warns(UserWarning, match="HDF5"):
+        _, x, expected = saved(with_input_dim, path)
+
+    def change(config):
+        if config.get("class_name") == "Sequential":
+            return {**config, "config": config["config"]["layers"]}
+        return config
+
+    rewritten(path, everywhere(change))
+    loaded = keras_bn.load_model(path)
+    np.testing.assert_allclose(loaded.predict(x, verbose=0), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("package", ["tf_keras", "keras_core", "tensorflow.keras"])
+@pytest.mark.parametrize("make", [of_time, with_input_shape, keras_2_model])
+def test_files_of_other_packages(make, package, tmp_path):
+    path = tmp_path / "model.keras"
+    _, x, expected = saved(make, path)
+
+    def change(config):
+        module = str(config.get("module"))
+        if module.split(".")[0] in ("keras", "tf_keras"):
+            config["module"] = module.replace("tf_keras", "keras", 1).replace(
+                "keras", package, 1
+            )
+        return config
+
+    rewritten(path, everywhere(change))
+    loaded = keras_bn.load_model(path)
+    assert kinds(loaded)[0] == 0
+    np.testing.assert_allclose(loaded.predict(x, verbose=0), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        "keras.layers",
+        "keras.layers.experimental",
+        "keras.layers.normalization",
+        "keras.src.layers.normalization.batch_normalization",
+        "tf_keras.src.layers.normalization.batch_normalization_v1",
+        "tensorflow.python.keras.layers.normalization_v2",
+    ],
+)
+def test_every_place_the_layer_has_been(module):
+    for name in ("BatchNormalization", "BatchNormalizationV1"):
+        for registered in (None, name):
+            config = {"module": module, "class_name": name, "config": {"axis": [1]}}
+            layer = keras.saving.deserialize_keras_object(
+                modern({**config, "registered_name": registered})
+            )
+            assert is_ours(layer)
+            assert layer.axis == 1
+
+
+def test_what_is_not_of_keras_is_left_alone():
+    for config in (
+        # An addition in a graph has the name of a layer.
+        {"module": "keras.src.ops.numpy", "class_name": "Add", "config": {"name": "a"}},
+        {
+            "module": "mine",
+            "class_name": "BatchNormalization",
+            "config": {"axis": [1]},
+            "registered_name": "mine>BatchNormalization",
+        },
+        {"module": "mine", "class_name": "BatchNormalization", "config": {}},
+        {"class_name": "mine>BatchNormalization", "config": {"groups": 1}},
+        {"class_name": "not", "and": [1, None, "x"]},
+    ):
+        assert modern(config) == config
+
+
+class BatchNormalization(layers.BatchNormalization):
+    """A class of the user's, of the same name as Keras's."""
+
+    def call(self, inputs, training=None, mask=None):
+        return 2 * super().call(inputs, training=training, mask=mask)
+
+
+@pytest.mark.parametrize("suffix", [".keras", ".h5"])
+@pytest.mark.filterwarnings("ignore:.*HDF5")
+def test_a_class_of_the_same_name_that_is_given_is_used(suffix, tmp_path):
+    model = keras.Sequential([keras.Input((3,)), BatchNormalization(name="bn")])
+    path = tmp_path / f"model{suffix}"
+    model.save(path)
+    own = {"BatchNormalization": BatchNormalization}
+    loaded = keras_bn.load_model(path, custom_objects=own)
+    assert type(loaded.get_layer("bn")) is BatchNormalization
+    with keras.saving.custom_object_scope(own):
+        loaded = keras_bn.load_model(path)
+    assert type(loaded.get_layer("bn")) is BatchNormalization
+
+
 @keras.saving.register_keras_serializable(package="keras_bn_tests")
 class Registered(keras.Model):
     def __init__(self, **kwargs):
@@ -111,3 +445,116 @@ def test_what_is_no_model(tmp_path):
         archive.writestr("a.txt", "a")
     with pytest.raises(ValueError, match="not a Keras model file"):
         keras_bn.load_model(tmp_path / "other.zip")
+
+
+def spoiled(model, name, value, layer="first"):
+    """A model, one channel of a statistic of which is lost."""
+    variable = getattr(model.get_layer(layer), name)
+    values = variable.numpy()
+    values[1] = value
+    variable.assign(values)
+    return model
+
+
+LOST = [
+    ("moving_variance", np.nan),
+    ("moving_variance", -1.0),
+    ("moving_variance", np.inf),
+    ("moving_mean", np.nan),
+]
+OURS = keras_bn.BatchNormalization
+
+
+@pytest.mark.parametrize("suffix", [".keras", ".h5"])
+@pytest.mark.parametrize("bn", [OURS, layers.BatchNormalization])
+@pytest.mark.parametrize(("name", "value"), LOST)
+def test_lost_statistics_are_loaded_with_a_warning_and_mended(
+    name, value, bn, suffix, tmp_path
+):
+    whole = randomized(convolutional(bn))
+    model = spoiled(keras.models.clone_model(whole), name, value)
+    model.set_weights(whole.get_weights())
+    path = tmp_path / f"model{suffix}"
+    spoiled(model, name, value).save(path)
+    with pytest.warns(
+        UserWarning, match=r"statistics of 'first' are lost.*recalibrate"
+    ):
+        loaded = keras_bn.load_model(path)
+    data = inputs_of(whole, 64)
+    for each in (loaded, whole):
+        keras_bn.recalibrate(each, data, verbose=0)
+    np.testing.assert_allclose(loaded(data), whole(data), rtol=1e-5, atol=1e-5)
+    loaded.save(tmp_path / "mended.keras")
+    again = keras.saving.load_model(tmp_path / "mended.keras")
+    np.testing.assert_array_equal(again(data), loaded(data))
+
+
+@pytest.mark.parametrize("suffix", [".keras", ".h5"])
+@pytest.mark.filterwarnings("ignore:.*HDF5")
+def test_every_lost_layer_is_named(suffix, tmp_path):
+    inner = convolutional(OURS)
+    inner.name = "inner"
+    x = keras.Input((12, 12, 3))
+    last = OURS(name="last")
+    model = randomized(keras.Model(x, last(inner(x))))
+    spoiled(inner, "moving_variance", np.nan)
+    spoiled(inner, "moving_mean", np.inf, "after_add")
+    last.moving_variance.assign([1.0, 2.0, -3.0])
+    model.save(tmp_path / f"model{suffix}")
+    names = "'inner/first', 'inner/after_add', 'last' are lost"
+    with pytest.warns(UserWarning, match=names):
+        keras_bn.load_model(tmp_path / f"model{suffix}")
+
+
+def by_keras_file(model, folder):
+    model.save(folder / "model.keras")
+    keras.saving.load_model(folder / "model.keras")
+
+
+def by_h5_file(model, folder):
+    model.save(folder / "model.h5")
+    keras.saving.load_model(folder / "model.h5")
+
+
+def by_weights_file(model, folder):
+    model.save_weights(folder / "model.weights.h5")
+    convolutional(OURS).load_weights(folder / "model.weights.h5")
+
+
+def by_weights_of_a_keras_file(model, folder):
+    model.save(folder / "model.keras")
+    convolutional(OURS).load_weights(folder / "model.keras")
+
+
+def by_set_weights(model, folder):
+    weights = model.get_layer("first").get_weights()
+    convolutional(OURS).get_layer("first").set_weights(weights)
+
+
+@pytest.mark.parametrize(("name", "value"), LOST)
+@pytest.mark.parametrize(
+    "way",
+    [
+        by_keras_file,
+        by_h5_file,
+        by_weights_file,
+        by_weights_of_a_keras_file,
+        by_set_weights,
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*HDF5")
+def test_elsewhere_lost_statistics_are_refused(way, name, value, tmp_path):
+    model = spoiled(randomized(convolutional(OURS)), name, value)
+    said = f"'first' can't load a {name.replace('_', ' ')}.*{value} in channel 1.*mends"
+    with pytest.raises(ValueError, match=said):
+        way(model, tmp_path)
+
+
+def test_nothing_is_set_where_it_is_refused():
+    layer = OURS()
+    layer.build((None, 2))
+    before = layer.get_weights()
+    with pytest.raises(ValueError, match="moving variance that is negative"):
+        layer.set_weights([np.ones(2), np.ones(2), np.ones(2), np.array([1.0, -1.0])])
+    for got, want in zip(layer.get_weights(), before, strict=True):
+        np.testing.assert_array_equal(got, want)

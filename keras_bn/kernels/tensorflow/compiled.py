@@ -8,6 +8,10 @@ import tensorflow as tf
 
 from keras_bn.kernels.tensorflow.context import make_plan
 
+# Traces kept of each function: more than the layers of a model that differ, so that no
+# model traces on and on, and a bound for programs that make ever new models.
+TRACES = 256
+
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compile `function` with `tf.function` for eager calls; inline it in graphs.
@@ -28,7 +32,7 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
         A function with the same arguments but `plan`, and the same returns.
     """
 
-    @functools.cache
+    @functools.lru_cache(TRACES)
     def trace(specs, settings, plan):
         # A partial has no code of its own: TensorFlow would take the functions of many
         # layers for retraces of one, and warn.

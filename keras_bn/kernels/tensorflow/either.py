@@ -28,7 +28,9 @@ def forward(x, gamma, beta, *, epsilon, layout):
     n = tf.maximum(count, 1)
 
     def by_op():
-        y, mean, _, _, variance, _ = fused.op(_image(shifted), gamma, beta, epsilon)
+        y, mean, _, _, variance, _ = fused.op(
+            _image(shifted, gamma), gamma, beta, epsilon
+        )
         return tf.reshape(y, tf.shape(shifted)), mean, variance
 
     def by_formulas():
@@ -50,7 +52,7 @@ def backward(kept: fused.Kept, upstream, *, epsilon, layout):
         shifted, gamma, reserve, count = kept
 
         def by_op():
-            images = _image(upstream), _image(shifted)
+            images = _image(upstream, gamma), _image(shifted, gamma)
             dx, *others = fused.gradient_op(*images, gamma, reserve, epsilon)
             return tf.reshape(dx, tf.shape(shifted)), *others
 
@@ -65,6 +67,6 @@ def backward(kept: fused.Kept, upstream, *, epsilon, layout):
     return fused.differentiable(first, upstream, kept, epsilon, layout)
 
 
-def _image(x):
-    """`x` with the four axes that the op wants."""
-    return tf.reshape(x, [-1, 1, 1, x.shape[-1]])
+def _image(x, gamma):
+    """`x`, with a channel for each value of gamma, with the four axes the op wants."""
+    return tf.reshape(x, [-1, 1, 1, gamma.shape[-1]])

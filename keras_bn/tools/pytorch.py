@@ -5,13 +5,18 @@ Keras's of the old one; PyTorch's moving variance takes in the unbiased variance
 batch; PyTorch's epsilon is 1e-5 by default; its channels are on axis 1.
 """
 
+import difflib
 from collections.abc import Mapping
 
 import numpy as np
 
+from keras_bn import arguments
 from keras_bn.layer import BatchNormalization
+from keras_bn.tools import norms
 
 _RANKS = {"BatchNorm1d": 2, "BatchNorm2d": 4, "BatchNorm3d": 5}
+_AFFINE = {"gamma": "weight", "beta": "bias"}
+_STATISTICS = {"moving_mean": "running_mean", "moving_variance": "running_var"}
 
 
 def from_torch(module, axis=1, *, rank=None, prefix="", eps=None, momentum=None):
@@ -22,8 +27,9 @@ def from_torch(module, axis=1, *, rank=None, prefix="", eps=None, momentum=None)
     the plain mean over all batches for `momentum=None`.
 
     Args:
-        module: `torch.nn.BatchNorm1d`, `2d`, `3d` or `SyncBatchNorm`; or a state dict,
-            of a whole model if `prefix` says which part.
+        module: `torch.nn.BatchNorm1d`, `2d`, `3d` or `SyncBatchNorm`, or a subclass
+            without a `forward` of its own; or a state dict, of a whole model if
+            `prefix` says which part.
         axis: the channel axis of the layer's inputs; 1 as in PyTorch, or -1 as is
             usual in Keras.
         rank: how many axes the inputs have. By default 2, 4 or 5, as the module's
@@ -34,13 +40,16 @@ def from_torch(module, axis=1, *, rank=None, prefix="", eps=None, momentum=None)
             1e-5 and 0.1 by default.
 
     Returns:
-        A built `keras_bn.BatchNormalization`.
+        A built `keras_bn.BatchNormalization`. A parameter that needs no gradient in
+        the module is frozen in the layer (`freeze_affine`).
 
     Raises:
         TypeError: for what is neither such a module nor a state dict.
-        ValueError: for a module without running statistics, which has no counterpart
-            here: it normalizes by the batch in evaluation too; for a state dict
-            without them; and if `rank` is needed.
+        ValueError: for a module that computes something else (a `forward` of its own,
+            hooks, parametrizations); for one without running statistics, which has no
+            counterpart here: it normalizes by the batch in evaluation too; for a
+            state dict without them under `prefix`; for an `axis` that inputs of the
+            `rank` have not; and if `rank` is needed.
 
     Example:
 
@@ -50,41 +59,39 @@ def from_torch(module, axis=1, *, rank=None, prefix="", eps=None, momentum=None)
     (0.9, 1e-05, True, 3)
     """
     if isinstance(module, Mapping):
-        state = {k[len(prefix) :]: v for k, v in module.items() if k.startswith(prefix)}
-        name, synchronized = "a state dict", False
+        state, name, kind = _part(module, prefix), "a state dict", ""
         eps = 1e-5 if eps is None else eps
         momentum = 0.1 if momentum is None else momentum
     else:
-        _check_module(module, eps, momentum)
+        kind = _kind(module, eps, momentum)
         state, name = dict(module.state_dict()), type(module).__name__
-        synchronized = name == "SyncBatchNorm"
+        if state.get("running_mean") is None:
+            raise ValueError(
+                f"{name} has no running statistics: it normalizes by the batch in "
+                "evaluation too, for which there is no layer here."
+            )
         eps, momentum = module.eps, module.momentum
-    if state.get("running_mean") is None or state.get("running_var") is None:
-        raise ValueError(
-            f"{name} has no running statistics{_under(prefix)}: it normalizes by the "
-            "batch in evaluation too, for which there is no layer here."
-        )
-    rank = _RANKS.get(name) if rank is None else rank
+    rank = _RANKS.get(kind) if rank is None else rank
     if rank is None:
         raise ValueError(f"`rank` must be given for {name}: the axes of the inputs.")
     arrays = {key: _array(value) for key, value in state.items()}
+    shape = _shape(rank, axis, len(arrays["running_mean"]))
+    frozen = [ours for ours, theirs in _AFFINE.items() if _fixed(module, theirs)]
     layer = BatchNormalization(
         axis=axis,
         momentum=None if momentum is None else _other(momentum),
         epsilon=eps,
         center="bias" in arrays,
         scale="weight" in arrays,
-        synchronized=synchronized,
+        synchronized=kind == "SyncBatchNorm",
         unbiased=True,
+        freeze_affine=frozen[0] if len(frozen) == 1 else bool(frozen),
         dtype="float64" if arrays["running_mean"].dtype == "float64" else None,
     )
-    shape: list[int | None] = [None] * rank
-    shape[axis] = len(arrays["running_mean"])
-    layer.build(tuple(shape))
-    _assign(layer.gamma, arrays.get("weight"), getattr(module, "weight", None))
-    _assign(layer.beta, arrays.get("bias"), getattr(module, "bias", None))
-    layer.moving_mean.assign(arrays["running_mean"])
-    layer.moving_variance.assign(arrays["running_var"])
+    layer.build(shape)
+    for ours, theirs in (*_AFFINE.items(), *_STATISTICS.items()):
+        if theirs in arrays:
+            getattr(layer, ours).assign(arrays[theirs])
     batches = int(arrays.get("num_batches_tracked", 0))
     if layer.updates is not None:
         layer.updates.assign(np.full(layer.updates.shape, batches))
@@ -110,7 +117,8 @@ def to_torch(layer):
 
     Raises:
         TypeError: for anything but a layer of ours.
-        ValueError: for a layer that isn't built, or has options that PyTorch lacks.
+        ValueError: for a layer that isn't built, has options that PyTorch lacks, or is
+            of a subclass with a `call` of its own.
 
     Example:
 
@@ -123,8 +131,14 @@ def to_torch(layer):
     """
     import torch
 
+    norms.check_layer(layer)
     if not isinstance(layer, BatchNormalization):
         raise TypeError(f"Expected a keras_bn.BatchNormalization. Received: {layer!r}")
+    if norms.computes_otherwise(layer):
+        raise ValueError(
+            f"{type(layer).__name__} has a `call` of its own, which no module of "
+            f"PyTorch would have. Received: layer '{layer.name}'"
+        )
     if not layer.built:
         raise ValueError(f"'{layer.name}' is not built: it has no weights yet.")
     _check_expressible(layer)
@@ -148,19 +162,16 @@ def to_torch(layer):
         batches = getattr(layer, "torch_batches", 0)
     else:
         batches = layer.updates.numpy().max()
-    state = {
-        "running_mean": layer.moving_mean.numpy(),
-        "running_var": layer.moving_variance.numpy(),
-        "num_batches_tracked": np.asarray(batches),
-    }
+    state = {"num_batches_tracked": np.asarray(batches)}
+    for ours, theirs in _STATISTICS.items():
+        state[theirs] = getattr(layer, ours).numpy()
     if module.affine:
         # PyTorch has both or none: the missing one is fixed where it does nothing.
-        pairs = {"weight": (layer.gamma, np.ones), "bias": (layer.beta, np.zeros)}
-        for key, (variable, fixed) in pairs.items():
+        for (ours, theirs), fixed in zip(_AFFINE.items(), (1.0, 0.0), strict=True):
+            variable = getattr(layer, ours)
             present = variable is not None
-            value = variable.numpy() if present else fixed(channels)
-            state[key] = value
-            getattr(module, key).requires_grad_(present and variable.trainable)
+            state[theirs] = variable.numpy() if present else np.full(channels, fixed)
+            getattr(module, theirs).requires_grad_(present and variable.trainable)
     with torch.no_grad():
         target = module.state_dict()
         for key, value in state.items():
@@ -168,10 +179,14 @@ def to_torch(layer):
     return module
 
 
-def _check_module(module, eps, momentum):
+def _kind(module, eps, momentum):
+    """The name of the class of torch.nn that a module is or derives from."""
     import torch
 
-    if not isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+    bases = {name: getattr(torch.nn, name) for name in (*_RANKS, "SyncBatchNorm")}
+    bases["_BatchNorm"] = torch.nn.modules.batchnorm._BatchNorm
+    kind = next((name for name in bases if isinstance(module, bases[name])), None)
+    if kind is None:
         raise TypeError(
             "Expected a batch normalization of torch.nn, or a state dict. Received: "
             f"{module!r}"
@@ -180,6 +195,71 @@ def _check_module(module, eps, momentum):
         raise ValueError("The module is lazy: run it once, so that it has weights.")
     if eps is not None or momentum is not None:
         raise ValueError("`eps` and `momentum` are for state dicts; a module has them.")
+    if changed := _changes(module, bases[kind]):
+        raise ValueError(
+            f"{type(module).__name__} has {changed}, so it may compute something else "
+            f"than {kind} does. Convert its state dict, and put what it does besides "
+            "in a layer of its own."
+        )
+    return kind
+
+
+def _changes(module, base):
+    """What makes a module compute something else than its base, in words; or None."""
+    if getattr(module.forward, "__func__", None) is not base.forward:
+        return "a `forward` of its own"
+    if type(module).__call__ is not base.__call__:
+        return "a `__call__` of its own"
+    if module._forward_hooks or module._forward_pre_hooks:
+        return "forward hooks"
+    if hasattr(module, "parametrizations"):
+        return "parametrizations"
+    return None
+
+
+def _part(states, prefix):
+    """The part of a state dict under a prefix, if that is a batch normalization's."""
+    state = {k[len(prefix) :]: v for k, v in states.items() if k.startswith(prefix)}
+    if any(key.startswith("parametrizations.") for key in state):
+        raise ValueError(
+            "The module has parametrizations: remove them with "
+            "`torch.nn.utils.parametrize.remove_parametrizations`."
+        )
+    if all(state.get(name) is not None for name in _STATISTICS.values()):
+        return state
+    ending = "running_mean"
+    found = [key[: -len(ending)] for key in states if str(key).endswith(ending)]
+    where = f"under the prefix '{prefix}'" if prefix else "without a prefix"
+    if not found:
+        raise ValueError(
+            f"The state dict has no running statistics {where}, nor anywhere else. "
+            f"It has {list(states)[:5]}."
+        )
+    near = difflib.get_close_matches(prefix, found, n=5) or found[:5]
+    others = f", the nearest of {len(found)}" if len(found) > len(near) else ""
+    raise ValueError(
+        f"The state dict has no running statistics {where}. It has them under "
+        f"{near}{others}."
+    )
+
+
+def _shape(rank, axis, channels):
+    """The shape to build for: the channels on their axis, all else unknown."""
+    if isinstance(rank, bool) or not isinstance(rank, int):
+        raise ValueError(f"`rank` must be an int. Received: rank={rank!r}")
+    if isinstance(axis, list | tuple):
+        raise ValueError(f"`axis` must be one axis here. Received: axis={axis!r}")
+    shape: list[int | None] = [None] * rank
+    axis = arguments.check_axis(axis)
+    (position,) = arguments.channel_axes(axis, shape, sizes_known=False)
+    shape[position] = channels
+    return tuple(shape)
+
+
+def _fixed(module, name):
+    """Whether a module has this parameter, and trains without changing it."""
+    parameter = getattr(module, name, None)
+    return parameter is not None and not parameter.requires_grad
 
 
 def _check_expressible(layer):
@@ -200,13 +280,6 @@ def _check_expressible(layer):
         )
 
 
-def _assign(variable, value, parameter):
-    if variable is not None:
-        variable.assign(value)
-        if parameter is not None and not parameter.requires_grad:
-            variable.trainable = False
-
-
 def _array(value):
     """A tensor of PyTorch, or an array, as an array of at least float32."""
     if hasattr(value, "detach"):
@@ -219,7 +292,3 @@ def _array(value):
 def _other(momentum):
     """The weight of the other of old and new value, without rounding noise."""
     return round(1.0 - momentum, 12)
-
-
-def _under(prefix):
-    return f" under '{prefix}'" if prefix else ""

@@ -152,10 +152,187 @@ def test_state_dicts():
     assert (layer.momentum, layer.epsilon) == (0.9, 1e-5)
     own = keras_bn.from_torch(net.block[1].state_dict(), rank=4, eps=0.1, momentum=0.2)
     assert (own.momentum, own.epsilon) == (0.8, 0.1)
-    with pytest.raises(ValueError, match=r"no running statistics under 'block\.0\.'"):
-        keras_bn.from_torch(net.state_dict(), rank=4, prefix="block.0.")
     with pytest.raises(ValueError, match="`rank` must be given for a state dict"):
         keras_bn.from_torch(net.block[1].state_dict())
+
+
+@pytest.mark.parametrize(
+    ("prefix", "said"),
+    [
+        ("block.0.", r"under the prefix 'block\.0\.'.*under \['block\.1\.'"),
+        ("block.1", r"under the prefix 'block\.1'.*\['block\.1\.'"),
+        ("module.block.1.", r"under the prefix 'module\.block\.1\.'.*\['block\.1\.'"),
+        ("blok.1.", r"\['block\.1\.'"),
+        ("", r"without a prefix.*\['block\.1\.', 'last\.'\]"),
+        ("elsewhere", r"'elsewhere'.*\['block\.1\.', 'last\.'\]"),
+    ],
+)
+def test_a_wrong_prefix_is_told_the_near_ones(prefix, said):
+    net = nn.Sequential()
+    net.block = nn.Sequential(nn.Conv2d(3, 3, 1), module_of("BatchNorm2d"))
+    net.last = module_of("BatchNorm1d")
+    with pytest.raises(ValueError, match=said) as error:
+        keras_bn.from_torch(net.state_dict(), rank=4, prefix=prefix)
+    assert "evaluation" not in str(error.value)
+
+
+def test_of_many_prefixes_the_nearest_are_named():
+    names = [f"stage{i}.norm{j}." for i in range(9) for j in range(9)]
+    state = {f"{name}running_mean": torch.zeros(3) for name in names}
+    with pytest.raises(ValueError, match=r"'stage7\.norm3\.'.*the nearest of 81"):
+        keras_bn.from_torch(state, rank=2, prefix="stage7.norms3.")
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        {"state_dict": module_of("BatchNorm2d").state_dict(), "epoch": 3},
+        nn.BatchNorm2d(3, track_running_stats=False).state_dict(),
+        nn.Linear(3, 3).state_dict(),
+        {},
+    ],
+    ids=["checkpoint", "without statistics", "linear", "empty"],
+)
+def test_a_state_dict_without_any_statistics(state):
+    with pytest.raises(ValueError, match="no running statistics without a prefix, nor"):
+        keras_bn.from_torch(state, rank=4)
+
+
+@pytest.mark.parametrize(
+    ("rank", "axis", "said"),
+    [
+        (2, 3, r"`axis` must be between -2 and 1.*axis=3"),
+        (2, -3, r"`axis` must be between -2 and 1.*axis=-3"),
+        (4, 4, r"`axis` must be between -4 and 3.*axis=4"),
+        (1, 0, "rank 2 or more"),
+        (4, [1], "one axis"),
+        (4, 1.0, "`axis` must be an int"),
+        ("2", 1, "`rank` must be an int"),
+    ],
+)
+def test_axes_that_there_are_not(rank, axis, said):
+    with pytest.raises(ValueError, match=said):
+        keras_bn.from_torch(module_of("BatchNorm2d"), axis, rank=rank)
+
+
+class Activated(nn.BatchNorm2d):
+    """What timm and others do: the activation in the normalization."""
+
+    def forward(self, x):
+        return torch.relu(super().forward(x))
+
+
+class Called(nn.BatchNorm1d):
+    def __call__(self, x):
+        return 2 * super().__call__(x)
+
+
+class ActivatedSync(nn.SyncBatchNorm):
+    def forward(self, x):
+        return torch.relu(super().forward(x))
+
+
+def hooked():
+    module = module_of("BatchNorm2d")
+    module.register_forward_hook(lambda module, x, y: torch.relu(y))
+    return module
+
+
+def patched():
+    module = module_of("BatchNorm2d")
+    module.forward = lambda x: torch.relu(nn.BatchNorm2d.forward(module, x))
+    return module
+
+
+def parametrized():
+    class Doubled(nn.Module):
+        def forward(self, weight):
+            return 2 * weight
+
+    module = module_of("BatchNorm2d")
+    nn.utils.parametrize.register_parametrization(module, "weight", Doubled())
+    return module
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: Activated(3), "Activated has a `forward` of its own"),
+        (lambda: Called(3), "Called has a `__call__` of its own"),
+        (lambda: ActivatedSync(3), "ActivatedSync has a `forward` of its own"),
+        (hooked, "BatchNorm2d has forward hooks"),
+        (patched, "BatchNorm2d has a `forward` of its own"),
+        (parametrized, "has parametrizations"),
+    ],
+)
+def test_a_module_that_computes_something_else_is_refused_by_name(make, said):
+    with pytest.raises(ValueError, match=said):
+        keras_bn.from_torch(make(), rank=4)
+
+
+def test_the_state_dict_of_a_parametrized_module_is_refused():
+    with pytest.raises(ValueError, match="remove_parametrizations"):
+        keras_bn.from_torch(parametrized().state_dict(), rank=4)
+
+
+class Plain(nn.BatchNorm2d):
+    """A subclass with defaults of its own."""
+
+    def __init__(self, channels):
+        super().__init__(channels, eps=1e-2, momentum=0.3)
+
+
+class FourDimensional(nn.modules.batchnorm._BatchNorm):
+    def _check_input_dim(self, x):
+        assert x.dim() == 4
+
+
+@pytest.mark.parametrize("kind", [Plain, FourDimensional, nn.SyncBatchNorm])
+def test_a_module_without_a_forward_of_its_own_is_converted(kind):
+    module = kind(3).eval()
+    with torch.no_grad():
+        module.running_mean.normal_()
+        module.running_var.uniform_(0.5, 2.0)
+    rank = None if kind is Plain else 4
+    layer = keras_bn.from_torch(module, rank=rank)
+    x = batches((2, 3, 4, 4))[0].astype("float32")
+    want = module(torch.tensor(x)).detach().numpy()
+    np.testing.assert_allclose(layer(x), want, atol=1e-5)
+
+
+class ActivatedLayer(keras_bn.BatchNormalization):
+    def call(self, inputs, training=None, mask=None):
+        return keras.ops.relu(super().call(inputs, training=training, mask=mask))
+
+
+class PlainLayer(keras_bn.BatchNormalization):
+    def __init__(self, epsilon=1e-2, **kwargs):
+        super().__init__(epsilon=epsilon, **kwargs)
+
+
+def test_subclasses_of_the_layer():
+    own, plain = ActivatedLayer(name="norm"), PlainLayer()
+    for layer in (own, plain):
+        layer.build((None, 3))
+    with pytest.raises(ValueError, match=r"ActivatedLayer has a `call`.*'norm'"):
+        keras_bn.to_torch(own)
+    assert keras_bn.to_torch(plain).eps == 1e-2
+
+
+@pytest.mark.parametrize("frozen", [["weight"], ["bias"], ["weight", "bias"]])
+def test_what_does_not_learn_there_goes_on_not_to(frozen, tmp_path):
+    module = module_of("BatchNorm2d", torch.float32)
+    for name in frozen:
+        getattr(module, name).requires_grad_(False)
+    layer = keras_bn.from_torch(module)
+    model = keras.Sequential([keras.Input((3, 5, 5)), layer])
+    model.trainable = True
+    model.save(tmp_path / "model.keras")
+    again = keras.saving.load_model(tmp_path / "model.keras").layers[0]
+    for each in (layer, again):
+        back = keras_bn.to_torch(each)
+        fixed = {n for n, p in back.named_parameters() if not p.requires_grad}
+        assert fixed == set(frozen)
 
 
 def test_half_precision_modules():

@@ -1,0 +1,113 @@
+"""What training leaves alone in a layer, kept whatever `trainable` is set to."""
+
+import gc
+
+import keras
+
+AFFINE = ("gamma", "beta")
+
+
+class Freezable(keras.layers.Layer):
+    """A layer whose statistics and parameters can be frozen, one apart from the other.
+
+    Unlike `trainable`, which a model sets on all that it holds, what is frozen here
+    stays frozen until it is thawed here, and is saved with the layer. A change takes
+    effect in the next step of every model that holds the layer, `fit` included.
+    """
+
+    _freeze_statistics = False
+    _freeze_affine: bool | str = False
+
+    @property
+    def freeze_statistics(self):
+        """Whether training uses the moving statistics and leaves them alone."""
+        return self._freeze_statistics
+
+    @freeze_statistics.setter
+    def freeze_statistics(self, value):
+        if self.set_frozen(statistics=value):
+            forget_traces([self])
+
+    @property
+    def freeze_affine(self):
+        """Whether training leaves gamma and beta alone; or the name of one of them."""
+        return self._freeze_affine
+
+    @freeze_affine.setter
+    def freeze_affine(self, value):
+        if self.set_frozen(affine=check_affine(value)):
+            forget_traces([self])
+
+    @property
+    def trainable(self):
+        """Whether the layer trains at all: without it, all is frozen."""
+        return self._trainable
+
+    @trainable.setter
+    def trainable(self, value):
+        keras.layers.Layer.trainable.fset(self, value)
+        self._hold_affine()
+
+    def set_frozen(self, statistics=None, affine=None):
+        """Freeze or thaw; `forget_traces` is left to the caller.
+
+        Args:
+            statistics, affine: the new `freeze_statistics` and `freeze_affine`; None
+                to leave them as they are.
+
+        Returns:
+            Whether this has changed the layer.
+        """
+        before = self._frozen()
+        if affine is not None:
+            self._freeze_affine = affine
+            for _, parameter in self._affine_parameters():
+                parameter.trainable = self._trainable
+            self._hold_affine()
+        if statistics is not None:
+            self._freeze_statistics = bool(statistics)
+        return before != self._frozen()
+
+    def _frozen(self):
+        flags = [parameter.trainable for _, parameter in self._affine_parameters()]
+        return self._freeze_statistics, self._freeze_affine, flags
+
+    def _hold_affine(self):
+        """Have the parameters that are frozen not train."""
+        for name, parameter in self._affine_parameters():
+            if self._freeze_affine in (True, name):
+                parameter.trainable = False
+
+    def _affine_parameters(self):
+        named = [(name, getattr(self, name, None)) for name in AFFINE]
+        return [(name, variable) for name, variable in named if variable is not None]
+
+
+def check_affine(value):
+    """`freeze_affine` as a bool, or as the name of one parameter."""
+    if not isinstance(value, bool) and value not in AFFINE:
+        raise ValueError(
+            "`freeze_affine` must be True, False, 'gamma' or 'beta'. "
+            f"Received: freeze_affine={value!r}"
+        )
+    return value
+
+
+def forget_traces(layers):
+    """Have every model that holds one of these layers trace its steps anew.
+
+    A layer does not know the models around it, so they are looked for among all that
+    live. A `tf.function` of the user's own is not found.
+    """
+    ids = {id(layer) for layer in layers if layer.built}
+    if not ids:
+        return
+    for model in gc.get_objects():
+        # By type(): isinstance() asks the object, and some import modules to answer.
+        if not issubclass(type(model), keras.Model) or not hasattr(model, "_layers"):
+            continue
+        if any(id(layer) in ids for layer in model._flatten_layers()):
+            # Not None in its place: within `fit`, it is called again at once.
+            for name in ("train", "test", "predict"):
+                if getattr(model, f"{name}_function", None) is not None:
+                    getattr(model, f"make_{name}_function")(force=True)
