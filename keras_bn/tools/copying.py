@@ -93,6 +93,9 @@ class _Copier:
             return value
         if isinstance(value, _COPIED):
             return self._object(value)
+        if _is_plain_variable(value):
+            known = {"trainable": value.trainable, "name": value.name.split(":")[0]}
+            return kind(value.numpy(), **known)
         if issubclass(kind, np.ndarray):
             return value.copy()
         if issubclass(kind, tuple | frozenset):
@@ -258,13 +261,18 @@ def _leads_to_keras(value):
     seen, waiting = set(), [value]
     while waiting:
         each = waiting.pop()
-        if isinstance(each, _COPIED):
+        if isinstance(each, _COPIED) or _is_plain_variable(each):
             return True
         if id(each) in seen or isinstance(each, type | types.ModuleType):
             continue
         seen.add(id(each))
         waiting += _parts(each)
     return False
+
+
+def _is_plain_variable(value):
+    """Whether a value is a variable of TensorFlow's that no layer of Keras made."""
+    return type(value).__name__ == "ResourceVariable"
 
 
 def _parts(value):

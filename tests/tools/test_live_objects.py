@@ -189,6 +189,30 @@ def test_lora_adapters_stay():
     np.testing.assert_array_equal(dense._kernel.numpy(), before[1])
 
 
+class Counting(layers.Layer):
+    """A layer with a variable that Keras does not know of."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = [tf.Variable(0.0, trainable=False)]
+
+    def call(self, x):
+        self.calls[0].assign_add(1.0)
+        return x
+
+
+def test_plain_variables_are_copied():
+    counting = Counting()
+    model = keras.Sequential([keras.Input((4,)), counting, KERAS()])
+    model(np.ones((2, 4), "float32"))
+    before = float(counting.calls[0])
+    ours = keras_bn.from_keras(model)
+    copy = ours.layers[0]
+    assert float(copy.calls[0]) == before
+    ours(np.ones((2, 4), "float32"))
+    assert (float(copy.calls[0]), float(counting.calls[0])) == (before + 1, before)
+
+
 class Halving(keras.optimizers.schedules.LearningRateSchedule):
     def __init__(self, start):
         self.start = start
