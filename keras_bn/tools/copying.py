@@ -93,6 +93,8 @@ class _Copier:
             return value
         if isinstance(value, _COPIED):
             return self._object(value)
+        if _is_strategy(value):
+            return value
         if _is_plain_variable(value):
             known = {"trainable": value.trainable, "name": value.name.split(":")[0]}
             return kind(value.numpy(), **known)
@@ -263,11 +265,17 @@ def _leads_to_keras(value):
         each = waiting.pop()
         if isinstance(each, _COPIED) or _is_plain_variable(each):
             return True
-        if id(each) in seen or isinstance(each, type | types.ModuleType):
+        skipped = isinstance(each, type | types.ModuleType) or _is_strategy(each)
+        if id(each) in seen or skipped:
             continue
         seen.add(id(each))
         waiting += _parts(each)
     return False
+
+
+def _is_strategy(value):
+    """Whether a value is a strategy of distribution, which all copies share."""
+    return hasattr(type(value), "num_replicas_in_sync")
 
 
 def _is_plain_variable(value):

@@ -313,7 +313,7 @@ def test_the_figure_shows_every_layer_and_finding(tmp_path):
 @pytest.mark.parametrize(
     ("model", "error", "message"),
     [
-        ("model", TypeError, "Expected a Keras model"),
+        ("model", TypeError, "Expected a Keras layer or model"),
         (keras.Sequential([OURS()]), ValueError, "not built"),
         (
             keras.Sequential([keras.Input((4,)), layers.Dense(1)]),

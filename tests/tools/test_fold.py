@@ -361,7 +361,7 @@ def test_onnx_contains_no_trace_of_it():
 
 
 def test_bad_arguments():
-    with pytest.raises(TypeError, match="Expected a Keras model"):
+    with pytest.raises(TypeError, match="Expected a Keras layer or model"):
         keras_bn.fold("model.keras")
     with pytest.raises(ValueError, match="'chain' is not built"):
         keras_bn.fold(keras.Sequential([layers.Dense(3), OURS()], name="chain"))

@@ -377,7 +377,7 @@ def test_no_data(empty, exact):
 
 
 def test_what_cannot_be_recalibrated():
-    with pytest.raises(TypeError, match="Keras model"):
+    with pytest.raises(TypeError, match="Keras layer or model"):
         recalibrate(None, data())
     with pytest.raises(ValueError, match="no batch normalization"):
         recalibrate(chain(layers.Dense(2)), data())
