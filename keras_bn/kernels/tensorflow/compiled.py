@@ -1,14 +1,17 @@
 """Running a function of tensors as one compiled TensorFlow function."""
 
 import functools
+import weakref
 
 import tensorflow as tf
 
+# TensorFlow has no public way to forget the gradient of a trace that is gone.
+from tensorflow.python.framework.ops import gradient_registry
+
 from keras_bn.kernels.tensorflow.context import make_plan
 
-# Traces kept of each function: more than the layers of a model that differ, so that no
-# model traces on and on, and a bound for programs that make ever new models.
-TRACES = 256
+# Traces kept of each function: more than any one model has layers that differ.
+TRACES = 128
 
 
 def compiled(function):
@@ -38,14 +41,20 @@ def compiled(function):
         present = [spec for spec in tf.nest.flatten(specs) if spec is not None]
         traced = tf.function(run, input_signature=present, autograph=False)
         # A concrete function takes half as long to call as one that may trace again.
-        return traced.get_concrete_function()
+        concrete = traced.get_concrete_function()
+        nodes = concrete.graph.as_graph_def().node
+        names = [node.attr["_gradient_op_type"].s.decode() for node in nodes]
+        weakref.finalize(concrete, _forget, names)
+        return concrete
 
     @functools.wraps(function)
     def call(x, mask, *arguments, settings):
         plan = make_plan(x, mask, settings)
         # A variable would be read anew wherever it is used.
         arguments = tf.nest.map_structure(_tensor, (x, mask, *arguments))
-        if not tf.executing_eagerly() or _replicas() > 1:
+        # The collectives of replicas can't be compiled alone.
+        replicas = tf.distribute.get_strategy().num_replicas_in_sync
+        if not tf.executing_eagerly() or replicas > 1:
             return function(*arguments, settings=settings, plan=plan)
         spec = functools.partial(_spec, rank=len(x.shape), axes=settings.axes)
         specs = tf.nest.map_structure(spec, arguments)
@@ -77,6 +86,7 @@ def _spec(tensor, rank, axes):
     return tf.TensorSpec(sizes, tensor.dtype)
 
 
-def _replicas():
-    """How many replicas are in step here: their collectives can't be compiled alone."""
-    return tf.distribute.get_strategy().num_replicas_in_sync
+def _forget(names):
+    """Forget gradients of ours, which keep all of their trace in memory."""
+    for name in names:
+        gradient_registry._registry.pop(name, None)
