@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from steps import MODES, Step, oracle_step, relative_error, set_parameters
+from tensorflow.python.framework.ops import gradient_registry
 
 import keras_bn
 from keras_bn import kernels, step
@@ -282,7 +283,8 @@ def test_compiled_functions_are_told_the_plan():
     assert seen == ["plain", "fused"]
 
 
-def test_traces_are_bounded_and_let_go(monkeypatch):
+@pytest.mark.parametrize("rows", [4, 50_000])
+def test_traces_are_bounded_and_let_go(rows, monkeypatch):
     monkeypatch.setattr(compiled, "TRACES", 3)
     graphs = []
 
@@ -301,13 +303,22 @@ def test_traces_are_bounded_and_let_go(monkeypatch):
             y = tf.reduce_sum(function(x, None, settings=settings) ** 3)
         assert np.all(np.isfinite(tape.gradient(y, x)))
 
-    for channels in range(1, 9):
-        call([4, channels])
-    for rows in range(3, 9):
-        call([rows, 8])
+    def gradients():
+        names = gradient_registry.list()
+        return sum(name.startswith("CustomGradient") for name in names)
+
+    for channels in range(3, 11):
+        call([rows, channels])
+    for more in range(3):
+        call([rows + more, 10])
     assert len(graphs) == 8, "one trace for all sizes but those of the channels"
     gc.collect()
     # The last call's tape may still hold what it was traced with.
     assert sum(graph() is not None for graph in graphs) <= 4
-    call([4, 1])
-    assert len(graphs) == 9
+    before = gradients()
+    for channels in range(11, 17):
+        call([rows, channels])
+    gc.collect()
+    assert gradients() <= before + 2
+    call([rows, 3])
+    assert len(graphs) == 15

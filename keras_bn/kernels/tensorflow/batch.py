@@ -77,16 +77,13 @@ def once(value, operand):
     of theirs; but not what has several operands of full size.
 
     Args:
-        value: a tensor that is NaN wherever `operand` is.
-        operand: a tensor of the same shape.
+        value, operand: tensors of one shape, the first NaN wherever the second is.
     """
     return tf.where(operand == operand, value, operand)
 
 
 def checked(mask, x, along):
-    """The mask, once its sizes are known to be those of the input along some axes.
-
-    For sizes that are unknown while tracing.
+    """The mask, checked when it runs to have the sizes of `x` along some axes.
 
     Raises:
         tf.errors.InvalidArgumentError: when it runs, if they are others.

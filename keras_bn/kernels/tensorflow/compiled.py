@@ -5,9 +5,7 @@ import weakref
 
 import tensorflow as tf
 
-# TensorFlow has no public way to forget the gradient of a trace that is gone.
-from tensorflow.python.framework.ops import gradient_registry
-
+from keras_bn.kernels.tensorflow import gradients
 from keras_bn.kernels.tensorflow.context import make_plan
 
 # Traces kept of each function: more than any one model has layers that differ.
@@ -42,16 +40,16 @@ def compiled(function):
         traced = tf.function(run, input_signature=present, autograph=False)
         # A concrete function takes half as long to call as one that may trace again.
         concrete = traced.get_concrete_function()
-        nodes = concrete.graph.as_graph_def().node
-        names = [node.attr["_gradient_op_type"].s.decode() for node in nodes]
-        weakref.finalize(concrete, _forget, names)
+        weakref.finalize(concrete, gradients.forget, concrete.graph)
         return concrete
 
     @functools.wraps(function)
     def call(x, mask, *arguments, settings):
         plan = make_plan(x, mask, settings)
         # A variable would be read anew wherever it is used.
-        arguments = tf.nest.map_structure(_tensor, (x, mask, *arguments))
+        arguments = tf.nest.map_structure(
+            lambda v: v if v is None else tf.convert_to_tensor(v), (x, mask, *arguments)
+        )
         # The collectives of replicas can't be compiled alone.
         replicas = tf.distribute.get_strategy().num_replicas_in_sync
         if not tf.executing_eagerly() or replicas > 1:
@@ -72,10 +70,6 @@ def _run(function, specs, settings, plan, *tensors):
     return function(*arguments, settings=settings, plan=plan)
 
 
-def _tensor(value):
-    return None if value is None else tf.convert_to_tensor(value)
-
-
 def _spec(tensor, rank, axes):
     """What a trace fixes of a tensor: of the input and the mask, the channels alone."""
     if tensor is None:
@@ -84,9 +78,3 @@ def _spec(tensor, rank, axes):
     if len(sizes) == rank:
         sizes = [size if axis in axes else None for axis, size in enumerate(sizes)]
     return tf.TensorSpec(sizes, tensor.dtype)
-
-
-def _forget(names):
-    """Forget gradients of ours, which keep all of their trace in memory."""
-    for name in names:
-        gradient_registry._registry.pop(name, None)

@@ -100,14 +100,7 @@ def agree(old, new, taken):
 
 
 def total(*values):
-    """Tensors of any static shapes, each added up over all replicas.
-
-    Args:
-        *values: tensors of one dtype, such as the two sums of the backward pass.
-
-    Returns:
-        List of tensors of the same shapes, equal on every replica.
-    """
+    """A list of tensors of one dtype and static shapes, each added up over replicas."""
     replica = tf.distribute.get_replica_context()
     packed = replica.all_reduce(tf.distribute.ReduceOp.SUM, _pack(values))
     return _unpack(packed, values)
