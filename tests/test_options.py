@@ -637,3 +637,24 @@ def test_a_bad_moving_variance_in_a_file_is_refused(bad, trainable, tmp_path):
         healthy.load_weights(tmp_path / "m.weights.h5")
     for was, now in zip(before, healthy.get_weights(), strict=True):
         np.testing.assert_array_equal(now, was)
+
+
+@pytest.mark.parametrize(
+    "bn", [keras.layers.BatchNormalization, keras_bn.BatchNormalization]
+)
+def test_rematerialized_it_updates_twice_at_the_root_of_the_momentum(bn):
+    """As Keras's layer does; docs/faq.md says what to do."""
+    x = tf.constant(np.random.default_rng(0).normal(3, 2, (8, 4)), tf.float32)
+
+    def moved(momentum, wrap):
+        layer = bn(momentum=momentum)
+        layer.build(x.shape)
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y = wrap(lambda x: layer(x, training=True))(x)
+        tape.gradient(y, x, x)
+        return layer.moving_mean.numpy(), layer.moving_variance.numpy()
+
+    once = moved(0.9, lambda function: function)
+    np.testing.assert_allclose(once, moved(0.9**0.5, keras.remat), rtol=1e-5)
+    assert not np.allclose(once, moved(0.9, keras.remat), rtol=1e-2)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from steps import MODES, Step, oracle_step, relative_error, set_parameters
+from tensorflow.python.framework.ops import gradient_registry
 
 import keras_bn
 from keras_bn import kernels, step
@@ -282,21 +283,42 @@ def test_compiled_functions_are_told_the_plan():
     assert seen == ["plain", "fused"]
 
 
-def test_traces_are_bounded_and_let_go(monkeypatch):
+@pytest.mark.parametrize("rows", [4, 50_000])
+def test_traces_are_bounded_and_let_go(rows, monkeypatch):
     monkeypatch.setattr(compiled, "TRACES", 3)
     graphs = []
 
     @kernels.compiled
     def function(x, mask, *, settings, plan):
         graphs.append(weakref.ref(tf.compat.v1.get_default_graph()))
-        return x * 2.0
+        y, _ = kernels.forward(x, None, None, None, epsilon=1e-3, plan=plan)
+        return y
 
     settings = step.Settings((1,), 1e-3)
-    for channels in range(1, 9):
-        got = function(tf.ones([2, channels]), None, settings=settings)
-        np.testing.assert_array_equal(got, np.full([2, channels], 2.0))
-    for rows in range(3, 9):
-        function(tf.ones([rows, 8]), None, settings=settings)
+
+    def call(shape):
+        x = tf.random.normal(shape)
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y = tf.reduce_sum(function(x, None, settings=settings) ** 3)
+        assert np.all(np.isfinite(tape.gradient(y, x)))
+
+    def gradients():
+        names = gradient_registry.list()
+        return sum(name.startswith("CustomGradient") for name in names)
+
+    for channels in range(3, 11):
+        call([rows, channels])
+    for more in range(3):
+        call([rows + more, 10])
     assert len(graphs) == 8, "one trace for all sizes but those of the channels"
     gc.collect()
-    assert sum(graph() is not None for graph in graphs) == 3
+    # The last call's tape may still hold what it was traced with.
+    assert sum(graph() is not None for graph in graphs) <= 4
+    before = gradients()
+    for channels in range(11, 17):
+        call([rows, channels])
+    gc.collect()
+    assert gradients() <= before + 2
+    call([rows, 3])
+    assert len(graphs) == 15

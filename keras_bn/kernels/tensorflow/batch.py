@@ -14,13 +14,7 @@ from keras_bn.moments import Moments, Tensor
 
 
 def forward(
-    x: Tensor,
-    mask: Tensor,
-    gamma: Tensor,
-    beta: Tensor,
-    *,
-    epsilon: float,
-    plan: Plan,
+    x, mask, gamma, beta, *, epsilon: float, plan: Plan
 ) -> tuple[Tensor, Moments]:
     """Normalize a batch with its own statistics; `formulas` says how.
 
@@ -87,16 +81,13 @@ def once(value, operand):
     in a chain of layers. It does not do so with an op of several operands of full size.
 
     Args:
-        value: a tensor that is NaN wherever `operand` is.
-        operand: a tensor of the same shape.
+        value, operand: tensors of one shape, the first NaN wherever the second is.
     """
     return tf.where(operand == operand, value, operand)
 
 
 def checked(mask: Tensor, x: Tensor, along: Sequence[int]) -> Tensor:
-    """The mask, after a check at run time that its sizes fit the input along some axes.
-
-    For sizes that are unknown while tracing.
+    """The mask, checked when it runs to have the sizes of `x` along some axes.
 
     Raises:
         tf.errors.InvalidArgumentError: at run time, if they do not fit.

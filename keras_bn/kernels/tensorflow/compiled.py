@@ -1,16 +1,17 @@
 """Running a function of tensors as one compiled TensorFlow function."""
 
 import functools
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 import tensorflow as tf
 
+from keras_bn.kernels.tensorflow import gradients
 from keras_bn.kernels.tensorflow.context import make_plan
 
-# Traces kept of each function: more than the layers of a model that differ, so that no
-# model traces on and on, and a bound for programs that make ever new models.
-TRACES = 256
+# Traces kept of each function: more than any one model has layers that differ.
+TRACES = 128
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -40,14 +41,20 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
         present = [spec for spec in tf.nest.flatten(specs) if spec is not None]
         traced = tf.function(run, input_signature=present, autograph=False)
         # A concrete function takes half as long to call as one that may trace again.
-        return traced.get_concrete_function()
+        concrete = traced.get_concrete_function()
+        weakref.finalize(concrete, gradients.forget, concrete.graph)
+        return concrete
 
     @functools.wraps(function)
     def call(x, mask, *arguments, settings):
         plan = make_plan(x, mask, settings)
         # Read each variable once, instead of wherever it is used.
-        arguments = tf.nest.map_structure(_tensor, (x, mask, *arguments))
-        if not tf.executing_eagerly() or _replicas() > 1:
+        arguments = tf.nest.map_structure(
+            lambda v: v if v is None else tf.convert_to_tensor(v), (x, mask, *arguments)
+        )
+        # The collectives of replicas can't be compiled alone.
+        replicas = tf.distribute.get_strategy().num_replicas_in_sync
+        if not tf.executing_eagerly() or replicas > 1:
             return function(*arguments, settings=settings, plan=plan)
         spec = functools.partial(_spec, rank=len(x.shape), axes=settings.axes)
         specs = tf.nest.map_structure(spec, arguments)
@@ -65,10 +72,6 @@ def _run(function, specs, settings, plan, *tensors):
     return function(*arguments, settings=settings, plan=plan)
 
 
-def _tensor(value):
-    return None if value is None else tf.convert_to_tensor(value)
-
-
 def _spec(tensor, rank, axes):
     """What a trace fixes of a tensor: of the input and the mask, the channels alone."""
     if tensor is None:
@@ -77,8 +80,3 @@ def _spec(tensor, rank, axes):
     if len(sizes) == rank:
         sizes = [size if axis in axes else None for axis, size in enumerate(sizes)]
     return tf.TensorSpec(sizes, tensor.dtype)
-
-
-def _replicas():
-    """How many replicas are in step here: their collectives can't be compiled alone."""
-    return tf.distribute.get_strategy().num_replicas_in_sync

@@ -28,9 +28,8 @@ def forward(x, gamma, beta, *, epsilon, layout):
     n = tf.maximum(count, 1)
 
     def by_op():
-        y, mean, _, _, variance, _ = fused.op(
-            _image(shifted, gamma), gamma, beta, epsilon
-        )
+        image = tf.reshape(shifted, [-1, 1, 1, x.shape[-1]])
+        y, mean, _, _, variance, _ = fused.op(image, gamma, beta, epsilon)
         return tf.reshape(y, tf.shape(shifted)), mean, variance
 
     def by_formulas():
@@ -52,7 +51,8 @@ def backward(kept: fused.Kept, upstream, *, epsilon, layout):
         shifted, gamma, reserve, count = kept
 
         def by_op():
-            images = _image(upstream, gamma), _image(shifted, gamma)
+            shape = [-1, 1, 1, shifted.shape[-1]]
+            images = tf.reshape(upstream, shape), tf.reshape(shifted, shape)
             dx, *others = fused.gradient_op(*images, gamma, reserve, epsilon)
             return tf.reshape(dx, tf.shape(shifted)), *others
 
@@ -65,8 +65,3 @@ def backward(kept: fused.Kept, upstream, *, epsilon, layout):
         return tf.cond(large, by_op, by_formulas)
 
     return fused.differentiable(first, upstream, kept, epsilon, layout)
-
-
-def _image(x, gamma):
-    """`x`, with a channel for each value of gamma, with the four axes the op wants."""
-    return tf.reshape(x, [-1, 1, 1, gamma.shape[-1]])

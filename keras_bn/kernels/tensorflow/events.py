@@ -10,22 +10,13 @@ _SCALAR = tf.compat.v1.SummaryMetadata(
 
 
 class Events:
-    """An event file of its own in a folder, written as it comes.
-
-    Args:
-        folder: where TensorBoard looks (`log_dir`).
-    """
+    """An event file in the folder where TensorBoard looks, written as it comes."""
 
     def __init__(self, folder):
         self._writer = tf.summary.create_file_writer(str(folder))
 
     def write(self, step, values):
-        """Write scalars, and see them on disk.
-
-        Args:
-            step: a whole number.
-            values: a dict of numbers by tag.
-        """
+        """Write the scalars of a step, a dict of numbers by tag, and flush."""
         # Keras's TensorBoard callback has TensorFlow record at its own steps only.
         with self._writer.as_default(), tf.summary.record_if(True):
             for tag, value in values.items():

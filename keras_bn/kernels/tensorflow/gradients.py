@@ -1,6 +1,14 @@
 """How a gradient is attached to what TensorFlow has computed."""
 
+import weakref
+
 import tensorflow as tf
+
+# TensorFlow has no public way to forget the gradient of a graph that is gone.
+from tensorflow.python.framework.ops import gradient_registry
+
+# What each graph has in the registry, its backward pass included.
+_names: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
 def with_gradients(outputs, inputs, vjp):
@@ -21,4 +29,20 @@ def with_gradients(outputs, inputs, vjp):
     Returns:
         Tensors equal to the outputs.
     """
-    return tf.custom_gradient(lambda *_: (outputs, vjp))(*inputs)
+    if tf.executing_eagerly():
+        return tf.custom_gradient(lambda *_: (outputs, vjp))(*inputs)
+    names = _names.setdefault(tf.compat.v1.get_default_graph(), [])
+
+    def backward(*upstreams):
+        _names[tf.compat.v1.get_default_graph()] = names
+        return vjp(*upstreams)
+
+    outputs = tf.custom_gradient(lambda *_: (outputs, backward))(*inputs)
+    names.append(tf.nest.flatten(outputs)[0].op.get_attr("_gradient_op_type").decode())
+    return outputs
+
+
+def forget(graph):
+    """Take the gradients of a graph out of the registry, which keeps it in memory."""
+    for name in _names.pop(graph, ()):
+        gradient_registry._registry.pop(name, None)

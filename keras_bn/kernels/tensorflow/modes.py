@@ -47,16 +47,6 @@ def with_gradients(function, variables, mode, signature=None):
         A function of `x` and an upstream gradient of the shape and dtype of the
         output. It returns the output and a list: the gradients of
         `sum(upstream * output)` with respect to `x` and to each variable.
-
-    Example:
-
-    >>> import keras
-    >>> weight = keras.Variable([2.0, 5.0])
-    >>> run = with_gradients(lambda x: x * weight.value, [weight], "tf.function")
-    >>> x, upstream = keras.ops.array([3.0, 4.0]), keras.ops.array([1.0, 10.0])
-    >>> y, (dx, d_weight) = run(x, upstream)
-    >>> print(y.numpy(), dx.numpy(), d_weight.numpy())
-    [ 6. 20.] [ 2. 50.] [ 3. 40.]
     """
     values = [variable.value for variable in variables]
 

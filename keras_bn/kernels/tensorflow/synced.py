@@ -80,14 +80,12 @@ def agree(
     mean. Where no replica updated, the old value stays, to the bit.
 
     Args:
-        old: tuple of tensors that are equal on every replica, a float first; None for
-            what is not used.
+        old: tensors that are equal on every replica, a float first; None for no tensor.
         new: their values after this replica's step.
         taken: bools of the same shapes, true where this replica updated.
 
     Returns:
-        List of tensors, equal on every replica, of the dtypes of `old`; None where
-        `old` is.
+        List of tensors like `old`, equal on every replica.
     """
     dtype = old[0].dtype
     present = [i for i, value in enumerate(old) if value is not None]
@@ -104,14 +102,7 @@ def agree(
 
 
 def total(*values):
-    """Tensors of any static shapes, each summed over all replicas.
-
-    Args:
-        *values: tensors of one dtype, such as the two sums of the backward pass.
-
-    Returns:
-        List of tensors of the same shapes, equal on every replica.
-    """
+    """A list of tensors of one dtype and static shapes, each added up over replicas."""
     replica = tf.distribute.get_replica_context()
     packed = replica.all_reduce(tf.distribute.ReduceOp.SUM, _pack(values))
     return _unpack(packed, values)
