@@ -309,7 +309,9 @@ def test_a_compilation_that_cannot_be_read(suffix, tmp_path):
         model.compile("sgd", strange)
         model.save(path)
         if k is keras:
-            with pytest.raises((TypeError, ValueError), match="strange"):
+            with pytest.raises(
+                (TypeError, ValueError), match=r"strange|string indices"
+            ):
                 keras_bn.load_model(path)
         else:
             with pytest.warns(UserWarning, match="compile the model yourself"):
