@@ -10,6 +10,7 @@ import inspect
 import keras
 
 from keras_bn.layer import BatchNormalization
+from keras_bn.tools.compilation import modern_compilation
 from keras_bn.tools.graph import Functional
 
 OURS = "keras_bn>BatchNormalization"
@@ -66,10 +67,10 @@ def modern(config, custom_objects=()):
         return config
     if config.get("class_name") == "Sequential":
         config = _with_input(config)
+    compiled = config.get("compile_config")
     config = {key: modern(part, custom_objects) for key, part in config.items()}
-    if isinstance(compiled := config.get("compile_config"), dict):
-        # Keras 2 writes None for what was left at its default.
-        config["compile_config"] = {k: v for k, v in compiled.items() if v is not None}
+    if isinstance(compiled, dict):
+        config["compile_config"] = modern_compilation(compiled, custom_objects)
     name, inner = config.get("class_name"), config.get("config")
     if not isinstance(name, str) or not isinstance(inner, dict):
         return config

@@ -13,21 +13,13 @@ import keras
 
 from keras_bn.layer import BatchNormalization
 from keras_bn.stored import lenient, lost
+from keras_bn.tools.compilation import modern_training
 from keras_bn.tools.configs import OURS, SyncBatchNormalization, modern
 from keras_bn.tools.convert import from_keras
 from keras_bn.tools.graph import walk
 from keras_bn.tools.norms import is_keras
 
 _HDF5 = b"\x89HDF\r\n\x1a\n"
-
-# HDF5 files name losses by short names that Keras 3 has forgotten.
-_NAMED_IN_HDF5 = {
-    "mse": keras.losses.mean_squared_error,
-    "mae": keras.losses.mean_absolute_error,
-    "mape": keras.losses.mean_absolute_percentage_error,
-    "msle": keras.losses.mean_squared_logarithmic_error,
-    "kld": keras.losses.kl_divergence,
-}
 
 
 def load_model(path, **kwargs):
@@ -70,13 +62,10 @@ def load_model(path, **kwargs):
     custom = dict(kwargs.pop("custom_objects", None) or {})
     with tempfile.TemporaryDirectory() as folder, lenient():
         copy = Path(folder) / f"model{kind}"
-        if kind == ".keras":
-            _exchange_in_archive(path, copy, custom)
-            model = keras.saving.load_model(copy, custom_objects=custom, **kwargs)
-        else:
-            _exchange_in_hdf5(path, copy, custom)
-            named = {**_NAMED_IN_HDF5, **custom}
-            model = keras.saving.load_model(copy, custom_objects=named, **kwargs)
+        exchange = _exchange_in_archive if kind == ".keras" else _exchange_in_hdf5
+        version = exchange(path, copy, custom)
+        model = _loaded(copy, version, custom_objects=custom, **kwargs)
+        if kind == ".h5":
             _restore_optimizer(model, path)
         for _, layer in walk(model):
             if type(layer) is SyncBatchNormalization:
@@ -86,6 +75,23 @@ def load_model(path, **kwargs):
             model = from_keras(model)
     _warn_of_lost(model)
     return model
+
+
+def _loaded(path, version, **kwargs):
+    """The model in a file, without its compilation if Keras 3 can't read Keras 2's."""
+    try:
+        return keras.saving.load_model(path, **kwargs)
+    except Exception as error:
+        if version.startswith("3") or not kwargs.get("compile", True):
+            raise
+        model = keras.saving.load_model(path, **{**kwargs, "compile": False})
+        reason = str(error).strip().splitlines()[-1:]
+        warnings.warn(
+            "Keras 3 can't read the compilation in this file of Keras 2: compile the "
+            f"model yourself. ({type(error).__name__}: {' '.join(reason)})",
+            stacklevel=3,
+        )
+        return model
 
 
 def holds_ours(path):
@@ -160,7 +166,7 @@ def _warn_of_lost(model):
 
 
 def _exchange_in_archive(source, target, custom):
-    """Copy a `.keras` archive, naming our layer in its config instead of Keras's."""
+    """Copy a `.keras` archive, naming our layer; returns the version of its Keras."""
     with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w") as new:
         for item in old.infolist():
             if item.filename == "config.json":
@@ -169,12 +175,20 @@ def _exchange_in_archive(source, target, custom):
                 continue
             with old.open(item) as content, new.open(item, "w") as place:
                 shutil.copyfileobj(content, place)
+        named = "metadata.json" in old.namelist()
+        return json.loads(old.read("metadata.json"))["keras_version"] if named else "3"
 
 
 def _exchange_in_hdf5(source, target, custom):
-    """Copy an `.h5` file, naming our layer in its config instead of Keras's."""
+    """Copy an `.h5` file, naming our layer; returns the version of its Keras."""
     shutil.copyfile(source, target)
     with h5py.File(target, "r+") as file:
-        config = file.attrs.get("model_config")
-        if config is not None:
-            file.attrs["model_config"] = json.dumps(modern(json.loads(config), custom))
+        for name, made in (
+            ("model_config", modern),
+            ("training_config", modern_training),
+        ):
+            config = file.attrs.get(name)
+            if config is not None:
+                file.attrs[name] = json.dumps(made(json.loads(config), custom))
+        version = file.attrs.get("keras_version", "1")
+    return version.decode() if isinstance(version, bytes) else version

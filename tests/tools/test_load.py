@@ -236,6 +236,91 @@ def test_a_synchronized_normalization_stays_so(suffix, tmp_path):
     assert loaded.get_layer("sync").synchronized
 
 
+COMPILATIONS = {
+    "legacy Adam": lambda k: {"optimizer": k.optimizers.legacy.Adam(0.02)},
+    "legacy SGD": lambda k: {"optimizer": k.optimizers.legacy.SGD(0.02, 0.9)},
+    "Adam": lambda k: {"optimizer": k.optimizers.Adam(0.02)},
+    "RMSprop": lambda k: {
+        "optimizer": k.optimizers.RMSprop(0.02, momentum=0.5),
+        "loss": k.losses.BinaryCrossentropy(label_smoothing=0.1),
+        "metrics": [k.metrics.AUC(), "mae"],
+    },
+    "accuracy": lambda k: {
+        "optimizer": k.optimizers.Adam(0.02),
+        "loss": "categorical_crossentropy",
+        "metrics": ["accuracy"],
+    },
+    "weighted": lambda k: {
+        "optimizer": k.optimizers.Adam(0.02),
+        "loss": "mae",
+        "loss_weights": [2.0],
+        "weighted_metrics": ["mse", k.metrics.MeanAbsoluteError()],
+    },
+    "schedule": lambda k: {
+        "optimizer": k.optimizers.SGD(
+            k.optimizers.schedules.ExponentialDecay(0.02, 10**9, 0.9)
+        ),
+    },
+    "half precision": lambda k: {
+        "optimizer": k.mixed_precision.LossScaleOptimizer(k.optimizers.Adam(0.02)),
+    },
+}
+
+
+@pytest.mark.parametrize("suffix", [".keras", ".h5"])
+@pytest.mark.parametrize("compilation", COMPILATIONS)
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_what_keras_2_has_compiled(compilation, suffix, tmp_path):
+    tf_keras = require("tf_keras")
+    tf_keras.utils.set_random_seed(0)
+    model = tf_keras.Sequential(
+        [
+            tf_keras.layers.Dense(3, input_shape=(4,)),
+            tf_keras.layers.BatchNormalization(),
+            tf_keras.layers.Dense(2, activation="softmax"),
+        ]
+    )
+    model.compile(**{"loss": "mse", **COMPILATIONS[compilation](tf_keras)})
+    x = np.random.default_rng(0).normal(size=(16, 4)).astype("float32")
+    y = np.eye(2)[np.arange(16) % 2]
+    model.fit(x, y, verbose=0)
+    model.save(tmp_path / f"model{suffix}")
+    loaded = keras_bn.load_model(tmp_path / f"model{suffix}")
+    optimizer = getattr(loaded.optimizer, "inner_optimizer", loaded.optimizer)
+    assert np.isclose(optimizer.learning_rate, 0.02)
+    theirs, ours = (m.evaluate(x, y, verbose=0) for m in (model, loaded))
+    np.testing.assert_allclose(ours, theirs, rtol=1e-4)
+    before = loaded.layers[0].kernel.numpy()
+    loaded.fit(x, y, verbose=0)
+    assert not np.allclose(loaded.layers[0].kernel, before)
+
+
+@pytest.mark.parametrize("suffix", [".keras", ".h5"])
+@pytest.mark.filterwarnings("ignore:.*HDF5")
+def test_a_compilation_that_cannot_be_read(suffix, tmp_path):
+    """Of Keras 2 it is left out with a warning; of Keras 3, it is Keras's to refuse."""
+
+    def strange(y, prediction):
+        return y - prediction
+
+    for k in (require("tf_keras"), keras):
+        path = tmp_path / f"model{suffix}"
+        model = k.Sequential([k.Input((3,)), k.layers.BatchNormalization()])
+        model.compile("sgd", strange)
+        model.save(path)
+        if k is keras:
+            with pytest.raises(
+                (TypeError, ValueError), match=r"strange|string indices"
+            ):
+                keras_bn.load_model(path)
+        else:
+            with pytest.warns(UserWarning, match="compile the model yourself"):
+                loaded = keras_bn.load_model(path)
+            assert not loaded.compiled
+            own = {"strange": strange}
+            assert keras_bn.load_model(path, custom_objects=own).compiled
+
+
 def rewritten(path, change):
     """Have `change` alter the config in a model file."""
     if path.suffix == ".h5":
