@@ -2,8 +2,8 @@
 
     python tests/accuracy.py --write docs/numerics.md
 
-writes the table between the two markers of that page. `tests/test_stress.py` holds each
-row to its rule.
+writes the table between the two markers of that page. `tests/layer/test_stress.py` holds
+each row to its rule.
 """
 
 import argparse
@@ -17,7 +17,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import keras
 import numpy as np
 import oracle
-from steps import MODES, Step
+from support.steps import MODES, Step
 
 import keras_bn
 

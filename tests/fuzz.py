@@ -12,8 +12,8 @@ import time
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import numpy as np
-from cases import Case, check
-from steps import MODES
+from support.cases import Case, check
+from support.steps import MODES
 
 
 def draw(seed, index):

@@ -1,7 +1,7 @@
 """`keras-bn bench`: what it times, prints and refuses."""
 
 import pytest
-from command_line import refused, run
+from support.command_line import refused, run
 
 from keras_bn.bench import Timing, chains
 from keras_bn.kernels import plan

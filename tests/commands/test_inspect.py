@@ -2,11 +2,11 @@
 
 import json
 
-import command_line
 import keras
 import numpy as np
 import pytest
 from keras import layers
+from support import command_line
 
 import keras_bn
 from keras_bn.diagnosis import report

@@ -8,9 +8,9 @@ import h5py
 import keras
 import numpy as np
 import pytest
-from command_line import refused, run
 from keras import layers
-from zoo import convolutional, inputs_of, masked, randomized, several
+from support.command_line import refused, run
+from support.zoo import convolutional, inputs_of, masked, randomized, several
 
 import keras_bn
 from keras_bn.commands import fold, models

@@ -7,8 +7,8 @@ from pathlib import Path
 import keras
 import numpy as np
 import pytest
-from command_line import refused, run
 from keras import layers
+from support.command_line import refused, run
 
 from keras_bn.commands.modules import imported
 

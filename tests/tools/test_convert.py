@@ -6,7 +6,7 @@ import keras
 import numpy as np
 import pytest
 from keras import layers
-from zoo import (
+from support.zoo import (
     GRAPHS,
     Residual,
     Subclassed,

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from conftest import require
 from keras import layers
-from zoo import GRAPHS, Subclassed, inputs_of, randomized
+from support.zoo import GRAPHS, Subclassed, inputs_of, randomized
 
 import keras_bn
 from keras_bn.tools.fold import is_normalization

@@ -8,7 +8,14 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from keras import layers
-from zoo import Subclassed, convolutional, inputs_of, nested, randomized, wrapped
+from support.zoo import (
+    Subclassed,
+    convolutional,
+    inputs_of,
+    nested,
+    randomized,
+    wrapped,
+)
 
 import keras_bn
 from keras_bn.tools.convert import is_ours

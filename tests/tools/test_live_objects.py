@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from keras import layers, ops
-from zoo import GRAPHS, convolutional, inputs_of, randomized
+from support.zoo import GRAPHS, convolutional, inputs_of, randomized
 
 import keras_bn
 from keras_bn.tools.graph import walk

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from conftest import require
 from keras import layers
-from zoo import convolutional, inputs_of, randomized, sequential, wrapped
+from support.zoo import convolutional, inputs_of, randomized, sequential, wrapped
 
 import keras_bn
 from keras_bn.tools.configs import modern

@@ -7,8 +7,8 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from distributed import strategy_of
 from keras import layers
+from support.distributed import strategy_of
 
 import keras_bn
 from keras_bn.tools.observe import batches

@@ -9,7 +9,14 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from keras import layers
-from zoo import Subclassed, convolutional, inputs_of, masked, randomized, wrapped
+from support.zoo import (
+    Subclassed,
+    convolutional,
+    inputs_of,
+    masked,
+    randomized,
+    wrapped,
+)
 
 import keras_bn
 from keras_bn.tools.fold import is_normalization
@@ -476,7 +483,7 @@ def test_callback(when, swap):
 
 
 def test_replicas():
-    script = Path(__file__).with_name("two_replicas.py")
+    script = Path(__file__).parents[1] / "support" / "two_replicas.py"
     done = subprocess.run(
         [sys.executable, script], capture_output=True, text=True, check=False
     )

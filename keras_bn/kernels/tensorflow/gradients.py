@@ -18,7 +18,7 @@ def with_gradients(outputs, inputs, vjp):
     results through one IdentityN op. Through it, TensorFlow's graph optimizer would see
     a path from the reading of beta to its update, drop the stated control dependency as
     redundant, and then remove the op: the output might hold the new beta
-    (`tests/test_update_order.py`).
+    (`tests/layer/test_update_order.py`).
 
     Args:
         outputs: a tensor or several, computed from the inputs.

@@ -1,0 +1,228 @@
+"""Masks: what they leave out takes no part, on whichever axis the channels are."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from support.steps import (
+    MODES,
+    Step,
+    array,
+    oracle_step,
+    relative_error,
+    set_parameters,
+)
+
+import keras_bn
+
+CASES = [
+    ((8, 5, 3), -1),
+    ((8, 3, 5), 1),
+    ((4, 3, 2, 5), 1),
+    ((4, 5, 3, 2), 2),
+    ((9, 3), 1),
+]
+
+
+def draw(shape, axis, seed=0):
+    rng = np.random.default_rng(seed)
+    rest = [n for a, n in enumerate(shape) if a != axis % len(shape)]
+    mask = rng.random(rest) < 0.6
+    return rng.normal(3, 2, shape), rng.normal(size=shape), mask
+
+
+def ours(shape, axis, dtype="float64", **arguments):
+    rng = np.random.default_rng(7)
+    layer = keras_bn.BatchNormalization(axis=axis, dtype=dtype, **arguments)
+    layer.build(shape)
+    gamma, beta = rng.normal(1, 0.3, (2, shape[axis]))
+    set_parameters(layer, gamma, beta)
+    return layer, gamma, beta
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("shape", "axis"), CASES)
+def test_masked_step_is_the_oracles(shape, axis, mode):
+    x, upstream, mask = draw(shape, axis)
+    layer, gamma, beta = ours(shape, axis)
+    got = Step(layer, mode, mask)(x, upstream)
+    axes = (axis % len(shape),)
+    want = oracle_step(layer, x, upstream, axes, gamma, beta, mask)
+    for name in want:
+        assert relative_error(got[name], want[name]) < 1e-12, name
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("junk", [np.nan, np.inf, -np.inf, 1e38, 3e38])
+@pytest.mark.parametrize(("shape", "axis"), CASES)
+def test_masked_values_touch_nothing_else(shape, axis, junk, mode):
+    x, upstream, mask = draw(shape, axis)
+    spread = np.expand_dims(mask, axis) & np.ones(shape, bool)
+    upstream = np.where(spread, upstream, 0)
+    layer, _, _ = ours(shape, axis, dtype="float32")
+    step = Step(layer, mode, mask)
+    clean = step(x, upstream)
+    dirty = step(np.where(spread, x, junk), upstream)
+    for name in clean:
+        keep = spread if clean[name].shape == shape else ...
+        np.testing.assert_array_equal(dirty[name][keep], clean[name][keep], name)
+
+
+@pytest.mark.parametrize(("shape", "axis"), CASES)
+def test_masked_equals_compacted(shape, axis):
+    x, _, mask = draw(shape, axis)
+    layer, _, _ = ours(shape, axis, momentum=0.0)
+    layer(x, training=True, mask=mask)
+    compact, _, _ = ours((int(mask.sum()), shape[axis]), -1, momentum=0.0)
+    compact(np.moveaxis(x, axis, -1)[mask], training=True)
+    for name in ("moving_mean", "moving_variance"):
+        np.testing.assert_allclose(
+            array(getattr(layer, name)), array(getattr(compact, name)), rtol=1e-13
+        )
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_sizes_of_one_broadcast(mode):
+    x, upstream, _ = draw((8, 5, 3), -1)
+    mask = np.random.default_rng(1).random((8, 1)) < 0.5
+    layer, _, _ = ours((8, 5, 3), -1)
+    narrow = Step(layer, mode, mask)(x, upstream)
+    wide = Step(layer, mode, np.repeat(mask, 5, axis=1))(x, upstream)
+    for name in wide:
+        np.testing.assert_array_equal(narrow[name], wide[name])
+
+
+@pytest.mark.parametrize("dtype", ["bool", "int32", "float32"])
+def test_masks_of_any_dtype(dtype):
+    x, _, mask = draw((8, 5, 3), -1)
+    layer, _, _ = ours((8, 5, 3), -1)
+    layer(x, training=True, mask=mask.astype(dtype))
+    other, _, _ = ours((8, 5, 3), -1)
+    other(x, training=True, mask=mask)
+    np.testing.assert_array_equal(layer.moving_mean.numpy(), other.moving_mean.numpy())
+
+
+@pytest.mark.parametrize("training", [True, tf.constant(True)])
+def test_keras_hands_the_mask_on(training):
+    """From a Masking layer, through ours, to the next; `training` may be a tensor."""
+    x = np.random.default_rng(0).normal(3, 1, (4, 6, 2)).astype("float32")
+    x[:, 4:] = 0
+    masked = keras.layers.Masking()(x)
+    layer = keras_bn.BatchNormalization(momentum=0.0)
+    y = layer(masked, training=training)
+    np.testing.assert_allclose(
+        layer.moving_mean.numpy(), x[:, :4].mean((0, 1)), rtol=1e-5
+    )
+    np.testing.assert_array_equal(y._keras_mask, masked._keras_mask)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_fully_masked_batch_leaves_statistics_alone(mode):
+    x, upstream, mask = draw((8, 5, 3), -1)
+    layer, _, _ = ours((8, 5, 3), -1, dtype="float32")
+    got = Step(layer, mode, np.zeros_like(mask))(x, upstream)
+    np.testing.assert_array_equal(got["moving_mean"], np.zeros(3))
+    np.testing.assert_array_equal(got["moving_variance"], np.ones(3))
+    assert all(np.isfinite(value).all() for value in got.values())
+
+
+def test_inference_does_not_look_at_the_mask():
+    x, _, mask = draw((8, 5, 3), -1)
+    layer, _, _ = ours((8, 5, 3), -1)
+    np.testing.assert_array_equal(layer(x, mask=mask), layer(x))
+
+
+def spec(*shape, dtype=tf.float64):
+    return tf.TensorSpec(shape, dtype)
+
+
+def test_unknown_sizes():
+    """What is known of them says that the mask goes without the channel axis."""
+    layer, _, _ = ours((8, 3, 5), 1)
+
+    @tf.function(input_signature=[spec(None, 3, None), spec(None, 5, dtype=tf.bool)])
+    def run(x, mask):
+        return layer(x, training=True, mask=mask)
+
+    x, _, mask = draw((8, 3, 5), 1)
+    other, _, _ = ours((8, 3, 5), 1)
+    np.testing.assert_allclose(run(x, mask), other(x, training=True, mask=mask))
+
+
+# Masks of the leading axes, as Masking and Embedding give them, wherever the channels
+# are: each channel then has a count of its own.
+LEADING = [((8, 5, 3), 1), ((8, 5, 5), 1), ((4, 3, 2, 5), 1), ((4, 3, 2, 5), 2)]
+
+
+def leading(shape, seed=0):
+    rng = np.random.default_rng(seed)
+    mask = rng.random(shape[:-1]) < 0.6
+    return rng.normal(3, 2, shape), rng.normal(size=shape), mask
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("shape", "axis"), LEADING)
+def test_a_mask_of_the_leading_axes_is_the_oracles(shape, axis, mode):
+    """Channel by channel, as the oracle knows of no mask along channels."""
+    x, upstream, mask = leading(shape)
+    layer, gamma, beta = ours(shape, axis)
+    got = Step(layer, mode, mask)(x, upstream)
+    elements = np.broadcast_to(mask[..., None], shape)
+    for c in range(shape[axis]):
+        one = [np.take(t, [c], axis) for t in (x, upstream, elements)]
+        want = oracle_step(
+            layer, *one[:2], (axis,), gamma[[c]], beta[[c]], np.squeeze(one[2], axis)
+        )
+        for name, value in want.items():
+            whole = got[name].ndim > 1
+            mine = np.take(got[name], [c], axis if whole else 0)
+            assert relative_error(mine, value) < 1e-12, (name, c)
+
+
+@pytest.mark.parametrize(("shape", "axis"), [((8, 5, 3), -1), *LEADING])
+def test_a_mask_of_the_leading_axes_is_keras(shape, axis):
+    """To 1e-7, the epsilon that Keras adds to the count (ours is exact)."""
+    x, upstream, mask = leading(shape)
+    layer, gamma, beta = ours(shape, axis)
+    theirs = keras.layers.BatchNormalization(axis=axis, dtype="float64")
+    theirs.build(shape)
+    set_parameters(theirs, gamma, beta)
+    got = Step(layer, mask=mask)(x, upstream)
+    want = Step(theirs, mask=tf.constant(mask))(x, upstream)
+    for name in want:
+        assert relative_error(got[name], want[name]) < 1e-7, name
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_channel_that_is_masked_whole_keeps_its_statistics(mode):
+    x, upstream, mask = leading((8, 5, 3))
+    mask[:, 2] = False
+    layer, _, _ = ours((8, 5, 3), 1)
+    got = Step(layer, mode, mask)(x, upstream)
+    kept = [0, 0, 1, 0, 0]
+    np.testing.assert_array_equal(got["moving_mean"] == 0, kept)
+    np.testing.assert_array_equal(got["moving_variance"] == 1, kept)
+
+
+def test_what_may_be_either_is_the_leading_axes_and_refused_in_words_if_not():
+    layer, _, _ = ours((8, 3, 5), 1)
+
+    @tf.function(input_signature=[spec(None, 3, None), spec(None, None, dtype=tf.bool)])
+    def run(x, mask):
+        return layer(x, training=True, mask=mask)
+
+    x, _, mask = leading((8, 3, 5))
+    other, _, _ = ours((8, 3, 5), 1)
+    np.testing.assert_allclose(run(x, mask), other(x, training=True, mask=mask))
+    before = layer.get_weights()
+    with pytest.raises(tf.errors.InvalidArgumentError, match="The mask must have the"):
+        run(x, np.ones((8, 5), bool))
+    for was, now in zip(before, layer.get_weights(), strict=True):
+        np.testing.assert_array_equal(now, was)
+
+
+@pytest.mark.parametrize("shape", [(8,), (8, 4), (8, 3, 5), (8, 3, 1)])
+def test_masks_of_other_shapes_are_refused_in_words(shape):
+    layer, _, _ = ours((8, 3, 5), 1)
+    with pytest.raises(ValueError, match=r"leading axes, \(8, 3\), or \(8, 5\)"):
+        layer(np.ones((8, 3, 5)), training=True, mask=np.ones(shape, bool))

@@ -1,0 +1,338 @@
+"""The benchmarks run, and measure what they say."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+from support.distributed import strategy_of
+
+import keras_bn
+from keras_bn import bench
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from benchmarks import __main__ as everything
+from benchmarks import (
+    applications,
+    first,
+    layer,
+    markdown,
+    memory,
+    models,
+    peers,
+    process,
+    steps,
+    sync,
+)
+
+ROOT = Path(__file__).parents[2]
+SHAPE = (8, 4)
+
+
+def test_interleave_tells_slow_from_fast():
+    def slow():
+        return sum(range(20_000))
+
+    timings = bench.interleave({"slow": slow, "fast": lambda: None}, seconds=0.05)
+    assert timings["slow"].median > 3 * timings["fast"].median
+    for timing in timings.values():
+        assert timing.low <= timing.median <= timing.high
+        assert timing.rounds >= 7
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_every_peer_takes_its_step(training):
+    functions = peers.functions(SHAPE, training=training)
+    assert {bench.PEER, bench.OURS} <= set(functions)
+    for function in functions.values():
+        function()
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_the_batch_size_is_known_to_tracing_or_not(known, monkeypatch):
+    seen = []
+
+    class Spy(keras_bn.BatchNormalization):
+        def call(self, x, training=None):
+            seen.append(x.shape[0])
+            return super().call(x, training=training)
+
+    monkeypatch.setattr(keras_bn, "BatchNormalization", Spy)
+    functions = peers.functions(SHAPE, known=known)
+    functions[bench.OURS]()
+    assert set(seen) == {SHAPE[0] if known else None}
+    if known:
+        assert set(functions) == {bench.PEER, bench.OURS}
+
+
+@pytest.fixture
+def no_others(monkeypatch):
+    """TensorFlow's peers alone: the others fight it for the cores of a busy machine."""
+    for name in ("pytorch", "flax"):
+        monkeypatch.setattr(peers, name, lambda *_: None)
+
+
+def test_a_row_of_the_layer_table(no_others):
+    row = layer.measure(SHAPE, seconds=0.01)
+    ms = row["ms"]
+    assert row["ratio"] == ms["Keras"]["median"] / ms["keras_bn"]["median"]
+    assert row["known_ratio"] > 0
+    table = layer.table([row])
+    assert "(8, 4)" in table
+    assert f" {row['known_ratio']:.2f} |" in table
+
+
+def test_what_no_row_has_is_no_column(no_others):
+    row = layer.measure(SHAPE, seconds=0.01, training=False)
+    assert "known_ratio" not in row
+    head = layer.table([row]).splitlines()[0]
+    assert "known" not in head
+    assert "fused op" not in head
+
+
+def test_a_row_of_the_synchronization_table():
+    row = sync.measure(strategy_of("mirrored 2"), SHAPE, seconds=0.01)
+    ms = row["ms"]
+    for name in ("Keras", "keras_bn"):
+        cost = ms[f"{name}, together"]["median"] - ms[f"{name}, apart"]["median"]
+        assert row[f"{name}, cost"] == cost
+    assert "(8, 4)" in sync.table([row])
+
+
+def test_synchronized_replicas_are_measured_synchronized():
+    strategy = strategy_of("mirrored 2")
+    layers = []
+
+    def make():
+        layers.append(keras_bn.BatchNormalization(synchronized=True, momentum=0.0))
+        return layers[-1]
+
+    sync.chain(strategy, make, SHAPE)()
+    assert len(layers) == bench.depth(SHAPE)
+    rows = np.random.default_rng(0).normal(size=(2 * SHAPE[0], *SHAPE[1:]))
+    np.testing.assert_allclose(layers[0].moving_variance.numpy(), rows.var(0), 1e-5)
+
+
+def test_models_differ_in_nothing_but_their_normalization():
+    built = {k: applications.build("MobileNetV2", 32, k) for k in applications.KINDS}
+    instead = {
+        "Keras": keras.layers.BatchNormalization,
+        "keras_bn": keras_bn.BatchNormalization,
+        "without": applications.Nothing,
+    }
+    norms = 0
+    for layers in zip(*(model.layers for model in built.values()), strict=True):
+        assert len({str(each.output.shape) for each in layers}) == 1
+        theirs = type(layers[0])
+        is_norm = theirs is keras.layers.BatchNormalization
+        norms += is_norm
+        for kind, each in zip(built, layers, strict=True):
+            assert type(each) is (instead[kind] if is_norm else theirs)
+    assert norms == 52
+
+
+def test_jit_reaches_the_model():
+    for jit in (False, True):
+        model = applications.build("MobileNetV2", 32, "Keras", jit)
+        assert model.jit_compile is jit
+
+
+def test_the_batch_size_of_the_data_is_not_static():
+    images, labels = applications.data(size=4, batch=3).element_spec
+    assert images.shape.as_list() == [None, 4, 4, 3]
+    assert labels.shape.as_list() == [None]
+
+
+def ended(stdout="", stderr="", returncode=0):
+    """A stand-in for `subprocess.run`, and the commands it was called with."""
+    commands = []
+
+    def run(command, **options):
+        commands.append(command)
+        return subprocess.CompletedProcess(command, returncode, stdout, stderr)
+
+    return run, commands
+
+
+def test_a_process_gives_its_last_line(monkeypatch):
+    run, commands = ended("Downloading 3 files\n12.5\n")
+    monkeypatch.setattr(subprocess, "run", run)
+    assert process.number("benchmarks.models", "--size", 96) == 12.5
+    assert commands == [[sys.executable, "-m", "benchmarks.models", "--size", "96"]]
+
+
+def test_a_process_that_fails_is_heard(monkeypatch):
+    monkeypatch.setattr(subprocess, "run", ended("1\n", "no such model", 1)[0])
+    with pytest.raises(RuntimeError, match="no such model"):
+        process.number("benchmarks.models")
+
+
+def processes(monkeypatch, *answers):
+    """Let processes answer these numbers; the kinds and options they were given."""
+    seen, answers = [], iter(answers)
+
+    def number(module, *arguments):
+        assert module in ("benchmarks.models", "benchmarks.memory")
+        seen.append([str(a) for a in arguments])
+        return next(answers)
+
+    monkeypatch.setattr(process, "number", number)
+    return seen
+
+
+def test_first_steps_are_taken_in_turn(monkeypatch):
+    seen = processes(monkeypatch, 4.0, 2.0, 6.0, 9.0, 5.0, 3.0)
+    row = first.measure("MobileNetV2", 64, 8, of="predict", jit=True, rounds=3)
+    assert [arguments[:2] for arguments in seen] == [
+        ["--first", "Keras"],
+        ["--first", "keras_bn"],
+    ] * 3
+    for arguments in seen:
+        model = ["--application", "MobileNetV2", "--size", "64", "--batch", "8"]
+        assert arguments[2:] == [*model, "--of", "predict", "--jit"]
+    assert row["rounds"] == {"Keras": [4.0, 6.0, 5.0], "keras_bn": [2.0, 9.0, 3.0]}
+    assert row["seconds"] == {"Keras": 5.0, "keras_bn": 3.0}
+    assert row["ratio"] == 0.6
+    title = "MobileNetV2, 64×64, batch 8"
+    expected = f"| {title} | `predict` under XLA | 5.0 | 3.0 | 0.60 |"
+    assert first.table([row]).splitlines()[-1] == expected
+
+
+def test_the_other_first_steps(monkeypatch):
+    processes(monkeypatch, *[1.0] * 100)
+    rows = models.other_first_steps(rounds=1)
+    usual = len(applications.USUAL)
+    assert [r["of"] for r in rows if not r["jit"]] == (
+        ["evaluate"] * usual + ["predict"] * usual
+    )
+    assert [(r["of"], r["model"]) for r in rows if r["jit"]] == [("fit", "MobileNetV2")]
+
+
+def test_the_command_understands_what_first_steps_are_asked_with(monkeypatch, capsys):
+    asked = processes(monkeypatch, 1.0, 1.0)
+    first.measure("DenseNet121", 64, 8, of="evaluate", jit=True, rounds=1)
+    taken = []
+    monkeypatch.setattr(first, "seconds", lambda *each: taken.append(each) or 2.5)
+    for arguments in asked:
+        models.main(arguments)
+    assert taken == [
+        (kind, "DenseNet121", 64, 8, "evaluate", True) for kind in ("Keras", "keras_bn")
+    ]
+    assert capsys.readouterr().out.splitlines()[-1] == "2.5"
+
+
+def test_the_first_step_of_no_model_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        models.main(["--first", "Keras"])
+    assert "--first needs --application" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("of", first.CALLS)
+def test_one_step_is_taken_alone(of, monkeypatch):
+    inputs = keras.Input((4, 4, 3))
+    pooled = keras.layers.GlobalAveragePooling2D()(inputs)
+    model = keras.Model(inputs, keras.layers.Dense(10, "softmax")(pooled))
+    model.compile("sgd", "sparse_categorical_crossentropy")
+    monkeypatch.setattr(applications, "build", lambda *_: model)
+    assert first.seconds("Keras", "any", 4, 3, of) > 0
+    if of == "fit":
+        assert model.optimizer.iterations.numpy() == 1
+
+
+def test_the_share_of_the_cost_is_that_of_each_round():
+    times = {
+        "Keras": [[0.3, 0.3, 9.0], [0.2, 0.2, 0.2], [0.5, 0.5, 0.5]],
+        "keras_bn": [[0.2, 0.2, 0.2], [0.175, 0.175, 0.0], [0.2, 0.2, 0.2]],
+        "without": [[0.1, 0.1, 0.1]] * 3,
+    }
+    row = steps.summary(times)
+    np.testing.assert_allclose(row["shares"], [0.5, 0.75, 0.25])
+    assert row["share"] == pytest.approx(0.5)
+    assert row["range"] == pytest.approx([0.25, 0.75])
+    assert row["ms"] == pytest.approx({"Keras": 300, "keras_bn": 200, "without": 100})
+    assert steps.cells(row) == ["300", "200", "100", "0.50 (0.25 to 0.75)"]
+
+
+def test_the_round_that_traces_is_not_counted(monkeypatch):
+    class Model:
+        def __init__(self, kind):
+            self.fits, self.ms = 0, {"Keras": 3, "keras_bn": 2, "without": 1}[kind]
+
+        def fit(self, images, steps_per_epoch, callbacks, **_):
+            timer = callbacks[0]
+            timer.on_train_begin()
+            timer.times = [1e-3 * self.ms if self.fits else 1e3] * steps_per_epoch
+            self.fits += 1
+
+    monkeypatch.setattr(applications, "build", lambda name, size, kind: Model(kind))
+    row = steps.measure("any", 4, 2, rounds=2, steps=3)
+    assert row["ms"] == pytest.approx({"Keras": 3, "keras_bn": 2, "without": 1})
+    assert row["shares"] == pytest.approx([0.5, 0.5])
+
+
+def a_model(monkeypatch):
+    """A row of the table of models, of numbers that nobody measured."""
+    processes(monkeypatch, 4.0, 3.0)
+    rounds = {"Keras": [[0.3]], "keras_bn": [[0.2]], "without": [[0.1]]}
+    monkeypatch.setattr(steps, "measure", lambda *_, **__: steps.summary(rounds))
+    return models.measure("ResNet50", 96, 16, rounds=1)
+
+
+def test_a_row_of_the_models_table(monkeypatch):
+    head, _, row = models.table([a_model(monkeypatch)]).splitlines()
+    assert row == (
+        "| ResNet50, 96×96, batch 16 | 4.0 | 3.0 | 0.75 | 300 | 200 | 100 "
+        "| 0.50 (0.50 to 0.50) |"
+    )
+    assert head.count("|") == row.count("|")
+
+
+def test_what_users_run_is_the_first_table_of_the_report(monkeypatch):
+    whole = a_model(monkeypatch)
+    ms = {name: {"median": 1.0} for name in ("Keras", "keras_bn")}
+    chain = {"shape": SHAPE, "axis": -1, "ms": ms, "ratio": 1.0, "known_ratio": 1.25}
+    bytes_ = {"Keras": 2**21, "keras_bn": 2**20, "ratio": 0.5}
+    page = everything.report(
+        {
+            "machine": "here",
+            "models": [whole],
+            "first steps": [whole["first"]],
+            "layers": {everything.GRAPH: [chain]},
+            "synchronization": [],
+            "memory": {"graph mode": bytes_},
+        }
+    )
+    titles = [line for line in page.splitlines() if line.startswith("## ")]
+    assert titles[0] == "## Whole models, `fit`"
+    assert models.table([whole]) in page
+    assert first.table([whole["first"]]) in page
+    assert layer.table([chain]) in page
+    assert "- graph mode: 1 MiB, 0.50 of Keras's 2 MiB" in page
+
+
+@pytest.mark.parametrize("jit", [False, True])
+def test_memory_is_ours_by_keras(jit, monkeypatch):
+    seen = processes(monkeypatch, 200.0, 150.0)
+    assert memory.measure(jit) == {"Keras": 200.0, "keras_bn": 150.0, "ratio": 0.75}
+    how = ["--jit"] if jit else []
+    assert seen == [["--kind", "Keras", *how], ["--kind", "keras_bn", *how]]
+
+
+def test_a_table_in_markdown():
+    assert markdown.table(["a"], [["1"], ["2"]]) == "| a |\n| --- |\n| 1 |\n| 2 |"
+
+
+def test_triton_comes_before_tensorflow(tmp_path):
+    stand_in = "import sys\nprint('tensorflow' in sys.modules)\n"
+    (tmp_path / "triton.py").write_text(stand_in)
+    result = subprocess.run(
+        [sys.executable, "-c", "import benchmarks.process"],
+        env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert result.stdout == "False\n"

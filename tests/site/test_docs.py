@@ -1,0 +1,57 @@
+"""What the documentation states, something executes."""
+
+import re
+from pathlib import Path
+
+import pytest
+from conftest import require
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def blocks(page):
+    return re.findall(r"^```python\n(.*?)^```", page.read_text(), re.M | re.S)
+
+
+@pytest.mark.parametrize(
+    "page", [p for p in PAGES if blocks(p)], ids=lambda p: str(p.relative_to(ROOT))
+)
+def test_python_blocks_run_in_order(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for package in ("matplotlib", "sklearn", "torch"):
+        if any(package in block for block in blocks(page)):
+            require(package)
+    namespace = {}
+    for block in blocks(page):
+        exec(compile(block, str(page), "exec"), namespace)
+
+
+def test_the_layer_is_in_use_within_ten_lines_of_the_readme():
+    head = (ROOT / "README.md").read_text().splitlines()[:10]
+    assert any("keras_bn.BatchNormalization(" in line for line in head)
+
+
+def test_the_first_lines_of_the_readme_are_run_further_down():
+    text = (ROOT / "README.md").read_text()
+    (first,) = re.findall(r"^```py\n(.*?)^```", text, re.M | re.S)
+    run = {
+        line.partition("  #")[0]
+        for line in "".join(blocks(ROOT / "README.md")).splitlines()
+    }
+    for line in first.splitlines():
+        statement = line.partition("  #")[0].removeprefix("print(").removesuffix(")")
+        assert any(statement in one for one in run), line
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_links_between_pages_lead_somewhere(page):
+    for target in re.findall(r"\]\((?!http)([^)#]+)", page.read_text()):
+        assert (page.parent / target).exists(), target
+
+
+def test_the_architecture_page_names_every_module():
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    for path in (ROOT / "keras_bn").rglob("*.py"):
+        if path.name not in ("__init__.py", "__main__.py", "version.py"):
+            assert path.name in text, path

@@ -1,0 +1,203 @@
+"""The studies, as a user runs them, and the rule their claims are judged by."""
+
+import importlib
+import json
+import math
+
+import numpy as np
+import pytest
+from support.scripts import ROOT, assert_is_a_drawing, error_lines, run
+
+pytest.importorskip("matplotlib", reason="the examples draw with matplotlib")
+pytest.importorskip("sklearn", reason="the examples take scikit-learn's digits")
+
+STUDIES = [
+    "convergence",
+    "placement",
+    "convolution",
+    "sequences",
+    "gan",
+    "transfer",
+    "small_batches",
+    "shifted_domain",
+    "inference_gap",
+    "weight_averaging",
+]
+
+
+@pytest.fixture
+def example(monkeypatch):
+    """Imports a module of examples/studies/, or of examples/."""
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    monkeypatch.syspath_prepend(ROOT / "examples" / "studies")
+    return importlib.import_module
+
+
+def check(name, folder, printed, short):
+    """That what a study printed and wrote fits together.
+
+    Args:
+        name: of the study.
+        folder: that it wrote to.
+        printed: its standard output.
+        short: whether it ran with --short.
+
+    Returns:
+        What the JSON holds.
+    """
+    results = json.loads((folder / f"{name}.json").read_text())
+    assert results["example"] == name
+    assert results["settings"]["short"] is short
+    assert len(results["figures"]) == results["settings"]["seeds"]
+    assert all(isinstance(figures, dict) for figures in results["figures"])
+    for part in results["parts"]:
+        assert len(part["values"]) == results["settings"]["seeds"]
+        if "above" in part:
+            agreeing = sum(x is not None and x > part["above"] for x in part["values"])
+        else:
+            agreeing = sum(x is not None and x < part["below"] for x in part["values"])
+        assert part["held"] is (agreeing >= 0.75 * len(part["values"]))
+    assert results["held"] is all(part["held"] for part in results["parts"])
+    verdict = "held here." if results["held"] else "did NOT hold here."
+    assert printed.splitlines()[-1] == f"The claim {verdict}"
+    assert results["claim"] in " ".join(printed.split())
+    assert f"Figures and picture are in {folder}" in printed
+    assert_is_a_drawing(folder / f"{name}.png", least=400)
+    return results
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_short(example, tmp_path, capsys, name):
+    if name == "small_batches":
+        # TensorFlow takes a number of replicas once in a process; other tests did.
+        result = run(f"studies/{name}.py", "--short", "--out", tmp_path)
+        assert result.returncode == 0, result.stderr
+        printed = result.stdout
+    else:
+        assert example(name).main(["--short", "--out", str(tmp_path)]) == 0
+        printed = capsys.readouterr().out
+    check(name, tmp_path, printed, short=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", STUDIES)
+def test_in_full(tmp_path, name):
+    result = run(f"studies/{name}.py", "--out", tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert error_lines(result) == []
+    check(name, tmp_path, result.stdout, short=False)
+
+
+@pytest.mark.parametrize(
+    ("values", "bound", "held"),
+    [
+        ([2, 2, 2, 0], {"above": 1}, True),
+        ([2, 2, 0, 0], {"above": 1}, False),
+        ([2, 2, 2, 0, 0], {"above": 1}, False),
+        ([2, 2, 2, 2, 0], {"above": 1}, True),
+        ([1, 1, 1, 1], {"above": 1}, False),
+        ([1, 1, 1, 1], {"below": 1}, False),
+        ([0, 0, 0, 9], {"below": 1}, True),
+        ([0, math.nan], {"below": 1}, False),
+        ([math.inf, math.inf], {"above": 1}, False),
+        ([2], {"above": 1}, True),
+    ],
+)
+def test_a_part_holds_where_three_seeds_in_four_agree(example, values, bound, held):
+    claims = example("common.claims")
+    part = claims.Part("", values, **bound)
+    assert part.held is held
+    assert claims.held([part, claims.Part("", [1], above=0)]) is held
+
+
+@pytest.mark.parametrize("bounds", [{}, {"above": 1, "below": 2}])
+def test_a_part_has_one_bound(example, bounds):
+    with pytest.raises(ValueError, match="'margin' needs one of above and below"):
+        example("common.claims").Part("margin", [1.0], **bounds)
+
+
+@pytest.mark.parametrize("value", [1.0, -1.0, math.nan])
+def test_the_frame_reports_what_was_measured(example, tmp_path, capsys, value):
+    claims, drawing, gallery = map(
+        example, ("common.claims", "common.drawing", "common.gallery")
+    )
+    given = ["--seeds", "3", "--out", str(tmp_path / "new" / "folder")]
+    frame = gallery.Example("name", "", seeds=5, argv=given)
+    figures = [{"seed": seed, "value": value} for seed in frame.each(frame.seeds)]
+    figure, axes = drawing.new_figure("Title", [["a", "b"]])
+    for color, axis in zip(drawing.COLORS, axes.values(), strict=False):
+        drawing.tidy(axis, "title", "x", "y")
+        drawing.dots(axis, 0, [1.0, 2.0, 3.0], color)
+    part = claims.Part("value", [value] * 3, above=0)
+    assert frame.conclude("It is so.", [part], figures, figure) == 0
+    results = check("name", frame.out, capsys.readouterr().out, short=False)
+    assert results["held"] is (value == 1.0)
+    assert results["figures"][2] == {
+        "seed": 2,
+        "value": None if math.isnan(value) else value,
+    }
+
+
+@pytest.mark.parametrize(
+    ("given", "seeds"),
+    [
+        ([], 5),
+        (["--short"], 2),
+        (["--short", "--seeds", "4"], 4),
+        (["--seeds", "1"], 1),
+    ],
+)
+def test_seeds(example, given, seeds):
+    frame = example("common.gallery").Example("name", "", seeds=5, argv=given)
+    assert frame.seeds == range(seeds)
+    assert frame.short is ("--short" in given)
+
+
+def test_small_digits_are_the_enlarged_ones(example):
+    small = example("common.data").small_digits()
+    large = example("equivalence").small_digits()
+    assert small.x_train.shape == (1440, 8, 8, 1)
+    image = large.x_val[5].reshape(28, 28)[2:-2:3, 2:-2:3]
+    assert (small.x_val[5, ..., 0] == image).all()
+
+
+def test_restart_is_the_same_for_a_seed_and_another_for_others(example):
+    keras = example("keras")
+    layers = [keras.Input((3,)), keras.layers.Dense(2), keras.layers.Dense(1)]
+    model = keras.Sequential(layers)
+    model.compile("adam", "mse")
+    restart = example("common.restart").Restart(model)
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(8, 3)), rng.normal(size=(8, 1))
+
+    def trained(seed):
+        restart(seed)
+        model.reset_metrics()
+        start = model.get_weights()
+        losses = [float(model.train_on_batch(x, y)) for _ in range(3)]
+        return start, losses
+
+    (start, losses), (other, _), (again, again_losses) = map(trained, (0, 1, 0))
+    assert (start[0] != other[0]).any()
+    np.testing.assert_array_equal(start[0], again[0])
+    np.testing.assert_allclose(losses, again_losses, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["separate batches", "mixed batches"])
+def test_the_gradient_penalty_of_the_gan(example, kind):
+    """Trained with it, the discriminator is less steep at the real images."""
+    gan, keras = example("gan"), example("keras")
+    images = example("common.data").small_digits().x_train
+    rng = np.random.default_rng(0)
+    real = keras.ops.convert_to_tensor(images[:60].reshape(-1, 64))
+    fake = keras.ops.convert_to_tensor(rng.uniform(size=(60, 64)).astype("float32"))
+    steepness = []
+    for weight in (0.0, 3.0):
+        pair = gan.Pair(kind, weight)
+        pair.restart(0)
+        for _ in range(5):
+            pair.epoch(images, np.random.default_rng(0))
+        assert bool(pair.judge(real, fake)[2] > 0) is (weight > 0)
+        pair.penalty = 1.0
+        steepness.append(float(pair.judge(real, fake)[2]))
+    assert steepness[1] < 0.5 * steepness[0]
