@@ -2,8 +2,8 @@
 
     python tests/accuracy.py --write docs/numerics.md
 
-writes the table between the two markers of that page. `tests/layer/test_stress.py` holds
-each row to its rule.
+writes the table between the two markers of that page. `tests/layer/test_stress.py`
+holds each row to its rule.
 """
 
 import argparse

@@ -66,7 +66,17 @@ def check(name, folder, printed, short):
     return results
 
 
-@pytest.mark.parametrize("name", STUDIES)
+# The others take minutes together: `.ci/run` and `make test-all` run them.
+IN_EVERY_RUN = ("convolution", "placement", "weight_averaging")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in IN_EVERY_RUN else pytest.param(name, marks=pytest.mark.slow)
+        for name in STUDIES
+    ],
+)
 def test_short(example, tmp_path, capsys, name):
     if name == "small_batches":
         # TensorFlow takes a number of replicas once in a process; other tests did.
