@@ -315,7 +315,7 @@ class BatchNormalization(Freezable, Checked):
             "debias": self.debias,
             "freeze_statistics": self.freeze_statistics,
             **({"freeze_affine": self.freeze_affine} if self.freeze_affine else {}),
-            # Keras's reader of .h5 files drops all but one axis of a list.
+            # Keras's reader of .h5 files drops `axis` if it lists several.
             **({"axes": self.axis} if isinstance(self.axis, list) else {}),
         }
 
