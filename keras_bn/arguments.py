@@ -1,4 +1,4 @@
-"""The checks of the layer's arguments and inputs, each with its message."""
+"""Checks of the layer's arguments and inputs."""
 
 import math
 import operator
@@ -45,7 +45,7 @@ def check_momentum(momentum: float, name: str = "momentum") -> float:
 def check_clipping(
     renorm_used: bool, clipping: dict[str, Any] | None
 ) -> dict[str, Any] | None:
-    """The bounds of renormalization as a dict, if it is used."""
+    """The bounds of renormalization as a dict; unchanged without renormalization."""
     if not renorm_used:
         return clipping
     clipping = dict(clipping or {})
@@ -71,7 +71,7 @@ def check_clipping(
 
 
 def check_group_size(size: int | None, **excluded: bool) -> int | None:
-    """The size of ghost batches as a positive int, without what excludes them."""
+    """The size of ghost batches as a positive int; refuses options it excludes."""
     if size is None:
         return None
     if isinstance(size, bool) or not isinstance(size, int) or size < 1:
@@ -135,7 +135,7 @@ def channel_axes(
 
 
 def to_float(inputs: Tensor, compute_dtype: str) -> Tensor:
-    """The inputs in a float dtype; integers in the compute dtype, float32 at least."""
+    """Floats as they are; integers in the compute dtype, at least float32."""
     dtype = keras.backend.standardize_dtype(inputs.dtype)
     if keras.backend.is_float_dtype(dtype):
         return inputs
@@ -145,7 +145,7 @@ def to_float(inputs: Tensor, compute_dtype: str) -> Tensor:
 
 
 def with_channels(x: Tensor, axes: Sequence[int], sizes: Sequence[int]) -> Tensor:
-    """The inputs, with the channel sizes of the build where they are not known.
+    """The inputs, with unknown channel sizes set to those from `build`.
 
     Args:
         x: the inputs.
@@ -163,10 +163,9 @@ def with_channels(x: Tensor, axes: Sequence[int], sizes: Sequence[int]) -> Tenso
 def align_mask(mask: Tensor, x: Tensor, axes: Sequence[int]) -> Tensor:
     """The mask as bools that broadcast to the inputs; None stays None.
 
-    A mask of the shape of the inputs' leading axes, all but the last, counts along
-    these: that is what `Masking` and `Embedding` give, and what Keras's layer takes,
-    wherever the channels are. A mask of the shape of the inputs without the channel
-    axes counts along those, where that is another shape. Sizes of 1 broadcast.
+    A mask has the shape of the inputs without the last axis, wherever the channels
+    are: `Masking` and `Embedding` give this, and Keras's layer takes it. Otherwise, it
+    has the shape of the inputs without the channel axes. Sizes of 1 broadcast.
 
     Args:
         mask: tensor of any dtype, or None.

@@ -1,4 +1,4 @@
-"""What training leaves alone in a layer, kept whatever `trainable` is set to."""
+"""Freezing parts of a layer, independently of `trainable`."""
 
 import gc
 
@@ -8,11 +8,11 @@ AFFINE = ("gamma", "beta")
 
 
 class Freezable(keras.layers.Layer):
-    """A layer whose statistics and parameters can be frozen, one apart from the other.
+    """A layer whose statistics and parameters can be frozen separately.
 
-    Unlike `trainable`, which a model sets on all that it holds, what is frozen here
-    stays frozen until it is thawed here, and is saved with the layer. A change takes
-    effect in the next step of every model that holds the layer, `fit` included.
+    Setting `trainable` on a model does not change what is frozen here. It is saved with
+    the layer. A change takes effect in the next step of every model that holds the
+    layer, also during `fit`.
     """
 
     _freeze_statistics = False
@@ -20,7 +20,7 @@ class Freezable(keras.layers.Layer):
 
     @property
     def freeze_statistics(self):
-        """Whether training uses the moving statistics and leaves them alone."""
+        """Whether training uses the moving statistics and does not change them."""
         return self._freeze_statistics
 
     @freeze_statistics.setter
@@ -30,7 +30,7 @@ class Freezable(keras.layers.Layer):
 
     @property
     def freeze_affine(self):
-        """Whether training leaves gamma and beta alone; or the name of one of them."""
+        """Whether gamma and beta do not train; or the name of the one that doesn't."""
         return self._freeze_affine
 
     @freeze_affine.setter
@@ -40,7 +40,7 @@ class Freezable(keras.layers.Layer):
 
     @property
     def trainable(self):
-        """Whether the layer trains at all: without it, all is frozen."""
+        """Whether the layer trains; if not, all of it is frozen."""
         return self._trainable
 
     @trainable.setter
@@ -49,14 +49,14 @@ class Freezable(keras.layers.Layer):
         self._hold_affine()
 
     def set_frozen(self, statistics=None, affine=None):
-        """Freeze or thaw; `forget_traces` is left to the caller.
+        """Freeze or unfreeze. The caller has to call `forget_traces`.
 
         Args:
             statistics, affine: the new `freeze_statistics` and `freeze_affine`; None
                 to leave them as they are.
 
         Returns:
-            Whether this has changed the layer.
+            Whether anything changed.
         """
         before = self._frozen()
         if affine is not None:
@@ -73,7 +73,7 @@ class Freezable(keras.layers.Layer):
         return self._freeze_statistics, self._freeze_affine, flags
 
     def _hold_affine(self):
-        """Have the parameters that are frozen not train."""
+        """Make frozen parameters not trainable."""
         for name, parameter in self._affine_parameters():
             if self._freeze_affine in (True, name):
                 parameter.trainable = False
@@ -94,20 +94,20 @@ def check_affine(value):
 
 
 def forget_traces(layers):
-    """Have every model that holds one of these layers trace its steps anew.
+    """Make every model that holds one of these layers trace its steps again.
 
-    A layer does not know the models around it, so they are looked for among all that
-    live. A `tf.function` of the user's own is not found.
+    A layer does not know its models, so this searches all objects in memory. It does
+    not find a `tf.function` that the user made.
     """
     ids = {id(layer) for layer in layers if layer.built}
     if not ids:
         return
     for model in gc.get_objects():
-        # By type(): isinstance() asks the object, and some import modules to answer.
+        # isinstance() reads `__class__` of the object, and lazy modules then import.
         if not issubclass(type(model), keras.Model) or not hasattr(model, "_layers"):
             continue
         if any(id(layer) in ids for layer in model._flatten_layers()):
-            # Not None in its place: within `fit`, it is called again at once.
+            # Not set to None: a running `fit` calls it again at once.
             for name in ("train", "test", "predict"):
                 if getattr(model, f"{name}_function", None) is not None:
                     getattr(model, f"make_{name}_function")(force=True)

@@ -21,20 +21,19 @@ class BatchNormalization(Freezable, Checked):
 
     and the moving statistics take a step toward them,
     `moving = moving * momentum + batch * (1 - momentum)`. In inference, and whenever
-    `trainable` is False, the moving statistics stand in for those of the batch.
+    `trainable` is False, the layer normalizes with the moving statistics.
 
-    What Keras's layer leaves undefined is defined here: a channel whose batch
-    statistics are not finite, and a batch in which nothing counts (empty, or masked
-    whole), leave the moving statistics as they are; `training` may be a tensor; a
-    mask may go with channels on any axis; weights and statistics are float32 at least
-    under every dtype policy.
+    Keras's layer leaves some cases undefined. Here, the moving statistics do not change
+    in a channel whose batch statistics are not finite, nor when the batch is empty or
+    fully masked. `training` may be a tensor. A mask works with channels on any axis.
+    Weights and statistics are at least float32 under every dtype policy.
 
     Args:
         axis: int, the channel axis; or a list of ints, for statistics per index over
-            several axes, with weights of those axes' sizes in the input's order.
+            several axes. The weights have the sizes of these axes, in input order.
         momentum: float in [0, 1], weight of the old value in the moving statistics;
             None for the plain mean over all batches.
-        epsilon: float, not negative, added to the variance.
+        epsilon: float, 0 or greater, added to the variance.
         center: whether to add `beta`.
         scale: whether to multiply by `gamma`.
         beta_initializer, gamma_initializer: initializers of the parameters.
@@ -45,24 +44,24 @@ class BatchNormalization(Freezable, Checked):
         renorm: whether to use batch renormalization (Ioffe, 2017), with Keras's
             weights and numbers.
         renorm_clipping: dict with any of the keys `"rmax"`, `"rmin"`, `"dmax"`:
-            floats, or `LearningRateSchedule`s of the update count such as
-            `keras_bn.renorm_ramp()` gives. Missing bounds are inf, 0, inf.
+            floats, or `LearningRateSchedule`s of the update count, as from
+            `keras_bn.renorm_ramp()`. Missing bounds are inf, 0, inf.
         renorm_momentum: float in [0, 1], momentum of the statistics that training is
             corrected toward.
         synchronized: whether to share the batch statistics of all replicas under a
             `tf.distribute` strategy.
-        virtual_batch_size: int, the size of ghost batches: in training, a batch of
-            `n` is cut in order into `max(1, n // virtual_batch_size)` groups, the
-            last taking the remainder, each normalized by itself. None for none.
-        unbiased: whether the moving variance takes in the unbiased variance of a
-            batch, as PyTorch's does. The output never uses it.
+        virtual_batch_size: int, the size of ghost batches. Training cuts a batch of
+            `n` in order into `max(1, n // virtual_batch_size)` groups and normalizes
+            each by itself; the last takes the remainder. None turns this off.
+        unbiased: whether the moving variance uses the unbiased variance of a batch, as
+            in PyTorch. The output never uses it.
         debias: whether the moving statistics are the weighted mean of the batches
-            seen alone, without the pull of their initial values.
-        freeze_statistics: whether training uses the moving statistics and leaves
-            them alone, while gamma and beta still train.
-        freeze_affine: whether training leaves gamma and beta alone, too; `"gamma"` or
-            `"beta"` for one of them. Like `freeze_statistics` it may be set on a live
-            layer, and goes on when `trainable` is set to True.
+            seen, without their initial values.
+        freeze_statistics: whether training uses the moving statistics and does not
+            change them, while gamma and beta still train.
+        freeze_affine: whether training does not change gamma and beta; `"gamma"` or
+            `"beta"` for one of them. It may be set at any time, like
+            `freeze_statistics`, and `trainable = True` does not undo it.
         **kwargs: arguments of `keras.layers.Layer`, such as `name` and `dtype`.
 
     Call arguments:
@@ -71,16 +70,16 @@ class BatchNormalization(Freezable, Checked):
       or integer dtype.
     - `training`: whether to use and record batch statistics: bool, None, or a bool
       tensor.
-    - `mask`: tensor of the shape of the leading axes of `inputs`, all but the last, as
-      `Masking` and `Embedding` give it; or of the shape of `inputs` without its channel
-      axes, where that is another. Sizes of 1 broadcast. True where an element counts.
+    - `mask`: tensor, True where an element counts. Its shape is that of `inputs`
+      without the last axis, as from `Masking` and `Embedding`, or that of `inputs`
+      without its channel axes. Sizes of 1 broadcast.
 
     Returns:
         A tensor of the shape of `inputs`, in the layer's compute dtype.
 
     Raises:
         ValueError: for arguments out of range, unknown channel sizes, inputs of rank
-            0 or 1, and masks of the wrong shape; each names what was received.
+            0 or 1, and masks of the wrong shape.
         TypeError: for inputs that are not real numbers.
 
     Source: Ioffe and Szegedy, "Batch Normalization: Accelerating Deep Network
@@ -174,8 +173,8 @@ class BatchNormalization(Freezable, Checked):
         shape = tuple(input_shape[axis] for axis in self._axes)
 
         def add(name, initializer, **options):
-            # At least float32 under any policy: a half type can't hold a moving
-            # statistic (its steps round away) nor a small update of gamma.
+            # At least float32: in half precision, small steps of a moving statistic
+            # or of gamma round to nothing.
             dtype = keras.backend.result_type(self.variable_dtype, "float32")
             return self.add_weight(
                 shape=shape,
@@ -201,7 +200,7 @@ class BatchNormalization(Freezable, Checked):
                 constraint=self.beta_constraint,
             )
         self._hold_affine()
-        # What replicas assign is equal already: no reduction of each variable's own.
+        # All replicas assign the same value, so no variable needs a reduction.
         state = {"trainable": False, "aggregation": "only_first_replica"}
         self.moving_mean = add("moving_mean", self.moving_mean_initializer, **state)
         self.moving_variance = add(
@@ -229,7 +228,7 @@ class BatchNormalization(Freezable, Checked):
 
     def call(self, inputs, training=None, mask=None):
         if mask is None and ops.is_tensor(training):
-            # Keras hands on the mask of the only tensor argument; here are two.
+            # Keras passes the mask on only if a call has a single tensor argument.
             mask = getattr(inputs, "_keras_mask", None)
         x, mask = self._prepared(inputs, mask)
         if not self.trainable or self.freeze_statistics:
@@ -256,10 +255,10 @@ class BatchNormalization(Freezable, Checked):
         return y
 
     def normalize_batch(self, inputs, mask=None):
-        """Normalize a batch by its own statistics, whatever the layer would do.
+        """Normalize a batch by its own statistics, in training and in inference.
 
-        Nothing moves, and no option of the training has a part in it. What looks at
-        statistics from outside (recalibration, diagnosis) builds on this.
+        No weight changes, and the options for training have no effect. Recalibration
+        and diagnosis use this.
 
         Args:
             inputs, mask: as in a call of the layer.
@@ -316,7 +315,7 @@ class BatchNormalization(Freezable, Checked):
             "debias": self.debias,
             "freeze_statistics": self.freeze_statistics,
             **({"freeze_affine": self.freeze_affine} if self.freeze_affine else {}),
-            # Keras's reader of .h5 files throws away an `axis` of several.
+            # Keras's reader of .h5 files drops `axis` if it lists several.
             **({"axes": self.axis} if isinstance(self.axis, list) else {}),
         }
 
@@ -378,7 +377,7 @@ class BatchNormalization(Freezable, Checked):
 
     @property
     def _bounds(self):
-        """The bounds of renormalization in force, or None without it."""
+        """The present bounds of renormalization; None without it."""
         if not self.renorm:
             return None
         updates = None if self.updates is None else self.updates.value
@@ -386,7 +385,7 @@ class BatchNormalization(Freezable, Checked):
 
 
 def _root_of(initializer):
-    """An initializer that draws the square root of what `initializer` draws."""
+    """An initializer that gives the square root of what `initializer` gives."""
 
     def draw(shape, dtype=None):
         return ops.sqrt(initializer(shape, dtype=dtype))

@@ -22,13 +22,13 @@ class Bounds(NamedTuple):
 
 
 def bounds(clipping: dict[str, Any] | None, updates: Tensor, dtype: str) -> Bounds:
-    """The bounds in force after so many updates.
+    """The bounds after a number of updates.
 
     Args:
         clipping: dict with any of the keys `rmax`, `rmin`, `dmax`: floats, or
-            `LearningRateSchedule`s of the update count. What is missing is unbounded;
-            None bounds nothing.
-        updates: int tensor, how many updates came before; None without schedules.
+            `LearningRateSchedule`s of the update count. A missing key or None means
+            unbounded.
+        updates: int tensor, the number of updates so far; None without schedules.
         dtype: float dtype of the result.
     """
     unbounded = {"rmax": float("inf"), "rmin": 0.0, "dmax": float("inf")}
@@ -61,7 +61,7 @@ def correction(
         epsilon: added to the variance; `renorm_stddev` is at least its root.
 
     Returns:
-        `(r, d)`, one value per channel each, constants to differentiation.
+        `(r, d)`, one value per channel each, without gradient.
 
     Source: Ioffe, "Batch Renormalization: Towards Reducing Minibatch Dependence in
     Batch-Normalized Models", 2017; Keras's definition of the standard deviations.
@@ -189,8 +189,8 @@ def renorm_ramp(
     0 to `dmax`.
 
     Args:
-        rmax: where r_max ends, at least 1.
-        dmax: where d_max ends, at least 0.
+        rmax: final r_max, at least 1.
+        dmax: final d_max, at least 0.
         begin: update count at which both start to change.
         rmax_end: update count at which r_max reaches `rmax`.
         dmax_end: update count at which d_max reaches `dmax`.

@@ -1,4 +1,4 @@
-"""Refusing stored statistics that no training can have left behind."""
+"""Refusing stored statistics that are invalid."""
 
 import contextlib
 import contextvars
@@ -8,7 +8,7 @@ import numpy as np
 
 _lenient = contextvars.ContextVar("lenient", default=False)
 
-# What the state of a layer is called where it must not be negative, and elsewhere.
+# The statistics of a layer that must not be negative, and the others.
 _SPREADS = ("moving_variance", "moving_stddev", "renorm_stddev")
 _MEANS = ("moving_mean", "renorm_mean")
 
@@ -16,10 +16,9 @@ _MEANS = ("moving_mean", "renorm_mean")
 class Checked(keras.layers.Layer):
     """A layer that refuses lost statistics, from a file or from `set_weights`.
 
-    It sees what Keras hands to it: `.keras` and `.weights.h5` files, its own
-    `set_weights`, and `.h5` files of models that hold it directly. It does not see
-    `set_weights` of a model, nor `.h5` files where it is in a model within the model:
-    there Keras assigns to the variables.
+    It checks `.keras` and `.weights.h5` files, its own `set_weights`, and `.h5` files
+    of models that hold it directly. It cannot check `set_weights` of a model, nor
+    `.h5` files where it is in a nested model: there Keras assigns to the variables.
     """
 
     def load_own_variables(self, store):
@@ -34,7 +33,7 @@ class Checked(keras.layers.Layer):
         super().set_weights(weights)
 
     def finalize_state(self):
-        """Check the weights that Keras's reader of `.h5` files has just assigned."""
+        """Check the weights that Keras's `.h5` reader has just assigned."""
         for variable in self.variables:
             self._check_stored(variable.name, variable)
 
@@ -48,15 +47,15 @@ class Checked(keras.layers.Layer):
                 f"{rule}. Received: {value} in channel "
                 f"{channel[0] if len(channel) == 1 else channel}. "
                 "`keras_bn.load_model` loads such a file, and `keras_bn.recalibrate` "
-                "mends the model."
+                "fixes the model."
             )
 
 
 def lost(name, value):
-    """The first channel in which a weight is no statistic, as a tuple; or None.
+    """The first channel in which a statistic is invalid, as a tuple; or None.
 
     Args:
-        name: of the weight; anything but a statistic is never lost.
+        name: of the weight; a weight that is not a statistic gives None.
         value: array, tensor or variable.
     """
     if name not in (*_SPREADS, *_MEANS):
@@ -71,7 +70,7 @@ def lost(name, value):
 
 @contextlib.contextmanager
 def lenient():
-    """Let layers load lost statistics while this lasts."""
+    """Let layers load lost statistics in this context."""
     token = _lenient.set(True)
     try:
         yield

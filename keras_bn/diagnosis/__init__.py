@@ -1,1 +1,1 @@
-"""What ails the batch normalizations of a model: records, findings, a figure."""
+"""Diagnosing a model's batch normalizations: records, findings, a figure."""

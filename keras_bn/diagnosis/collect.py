@@ -1,8 +1,8 @@
-"""What a model and data say about its batch normalizations, as plain records.
+"""Measuring a model's batch normalizations on data, as plain records.
 
-The data goes through the model twice, batch by batch: once in inference, once with
-the normalizations as in training and all else in inference. Twins stand in for the
-layers, so that nothing in the model is touched.
+Each batch goes through the model twice: once in inference, once with only the
+normalizations in training. Copies of the layers do the work, so nothing in the model
+changes.
 """
 
 from dataclasses import dataclass, field
@@ -33,8 +33,8 @@ class Drift(NamedTuple):
 
     Args:
         mean, worst_mean: of |moving mean − mean|, in standard deviations of the data.
-        ratio, worst_ratio: of moving standard deviation / standard deviation, epsilon
-            within both; the worst is the one furthest from 1 as a factor.
+        ratio, worst_ratio: of moving standard deviation / standard deviation, both
+            including epsilon; the worst is the furthest from 1 as a factor.
     """
 
     mean: float
@@ -52,16 +52,16 @@ class LayerRecord:
         keras: whether it is Keras's own layer.
         epsilon, momentum: of the layer.
         debias: whether its statistics are free of their initial values.
-        frozen: whether its statistics are held still.
-        inference_mode: whether the model calls it with `training=False`, always.
+        frozen: whether training does not change its statistics.
+        inference_mode: whether the model always calls it with `training=False`.
         moving_mean, moving_variance: its moving statistics.
-        initial: whether these are the values the layer was made with.
-        gamma: its scale; None without one.
-        bias_of: the name of a layer before it whose bias does nothing; None without.
+        initial: whether these are still the initial values.
+        gamma: its scale, or None.
+        bias_of: the name of a layer before it whose bias has no effect, or None.
         data: `Moments` of its inputs, pooled over the data.
-        elements: how many elements a batch's statistics rest on, in the median.
-        gap: root mean square of what its output differs by between training and
-            inference, relative to the standard deviation of its output in training.
+        elements: number of elements behind a batch's statistics, median of batches.
+        gap: root mean square of output in training − output in inference, relative to
+            the standard deviation of the output in training.
     """
 
     layer: str
@@ -87,7 +87,7 @@ class LayerRecord:
 
     @property
     def stddev_ratio(self):
-        """Moving standard deviation / that of the data, epsilon within both."""
+        """Moving standard deviation / that of the data, both including epsilon."""
         with np.errstate(invalid="ignore"):
             return np.sqrt(self.moving_variance + self.epsilon) / self._stddev
 
@@ -112,14 +112,14 @@ class ModelRecord:
 
     Args:
         model: its name.
-        samples: how many samples were seen.
-        batches: in how many batches.
-        steps: how many steps its optimizer has taken; None if it is not known.
-        layers: a `LayerRecord` of each normalization, in the order they are called.
+        samples: number of samples.
+        batches: number of batches.
+        steps: number of steps its optimizer has taken; None if not known.
+        layers: a `LayerRecord` of each normalization, in calling order.
         not_called: the paths of those that are never called.
         gap: as of a layer, for the outputs of the model.
-        loss, accuracy: pairs of the value in inference and in training; None where
-            the data has no labels, or the model no single loss or no classes.
+        loss, accuracy: pairs of the value in inference and in training; None if the
+            data has no labels, or the model no single loss or no classes.
     """
 
     model: str
@@ -134,7 +134,7 @@ class ModelRecord:
 
 
 def collect(model, data, *, steps=None, batch_size=None, verbose="auto"):
-    """Run data through a model, and record what its normalizations meet.
+    """Run data through a model, and record the inputs of its normalizations.
 
     Args:
         model, data, steps, batch_size, verbose: as in `diagnose`.
@@ -170,14 +170,14 @@ def check_any(model):
 
 
 class _Gap:
-    """Collects how far outputs in training are from those in inference."""
+    """Collects the differences between outputs in training and in inference."""
 
     def __init__(self):
         self._squares = 0.0
         self._training = Moments(0.0, np.zeros(()), np.zeros(()))
 
     def add(self, inference, training):
-        """Take in two arrays of the elements that count."""
+        """Add two arrays of the elements that count."""
         if training.size:
             self._squares += float(np.square(training - inference).sum())
             new = Moments(float(training.size), training.mean(), training.var())
@@ -212,7 +212,7 @@ class _Pair:
 
 @dataclass
 class _Seen:
-    """What the calls of one layer have shown."""
+    """What was collected from the calls of one layer."""
 
     data: Moments | None = None
     elements: list[float] = field(default_factory=list)
@@ -221,7 +221,7 @@ class _Seen:
 
 
 class _Run(Watch):
-    """Runs a model both ways over data, with twins of its normalizations."""
+    """Runs a model over data in both modes, with copies of its normalizations."""
 
     def __init__(self, model, layers):
         super().__init__(model, layers, self._answer)
@@ -356,7 +356,7 @@ def _steps(model):
 
 
 def _counted(values, mask, layer):
-    """The elements that a mask lets count, in one row."""
+    """The elements that count under a mask, as a flat array."""
     values = float64(values)
     if mask is None:
         return values.ravel()
@@ -365,7 +365,7 @@ def _counted(values, mask, layer):
 
 
 def _loss(model, x, y, outputs, sample_weight):
-    """The loss of a batch, as `evaluate` takes it; None if the model has none."""
+    """The loss of a batch, as in `evaluate`; None if the model has none."""
     if not getattr(model, "compiled", False) or model._compile_loss is None:
         return None
     loss = model.compute_loss(x=x, y=y, y_pred=outputs, sample_weight=sample_weight)
@@ -373,7 +373,7 @@ def _loss(model, x, y, outputs, sample_weight):
 
 
 def _accuracy(y, outputs):
-    """The share of samples whose class is told right; None if there are no classes."""
+    """The share of samples with the right class; None if there are no classes."""
     if len(keras.tree.flatten(outputs)) > 1 or len(keras.tree.flatten(y)) > 1:
         return None
     y, outputs = float64(y), float64(outputs)

@@ -1,11 +1,11 @@
-"""The figure of a `StatisticsLogger`: a line per layer along the epochs."""
+"""The figure of a `StatisticsLogger`: a line per layer over the epochs."""
 
 import numpy as np
 
 from keras_bn.diagnosis.findings import TYPICAL_MEAN_DRIFT, TYPICAL_STDDEV_RATIO
 from keras_bn.diagnosis.plots import HEALTHY
 
-# With more layers than this, colours stand for depth and not for names.
+# With more layers than this, a color shows the depth, and there is no legend.
 _NAMED = 10
 
 
@@ -13,7 +13,7 @@ def draw(rows):
     """Draw how the statistics of each layer drift.
 
     Args:
-        rows: a list of `DriftRow`; those without a drift are of the model.
+        rows: a list of `DriftRow`; the model's own rows have no drift.
 
     Returns:
         A `matplotlib.figure.Figure`.
@@ -24,7 +24,7 @@ def draw(rows):
 
     rows = sorted(rows, key=lambda row: row.epoch)
     names = list(dict.fromkeys(row.layer for row in rows))
-    # The model's row is the last of its epoch, and its drift is not a number.
+    # The last row of an epoch is the model's.
     layers = [name for name in names if name != rows[-1].layer]
     figure = Figure(figsize=(14, 4.6), layout="constrained")
     mean, ratio, gap = figure.subplots(1, 3)

@@ -1,4 +1,4 @@
-"""What counts as an ailment of a batch normalization: thresholds and rules."""
+"""What counts as a problem of a batch normalization: thresholds and rules."""
 
 from typing import NamedTuple
 
@@ -6,36 +6,35 @@ import numpy as np
 
 # The thresholds, each with its reason.
 
-# Moving statistics lag behind weights that still move, so that some drift is health.
-# When half the channels are off by a quarter of a standard deviation, a tenth of the
-# values of a normal channel change sides of zero, which is where a ReLU cuts; a ratio
-# of 1.25 is a variance that is half as large again.
+# Moving statistics lag behind weights that still change, so some drift is normal.
+# If a channel is off by a quarter of a standard deviation, a tenth of its values change
+# sign (for a normal distribution), and a ReLU treats them differently. A ratio of 1.25
+# is a variance that is too large by half.
 TYPICAL_MEAN_DRIFT = 0.25
 TYPICAL_STDDEV_RATIO = 1.25
-# One channel that is off by a whole standard deviation, or a factor of 2, feeds the
-# next layers what they have never seen in training.
+# If one channel is off by a whole standard deviation, or a factor of 2, the next layers
+# get inputs that they have not seen in training.
 WORST_MEAN_DRIFT = 1.0
 WORST_STDDEV_RATIO = 2.0
-# Statistics of few samples scatter by themselves: a mean by 1/√n standard deviations,
-# a logarithm of a standard deviation by 1/√(2n). This many times that is forgiven.
+# Standard errors from n samples: 1/√n standard deviations for a mean, 1/√(2n) for the
+# logarithm of a standard deviation. This many of them are tolerated.
 SIGMAS = 3.0
-# What is left of the initial values after t steps is momentum^t. At a twentieth they
-# weigh less than the lag of the statistics themselves.
+# After t steps, momentum^t of the initial values is left. Below a twentieth, this
+# matters less than the lag of the statistics.
 INITIAL_WEIGHT = 0.05
 # Below 16 elements, the standard error of a variance, √(2/n), is over a third.
 FEW_ELEMENTS = 16
-# A channel whose normalized values spread by less than a hundredth has nothing left
-# but beta: epsilon outweighs its variance ten thousand times.
+# A channel whose normalized values have a smaller standard deviation gives only beta:
+# epsilon is ten thousand times its variance.
 DEAD_SPREAD = 0.01
-# A thousandth of gamma's initial value of 1 passes nothing on that matters.
+# A thousandth of gamma's initial value of 1 passes on nothing that matters.
 SMALL_GAMMA = 1e-3
-# Above this share of the channels, what is silent is worth more than a note.
+# In more than this share of channels, no signal is a warning, else a note.
 MANY = 0.1
-# The outputs of a model that is well differ by the noise of the batches alone. When
-# what differs is as large as half their spread beyond that, other things are predicted.
+# The outputs of a healthy model differ only by the noise of the batches. If they differ
+# by half their spread more than that, the predictions are others.
 OUTPUT_GAP = 0.5
-# Where labels tell how much it matters: a loss half as large again, or five points
-# of accuracy.
+# Labels tell how much it matters: a loss larger by half, or five points of accuracy.
 LOSS_RATIO = 1.5
 ACCURACY_LOSS = 0.05
 
@@ -49,10 +48,9 @@ class Finding(NamedTuple):
         kind: such as `"stale-statistics"`.
         layer: the path of the layer, or the name of the model.
         severity: `"error"`, `"warning"` or `"note"`.
-        message: what it is, in a sentence.
-        remedy: the code that mends it.
-        tool: the function of keras_bn that mends it, such as `"recalibrate"`; None if
-            there is none.
+        message: what is wrong, in a sentence.
+        remedy: the code that fixes it.
+        tool: the function of keras_bn that fixes it, such as `"recalibrate"`, or None.
     """
 
     kind: str
@@ -67,7 +65,7 @@ class Finding(NamedTuple):
 
 
 def findings(record):
-    """What is to be said about a model, the most severe first.
+    """What is wrong with a model, most severe first.
 
     Args:
         record: a `ModelRecord`.
@@ -80,7 +78,7 @@ def findings(record):
         for rule in _STATISTICS:
             if finding := rule(layer, record):
                 found.append(finding)
-                break  # what comes after it follows from it
+                break  # the later ones would follow from this one
         for rule in _LAYER:
             if finding := rule(layer, record):
                 found.append(finding)
@@ -102,8 +100,8 @@ def _non_finite(layer, record):
             "non-finite-statistics",
             layer.layer,
             ERROR,
-            f"The moving statistics of {_of(bad)} are NaN or infinite, and so is all "
-            "that inference makes of them.",
+            f"The moving statistics of {_of(bad)} are NaN or infinite, and so is the "
+            "output in inference.",
             convert + _recalibrate(layer),
             "recalibrate",
         )
@@ -116,7 +114,7 @@ def _negative_variance(layer, record):
             "negative-variance",
             layer.layer,
             ERROR,
-            f"The moving variance of {_of(bad)} is negative, which no data has.",
+            f"The moving variance of {_of(bad)} is negative.",
             _recalibrate(layer),
             "recalibrate",
         )
@@ -128,8 +126,8 @@ def _never_updated(layer, record):
             "never-updated",
             layer.layer,
             ERROR,
-            "The moving statistics are those the layer was made with: no training "
-            "step has ever updated them.",
+            "The moving statistics are still the initial values: no training step has "
+            "updated them.",
             _recalibrate(layer),
             "recalibrate",
         )
@@ -146,8 +144,8 @@ def _momentum_too_slow(layer, record):
             layer.layer,
             WARNING,
             f"After {record.steps} steps at momentum {layer.momentum:g}, {left:.0%} of "
-            "the moving statistics is still what they were before, and they are off "
-            f"by {_drift(layer)}.",
+            "the moving statistics is still the initial value. They are off by "
+            f"{_drift(layer)}.",
             f"{_recalibrate(layer)}, or train with momentum={momentum:g}",
             "recalibrate",
         )
@@ -200,8 +198,7 @@ def _dead_channel(layer, record):
             "dead-channel",
             layer.layer,
             WARNING if dead.mean() > MANY else NOTE,
-            f"{_of(dead, start=True)} hardly vary over the data, if at all: what comes "
-            "out is beta.",
+            f"{_of(dead, start=True)} hardly vary over the data: the output is beta.",
             f"np.flatnonzero(report.layer({layer.layer!r}).data.variance < "
             f"{DEAD_SPREAD**2 * layer.epsilon:.1g}) lists them; look at what comes "
             "before: units that have died, inputs that are constant or far too small",
@@ -217,8 +214,7 @@ def _small_gamma(layer, record):
             "small-gamma",
             layer.layer,
             WARNING if small.mean() > MANY else NOTE,
-            f"Gamma is below {SMALL_GAMMA:g} in {_of(small)}: they pass on nothing but "
-            "beta.",
+            f"Gamma is below {SMALL_GAMMA:g} in {_of(small)}: the output is beta.",
             "prune them, or keep gamma up: gamma_regularizer=None",
         )
 
@@ -264,15 +260,15 @@ def _redundant_bias(layer, record):
             "redundant-bias",
             layer.layer,
             NOTE,
-            f"The bias of '{layer.bias_of}' before it does nothing: the normalization "
-            "takes it out again.",
+            f"The bias of '{layer.bias_of}' before it has no effect: the normalization "
+            "subtracts it.",
             f"use_bias=False in '{layer.bias_of}'",
         )
 
 
 def _train_inference_gap(record):
     live = [each for each in record.layers if not (each.frozen or each.inference_mode)]
-    # The mean of n elements scatters by 1/√n, their standard deviation by 1/√(2n).
+    # Standard errors from n elements: 1/√n of the mean, 1/√(2n) of the deviation.
     noise = np.sqrt(sum(1.5 / max(each.elements, 1) for each in live))
     worse = []
     if record.loss is not None:

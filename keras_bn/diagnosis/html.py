@@ -1,6 +1,6 @@
-"""The page of a diagnosis: one HTML file that fetches nothing, for screens of any size.
+"""The page of a diagnosis: one HTML file that loads nothing, for screens of any size.
 
-Each layer is a row with its channels drawn as dots; on a narrow screen, a card.
+Each layer is a row with a dot for each channel; on a narrow screen, a card.
 """
 
 from html import escape
@@ -17,12 +17,12 @@ from keras_bn.diagnosis.findings import (
 from keras_bn.diagnosis.plots import mean_limit, ratio_limit
 from keras_bn.version import __version__
 
-# Of a layer with more channels, this many are drawn, the outermost among them.
+# At most this many channels of a layer are drawn, always with the outermost.
 _DOTS = 256
-# The drawing of a layer, in its own units: it is as wide as its column.
+# The drawing of a layer, in its own units; it is scaled to its column.
 _WIDTH, _HEIGHT, _MARGIN = 240, 34, 8
 _MEAN, _RATIO = "Moving mean, off the data's by", "Moving std / the data's"
-# What a gap bar that is full stands for.
+# The gap that fills the bar.
 _FULL_GAP = 1.0
 
 
@@ -86,7 +86,7 @@ def _head(record, findings):
 
 
 def _numbers(record):
-    """What the model is worth in inference, beside the statistics of each batch."""
+    """Loss and accuracy in inference and with the statistics of each batch."""
     tiles = [
         (name, form.format(pair[0]), form.format(pair[1]))
         for name, form, pair in (
@@ -110,8 +110,8 @@ def _numbers(record):
 def _findings(record, findings):
     if not findings:
         return (
-            '<section><h2>Findings</h2><p class="finding healthy">Nothing to complain '
-            "of: the moving statistics are those of the data.</p></section>"
+            '<section><h2>Findings</h2><p class="finding healthy">No problems found: '
+            "the moving statistics are those of the data.</p></section>"
         )
     cards = "\n".join(
         _card(list(group), record)
@@ -121,7 +121,7 @@ def _findings(record, findings):
 
 
 def _card(same, record):
-    """The findings of one kind: one by one where they are few, folded where many."""
+    """The findings of one kind: open if they are few, folded if they are many."""
     first = same[0]
     remedies = {finding.remedy for finding in same}
     items = "".join(
@@ -198,8 +198,8 @@ def _layers(record, findings):
     return f"""<section>
 <h2>Layers, in the order the data passes them</h2>
 <p class="legend">Each dot is a channel, each bar the median of a layer; a triangle is
-off the scale. In the green band a channel counts as healthy. The gap is what the output
-of a layer differs by between training and inference, relative to its spread.</p>
+off the scale. In the green band a channel counts as healthy. The gap is the difference
+between a layer's outputs in training and in inference, relative to their spread.</p>
 <table>
 <thead><tr>{head}</tr></thead>
 <tbody>
@@ -245,7 +245,7 @@ def _kinds(findings):
 
 
 def _strip(values, limit, healthy, seed):
-    """The channels of a layer along an axis from -limit to limit, as inline SVG."""
+    """The channels of a layer on an axis from -limit to limit, as inline SVG."""
     values = np.ravel(values)
     finite = np.sort(values[np.isfinite(values)])
     if finite.size > _DOTS:

@@ -1,4 +1,4 @@
-"""The drift of moving statistics, recorded while a model is being fitted."""
+"""Recording the drift of moving statistics during `fit`."""
 
 import csv
 import io
@@ -16,17 +16,17 @@ from keras_bn.tools.observe import check_end
 
 
 class DriftRow(NamedTuple):
-    """One layer after some epochs; of the model itself only the output gap is known.
+    """One layer after some epochs; the model's own row has only the output gap.
 
     Args:
-        epoch: how many epochs were done; 0 is before the first.
+        epoch: number of epochs done; 0 is before the first.
         layer: the path of the layer, or the name of the model.
         mean_drift, worst_mean_drift: |moving mean − mean of the data| in standard
             deviations of the data: median over the channels and worst channel.
         log_variance_ratio, worst_log_variance_ratio: log((moving variance + epsilon) /
             (variance of the data + epsilon)): median and worst.
-        output_gap: root mean square of what the output differs by between training
-            and inference, relative to its standard deviation.
+        output_gap: root mean square of the difference between the outputs in training
+            and inference, relative to their standard deviation.
     """
 
     epoch: int
@@ -39,39 +39,37 @@ class DriftRow(NamedTuple):
 
 
 class StatisticsLogger(keras.callbacks.Callback):
-    """Records how far moving statistics are from the data's while a model trains.
+    """Records how far moving statistics are from the data's during training.
 
-    Before the first epoch and after each, `data` goes through the model, as
-    `keras_bn.diagnose` has it, and for each normalization, ours or Keras's, its moving
-    statistics are compared with those the data has at that layer, pooled over all of
-    it. That is what inference gets wrong. How far statistics have moved since the
-    epoch before would cost nothing to record and say less: statistics that stand still
-    for want of updates, and those that have arrived, look the same.
+    Before the first epoch and after each, `data` goes through the model as in
+    `keras_bn.diagnose`. For each normalization, ours or Keras's, this compares the
+    moving statistics with those of all the data at that layer: this is the error of
+    inference. The change since the last epoch would be cheaper but says less: it is
+    zero both for statistics that have arrived and for those that nothing updates.
 
-    It costs two passes over `data` in inference, layer by layer: a few hundred samples
-    do. Nothing in the model changes. Listed after `keras_bn.Recalibrate`, it records
-    what that has left to mend.
+    It costs two eager passes over `data`: a few hundred samples are enough. Nothing in
+    the model changes. Listed after `keras_bn.Recalibrate`, it records the drift that
+    remains.
 
     Args:
         data: as in `keras_bn.diagnose`, from the training data and in random order; a
-            generator is read on from epoch to epoch.
+            generator goes on from epoch to epoch.
         filename: the CSV file to write, if any: a `DriftRow` per layer and epoch, and
-            one for the model. After each epoch it is written anew, whole.
+            one for the model. It is rewritten after each epoch.
         log_dir: a folder for TensorBoard, if any: scalars by the name of the column and
-            the path of the layer, with the epoch as the step. It takes TensorBoard to
-            look at them, and nothing to write them.
-        append: whether `fit` goes on with the rows that are there, in the file if
-            there is one. Those after the epoch that it starts from (`initial_epoch`)
-            give way. Without it they all do.
-        model: the model to look at, where it is not the one that is fitted: a part of
-            it, such as the generator of a GAN.
+            the path of the layer, with the epoch as the step. Only viewing them needs
+            TensorBoard.
+        append: whether `fit` keeps the present rows, from the file if there is one. It
+            drops rows after its first epoch (`initial_epoch`). Without `append` it
+            drops all rows.
+        model: the model to look at, if that is only a part of the fitted one, such as
+            the generator of a GAN.
         steps, batch_size: as in `keras_bn.diagnose`.
 
     Raises:
         OSError: when `fit` begins, if the file cannot be written.
         ValueError: when `fit` begins, for `append` to a file with other columns, for a
-            model without batch normalization, and for data without end if no `steps`
-            are given.
+            model without batch normalization, and for endless data without `steps`.
 
     Example:
 
@@ -145,7 +143,7 @@ class StatisticsLogger(keras.callbacks.Callback):
             self._events = None
 
     def plot(self, path=None):
-        """Draw the drift and the output gap of each layer along the epochs.
+        """Draw the drift and the output gap of each layer over the epochs.
 
         Args:
             path: where to save the figure, if anywhere.
@@ -159,7 +157,7 @@ class StatisticsLogger(keras.callbacks.Callback):
         from keras_bn.diagnosis.drift_plot import draw
 
         if not self.rows:
-            raise ValueError("Nothing was recorded yet: pass it to `fit` first.")
+            raise ValueError("Nothing was recorded yet: pass this to `fit` first.")
         figure = draw(self.rows)
         if path is not None:
             figure.savefig(path, dpi=150)
@@ -200,7 +198,7 @@ def _log_of_square(value):
 
 
 def _scalars(rows):
-    """Pairs of tag and value; a column is a section in TensorBoard."""
+    """Pairs of tag and value, with a section in TensorBoard for each column."""
     for row in rows:
         for column, value in zip(DriftRow._fields[2:], row[2:], strict=True):
             if not math.isnan(value):
@@ -220,7 +218,7 @@ def _read(filename):
         header, *lines = list(csv.reader(file)) or [[]]
     if tuple(header) != DriftRow._fields:
         raise ValueError(
-            f"`append=True` goes on with a file of its own kind, with the columns "
+            "`append=True` needs a file with the columns "
             f"{', '.join(DriftRow._fields)}. Received: {filename} with the columns "
             f"{', '.join(header) or 'none'}"
         )

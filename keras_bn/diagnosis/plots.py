@@ -1,4 +1,4 @@
-"""The figure of a diagnosis: layers from top to bottom, as the data passes them."""
+"""The figure of a diagnosis, with the layers from top to bottom."""
 
 import textwrap
 
@@ -12,7 +12,7 @@ from keras_bn.diagnosis.findings import (
 
 COLORS = {"error": "#c1272d", "warning": "#e07b00", "note": "#2f6690"}
 HEALTHY = "#3a7d44"
-# Points beyond are drawn at the edge, so that one channel doesn't flatten the rest.
+# Points beyond are drawn at the edge, so that one channel doesn't squeeze the others.
 _MEAN_LIMIT = 4.0
 _RATIO_LIMIT = 16.0
 
@@ -105,7 +105,7 @@ def _ratios(axis, layers, colors):
 
 
 def _dots(axis, row, values, color, low, high, agreed):
-    """The channels of a layer as dots, scattered in their row, and their median."""
+    """The channels of a layer as dots, spread over their row, and their median."""
     values = np.ravel(values)
     finite = values[np.isfinite(values)]
     axis.axhline(row, color="#ddd", lw=0.8, zorder=0)
@@ -168,12 +168,12 @@ def _color(layer, findings):
 
 
 def mean_limit(drifts):
-    """How far from 0 the axis of the means' drifts reaches, for these of the layers."""
+    """The limit of the axis for the drifts of the means."""
     return _limit(drifts, 1.5 * WORST_MEAN_DRIFT, _MEAN_LIMIT)
 
 
 def ratio_limit(logs):
-    """The same for logarithms, to base 2, of the ratios of standard deviations."""
+    """The limit of the axis for base-2 logarithms of ratios of deviations."""
     return _limit(logs, np.log2(3.0), np.log2(_RATIO_LIMIT))
 
 

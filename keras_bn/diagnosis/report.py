@@ -10,23 +10,22 @@ from keras_bn.tools.norms import warn_of_others
 
 
 def diagnose(model, data, *, steps=None, batch_size=None, verbose=0):
-    """Say what ails the batch normalizations of a model, and what mends it.
+    """Say what is wrong with the batch normalizations of a model, and how to fix it.
 
-    A model that trains well and evaluates badly mostly has moving statistics that are
-    not those of its data. This runs the data through the model in inference and with
-    the statistics of each batch, all else in inference both times, and compares. It
-    changes nothing in the model.
+    If a model trains well and evaluates badly, its moving statistics are usually not
+    those of its data. This runs the data through the model twice, with the moving
+    statistics and with the statistics of each batch, everything else in inference, and
+    compares. The model does not change.
 
     Args:
         model: a built model, with layers of ours or Keras's.
-        data: inputs as `fit` takes them, best as they come in training: arrays, a
-            `tf.data.Dataset`, a `keras.utils.PyDataset`, or a generator with `steps`.
-            With labels, as a tuple `(x, y)` or in the data set, the loss that
-            `evaluate` would give and the accuracy are compared, too; `(x, y,
-            sample_weight)` weighs the samples in the loss.
+        data: inputs as in training, as `fit` takes them: arrays, a `tf.data.Dataset`, a
+            `keras.utils.PyDataset`, or a generator with `steps`. With labels, as a
+            tuple `(x, y)` or in the data set, this also compares the loss of `evaluate`
+            and the accuracy; `(x, y, sample_weight)` weights the samples in the loss.
         steps: how many batches to take; all of them by default.
-        batch_size: for arrays; 32 by default. It should be what training used, and
-            the order random.
+        batch_size: for arrays; 32 by default. Use that of training, and a random
+            order.
         verbose: `"auto"`, 0, 1 or 2, as in `fit`.
 
     Returns:
@@ -34,13 +33,12 @@ def diagnose(model, data, *, steps=None, batch_size=None, verbose=0):
         `report.plot("report.png")` draws it, `report.to_html()` is a page.
 
     Raises:
-        TypeError: for what is no Keras model.
+        TypeError: if `model` is not a Keras model.
         ValueError: for a model that is not built or has no batch normalization, and
-            if there is no data, or no end of it without `steps`.
+            for no data, or endless data without `steps`.
 
     Warns:
-        UserWarning: of layers that are left alone because their class has a `call` of
-            its own.
+        UserWarning: for layers that it skips because their class has its own `call`.
 
     Example:
 
@@ -69,7 +67,7 @@ class Report:
     Args:
         record: the `ModelRecord`, with all the numbers.
         findings: a list of `Finding` (`kind`, `layer`, `severity`, `message`,
-            `remedy`), the most severe first.
+            `remedy`), most severe first.
     """
 
     record: ModelRecord
@@ -77,7 +75,7 @@ class Report:
 
     @property
     def healthy(self):
-        """Whether there is nothing more severe than a note."""
+        """Whether no finding is more severe than a note."""
         return not any(f.severity in (ERROR, WARNING) for f in self.findings)
 
     def layer(self, path) -> LayerRecord:
@@ -106,13 +104,13 @@ class Report:
                 *_wrapped(f"-> {finding.remedy}"),
             ]
         if not self.findings:
-            lines.append("Nothing to complain of.")
+            lines.append("No problems found.")
         elif self.healthy:
             lines.append("No errors, no warnings.")
         return "\n".join(lines)
 
     def to_dict(self):
-        """All of it in plain types, ready for JSON; what is not finite is None."""
+        """The report in plain types, ready for JSON; NaN and infinity become None."""
         record = self.record
         return {
             "model": record.model,
@@ -129,13 +127,13 @@ class Report:
         }
 
     def to_html(self):
-        """It as one page of HTML, with nothing to fetch from anywhere; a string."""
+        """The report as one page of HTML that loads nothing; a string."""
         from keras_bn.diagnosis.html import page
 
         return page(self.record, self.findings)
 
     def plot(self, path=None):
-        """Draw it: each layer's drift over its channels, and the gap along depth.
+        """Draw each layer's drift over its channels, and its output gap.
 
         Args:
             path: where to save the figure, if anywhere.

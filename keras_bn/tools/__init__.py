@@ -1,1 +1,1 @@
-"""Functions that take a model: convert, fold, recalibrate, freeze, PyTorch, load."""
+"""Tools for models: convert, fold, recalibrate, freeze, load, PyTorch."""

@@ -10,5 +10,5 @@ def float64(value) -> np.ndarray:
 
 
 def axes(layer) -> list:
-    """The channel axes of a normalization, as it was given them, in a list."""
+    """The channel axes of a normalization in a list, with the given signs."""
     return list(layer.axis) if isinstance(layer.axis, list | tuple) else [layer.axis]

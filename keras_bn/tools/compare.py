@@ -1,14 +1,14 @@
-"""Whether two models compute the same, seen on random input."""
+"""Comparing the outputs of two models on random input."""
 
 import keras
 import numpy as np
 
-# What a size that the model leaves open becomes: enough for most downsampling.
+# The size of an axis that the model leaves open: enough for most downsampling.
 _OPEN = 64
 
 
 def random_inputs(model, samples=4, seed=0):
-    """Random input of the structure, shapes and dtypes that a model asks for.
+    """Random input of the structure, shapes and dtypes that a model takes.
 
     Args:
         model: a Functional or Sequential model.
@@ -16,11 +16,11 @@ def random_inputs(model, samples=4, seed=0):
         seed: of the random numbers.
 
     Returns:
-        Arrays in the structure of the model's inputs: normal for floats, 0 and 1 for
-        integers, which are in every vocabulary.
+        Arrays in the structure of the model's inputs: normal floats; as integers, 0
+        and 1, which are in every vocabulary.
 
     Raises:
-        ValueError: for a model that doesn't say what it takes, or takes text.
+        ValueError: for a model without a known input, or with text input.
     """
     rng = np.random.default_rng(seed)
 
@@ -41,7 +41,7 @@ def random_inputs(model, samples=4, seed=0):
 
 
 def relative_difference(a, b):
-    """The largest difference of two outputs, relative to their spread.
+    """The largest difference between two outputs, relative to their spread.
 
     Args:
         a, b: arrays or tensors, or equal structures of them.

@@ -1,8 +1,8 @@
-"""The config of a saved model, as Keras 3 reads it and with our layers in it.
+"""Rewriting the config of a saved model for Keras 3, with our layers in it.
 
-One function for both formats: what stands in the `config.json` of a `.keras` file, and
-in the `model_config` of an `.h5` file, of Keras 3, of Keras 2 and of TensorFlow 1. The
-first names classes by module and name, the other by name alone.
+`modern` takes the `config.json` of a `.keras` file and the `model_config` of an `.h5`
+file, from Keras 3, Keras 2 and TensorFlow 1. The first names classes by module and
+name, the second by name alone.
 """
 
 import inspect
@@ -15,7 +15,7 @@ from keras_bn.tools.graph import Functional
 
 OURS = "keras_bn>BatchNormalization"
 
-# Every name that Keras's layer has been saved under.
+# All names that Keras has saved its layer under.
 _NORMALIZATIONS = {
     "BatchNormalization",
     "BatchNormalizationV1",
@@ -23,7 +23,7 @@ _NORMALIZATIONS = {
     "SyncBatchNormalization",
 }
 
-# The packages that Keras has been, the longer names first.
+# The packages that have contained Keras, longer names first.
 _PACKAGES = (
     "tensorflow.python.keras",
     "tensorflow.keras",
@@ -32,34 +32,34 @@ _PACKAGES = (
     "keras",
 )
 
-# Where these packages have kept their layers.
+# Where these packages keep their layers.
 _LAYERS = ("keras.layers.", "keras.src.layers.", "keras.engine.", "keras.src.engine.")
 
-# Arguments that layers of Keras 3 no longer have, and the value that changes nothing.
+# Arguments that Keras 3 has removed, with the value that has no effect.
 _GONE = {"time_major": False, "groups": 1}
 
-# Where the configs of layers hold those of other layers, which must name their module.
+# The keys under which a layer's config holds other layers, which need a module.
 _HELD = ("layer", "backward_layer", "cell", "cells")
 
 
 @keras.saving.register_keras_serializable(package="keras_bn")
 class SyncBatchNormalization(BatchNormalization):
-    """Our layer by the name that its weights have in a `.keras` file.
+    """Our layer under the name that its weights have in a `.keras` file.
 
-    It becomes an ordinary one when it is loaded.
+    After loading, it becomes an ordinary `BatchNormalization`.
     """
 
 
 def modern(config, custom_objects=()):
-    """A config in the words of Keras 3, in which batch normalizations are ours.
+    """A config for Keras 3, in which batch normalizations are ours.
 
     Args:
-        config: what JSON gave: dicts, lists, and plain values.
-        custom_objects: dict of the user's own classes by name. What they name, or what
-            is registered with Keras, is left alone.
+        config: parsed JSON: dicts, lists and plain values.
+        custom_objects: dict of the user's own classes by name. Configs of these and of
+            classes registered with Keras do not change.
 
     Returns:
-        A new config; the given one is left as it is.
+        A new config; the given one does not change.
     """
     if isinstance(config, list):
         return [modern(part, custom_objects) for part in config]
@@ -100,7 +100,7 @@ def _registered(config, custom_objects):
 
 
 def _is_keras(config):
-    """Whether a config is of a class of Keras, by its module or for want of one."""
+    """Whether a config is of a Keras class: its module is Keras's or not given."""
     name, registered = config["class_name"], config.get("registered_name")
     if ">" in name or registered not in (None, name):
         return False
@@ -113,7 +113,7 @@ def _package(module):
 
 
 def _home(name, module):
-    """Where Keras 3 has a class of Keras that a module is named for."""
+    """Where Keras 3 has a class that an older Keras had in this module."""
     if module is None:
         return {}
     if name == "Functional":
@@ -127,7 +127,7 @@ def _home(name, module):
 def _without_input_shape(name, inner, own):
     """The arguments of a layer without the shape of its input.
 
-    Keras 2 wrote it into the first layer of a model; the input is a layer of its own.
+    Keras 2 wrote it into the first layer of a model; Keras 3 has an input layer.
     """
     if name == "InputLayer" or "batch_input_shape" not in inner:
         return inner
@@ -137,7 +137,7 @@ def _without_input_shape(name, inner, own):
 
 
 def _arguments(config, inner):
-    """The arguments of a class of Keras, without those that Keras 3 does not know."""
+    """The arguments of a Keras class, without those that Keras 3 does not know."""
     name, module = config["class_name"], config.get("module") or ""
     layer = getattr(keras.layers, name, None)
     if hasattr(keras.initializers, name) and ("initializers" in module or not layer):
@@ -152,7 +152,7 @@ def _arguments(config, inner):
         if key not in taken and inner.get(key) == neutral:
             del inner[key]
     if name.startswith("SeparableConv"):
-        # What it inherited from Conv, and never used.
+        # It inherited these from Conv and never used them.
         inner = {
             key: inner[key]
             for key in inner
@@ -167,7 +167,7 @@ def _arguments(config, inner):
 
 
 def _placed(config):
-    """The config of a layer within a layer, with the module that it is found by."""
+    """The config of a layer within a layer, with the module that Keras 3 needs."""
     name = str(config.get("class_name"))
     if "module" in config:
         return config
@@ -183,13 +183,13 @@ def _placed(config):
 
 
 def _with_input(config):
-    """The config of a Sequential model with its input as a layer of its own.
+    """The config of a Sequential model with an input layer.
 
-    Once it stood in the first layer, as `batch_input_shape`.
+    Keras 2 kept the input shape in the first layer, as `batch_input_shape`.
     """
     inner = config.get("config")
     if isinstance(inner, list):
-        # Until Keras 2.2 it was a list, and the name was not saved.
+        # Until Keras 2.2, this was a list without the model's name.
         inner = {"name": "sequential", "layers": inner}
     if not isinstance(inner, dict) or not inner.get("layers"):
         return config

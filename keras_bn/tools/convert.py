@@ -1,4 +1,4 @@
-"""Exchanging Keras's batch normalization for ours in a model, and back."""
+"""Replacing Keras's batch normalization by ours in a model, and back."""
 
 import inspect
 
@@ -17,8 +17,7 @@ from keras_bn.tools.exchange import (
 from keras_bn.tools.graph import holders, scope, walk
 from keras_bn.tools.norms import check_layer, computes_otherwise, is_keras, is_ours
 
-# What a layer of ours may be set to that Keras's has no argument for, and the value
-# that says the same as not having it.
+# Arguments that only our layer has, with the value that means "not used".
 _BEYOND_KERAS = {
     "virtual_batch_size": None,
     "unbiased": False,
@@ -30,7 +29,7 @@ _BEYOND_KERAS = {
 _TAKEN_BY_KERAS = inspect.signature(keras.layers.BatchNormalization).parameters
 if "renorm" not in _TAKEN_BY_KERAS:
     _BEYOND_KERAS["renorm"] = False
-# What a layer has besides its arguments.
+# The attributes to copy besides the arguments.
 _ATTRIBUTES = ("_trainable", "_path", "_parent_path", "_remat_mode", "_called")
 
 
@@ -38,31 +37,30 @@ def from_keras(model, *, in_place=False, compiled=True):
     """A copy of a model in which every Keras BatchNormalization is one of ours.
 
     The copy has the same names, weights, trainable flags, dtype policies,
-    regularizers, shared layers and random state, and no variable in common with the
-    original, which is left as it is. If the model was compiled, so is the copy, with
-    the state its optimizer has reached: training goes on as if nothing had happened.
+    regularizers, shared layers and random state. It shares no variable with the
+    original, which does not change. If the model was compiled, so is the copy, with
+    the state of its optimizer: training continues where it was.
 
-    Models of every kind are converted, to any depth: Functional, Sequential,
-    subclassed, layers inside wrappers such as `TimeDistributed`. Everything else in
-    them is copied as the object that it is, not by its config: functions and classes
-    of your own need neither `get_config` nor registration. What is neither Keras's nor
-    holds anything of Keras's, such as a tokenizer, is shared with the original.
+    This converts models of every kind, to any depth: Functional, Sequential,
+    subclassed, layers inside wrappers such as `TimeDistributed`. It copies the objects
+    themselves, not their configs: your own functions and classes need neither
+    `get_config` nor registration. The copy shares objects with the original that hold
+    nothing of Keras's, such as a tokenizer.
 
     Args:
         model: a model, or a single layer.
-        in_place: whether to exchange the layers of the given model itself, instead of
+        in_place: whether to replace the layers of the given model itself, instead of
             those of a copy. Nothing else in it changes: the new layers take over the
-            very variables of the old ones, so that optimizers, and functions that were
-            traced before, go on with them.
-        compiled: whether a copy is compiled as the model is. False leaves that out.
+            variables of the old ones, so optimizers and traced functions still work.
+        compiled: whether a copy is compiled if the model is.
 
     Returns:
         The converted copy; with `in_place`, the given model.
 
     Raises:
-        TypeError: for what is no Keras layer or model.
-        ValueError: for a subclass of Keras's BatchNormalization with a `call` of its
-            own, by its path; nothing is changed then.
+        TypeError: if `model` is not a Keras layer or model.
+        ValueError: for a subclass of Keras's BatchNormalization with its own `call`;
+            the message gives its path, and nothing changes.
 
     Example:
 
@@ -81,8 +79,8 @@ def from_keras(model, *, in_place=False, compiled=True):
 def to_keras(model, *, in_place=False, compiled=True):
     """A copy of a model in which every layer of ours is Keras's BatchNormalization.
 
-    The inverse of `from_keras`, with the same promises, for layers whose options
-    Keras can express.
+    The inverse of `from_keras`, with the same guarantees, for layers whose options
+    Keras has.
 
     Args:
         model: a model, or a single layer.
@@ -92,9 +90,9 @@ def to_keras(model, *, in_place=False, compiled=True):
         The converted copy; with `in_place`, the given model.
 
     Raises:
-        TypeError: for what is no Keras layer or model.
-        ValueError: for a layer with an option that Keras has no equivalent of, naming
-            both; and for a subclass of ours with a `call` of its own.
+        TypeError: if `model` is not a Keras layer or model.
+        ValueError: for a layer with an option that Keras does not have, naming both;
+            and for a subclass of ours with its own `call`.
 
     Example:
 
@@ -112,7 +110,7 @@ def to_keras(model, *, in_place=False, compiled=True):
 
 
 def _convert(model, wanted, kind, in_place, compiled):
-    """Exchange the wanted layers of a model, or of a copy of it."""
+    """Replace the wanted layers of a model, or of a copy of it."""
     check_layer(model)
     if in_place and not compiled:
         raise ValueError(
@@ -123,9 +121,8 @@ def _convert(model, wanted, kind, in_place, compiled):
     if wanted(model):
         if in_place:
             raise ValueError(
-                f"'{model.name}' is a normalization itself, and cannot become an "
-                "object of another class. Convert it without `in_place`, which gives "
-                "a new one."
+                f"'{model.name}' is a normalization itself: an object cannot change "
+                "its class. Convert it without `in_place`; this gives a new layer."
             )
         return remade(copy_model(model)[0], kind)
     if not in_place:
@@ -141,19 +138,19 @@ def _convert(model, wanted, kind, in_place, compiled):
 
 
 def remade(layer, kind, **changes):
-    """A normalization with the config and the very variables of another.
+    """A normalization with the config and the variables of another.
 
     Args:
         layer: a normalization, ours or Keras's, built or not.
         kind: the class of the new one.
-        **changes: arguments that are to be others.
+        **changes: arguments that differ.
 
     Returns:
-        The new layer, built if the other is. Its variables are those of the other, by
-        name; where one has another dtype, or there is none, it is a new one.
+        The new layer, built if the old one is. It takes over the old variables by name;
+        a variable that is missing or has another dtype is new.
 
     Raises:
-        ValueError: if the other has weights that the new one has no place for.
+        ValueError: if the old layer has weights that the new one does not.
     """
     new = kind(**{**_arguments(layer, kind), **changes})
     for name in _ATTRIBUTES:
@@ -174,7 +171,7 @@ def remade(layer, kind, **changes):
             if made.trainable != old.trainable:
                 made.trainable = old.trainable
             return made
-        # A weight that is frozen stays in the place that the layer was made with.
+        # A frozen weight stays in the list that the tracker first put it in.
         kind = "trainable" if made.trainable else "non_trainable"
         new._tracker.untrack(made)
         new._tracker.add_to_store(f"{kind}_variables", old)
@@ -192,9 +189,9 @@ def remade(layer, kind, **changes):
 
 
 def _arguments(layer, kind):
-    """The arguments for a layer of another class that is to do what this one does.
+    """The arguments for a layer of another class that does what this one does.
 
-    From its attributes: a config would have lost functions and classes of the user's.
+    Read from attributes: a config would lose functions and classes of the user's.
     """
     names = [*inspect.signature(kind).parameters, "activity_regularizer", "autocast"]
     known = {name: getattr(layer, name) for name in names if hasattr(layer, name)}
@@ -202,7 +199,7 @@ def _arguments(layer, kind):
 
 
 def _hand_over_variables(model, pairs):
-    """Have optimizers know the variables that could not be taken over."""
+    """Tell optimizers about the variables that had to be made anew."""
     instead: dict = {}
     for old, new in pairs:
         named = {variable.name: variable for variable in new.variables}
@@ -222,15 +219,15 @@ def _hand_over_variables(model, pairs):
 
 
 def _check(layer, path, wanted, kind):
-    """Refuse a layer that no layer of the wanted class can stand for."""
+    """Refuse a layer that no layer of the wanted class can replace."""
     theirs = kind is BatchNormalization
     base = keras.layers.BatchNormalization if theirs else BatchNormalization
     if isinstance(layer, base) and computes_otherwise(layer):
         raise ValueError(
             f"Cannot convert '{path}': {type(layer).__name__} derives from "
-            f"{base.__name__} and computes something of its own, which the layer in "
-            "its place would not. Give it a plain BatchNormalization and put what it "
-            "adds into a layer of its own."
+            f"{base.__name__} and computes something of its own, which the new layer "
+            "would not. Use a plain BatchNormalization, and put what the subclass adds "
+            "into a separate layer."
         )
     if not theirs and wanted(layer):
         _check_expressible(layer, path)

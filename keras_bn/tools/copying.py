@@ -1,9 +1,9 @@
-"""Copies of models, made of live objects.
+"""Copying models object by object.
 
-A config cannot say everything: functions of the user's, arguments of a constructor,
-LoRA weights, an optimizer's state. So a copy is made of the objects themselves, as
-`copy.deepcopy` would, with what Keras needs besides: variables of its own, calls of the
-copied layers alone, nothing that was traced.
+A config does not contain everything: functions of the user's, constructor arguments,
+LoRA weights, an optimizer's state. So this copies the objects themselves, as
+`copy.deepcopy` does. The copy gets new variables, only the calls of copied layers, and
+no traced functions.
 """
 
 import collections
@@ -22,7 +22,7 @@ from keras.src.utils.tracking import Tracker
 from keras_bn.tools.exchange import is_wrapped, note_nodes, rekey, retrack
 from keras_bn.tools.graph import holders, scope
 
-# What is copied wherever it is met; other objects only if they lead to one of these.
+# These are always copied; other objects only if one of these can be reached from them.
 _COPIED = (
     KerasSaveable,
     keras.KerasTensor,
@@ -33,22 +33,22 @@ _COPIED = (
     Tracker,
 )
 _TRACED = ("train_function", "test_function", "predict_function")
-# What `compile` sets: before it there is nothing, or None.
+# What `compile` sets; before it, the first are missing and the second None.
 _COMPILED = ("optimizer", "_compile_config", "_compiled_trainable_state")
 _COMPILED_OR_NONE = ("loss", "_compile_loss", "_compile_metrics", "_loss_tracker")
-# Keras wraps these for each layer when it is made.
+# Methods that Keras wraps for each layer.
 _WRAPPED = ("build", "quantize")
 
 
 def copy_model(model, compiled=True):
-    """A copy of a model or layer, with variables of its own.
+    """A copy of a model or layer, with its own variables.
 
     Args:
         model: any Keras layer or model, built or not.
-        compiled: whether its compilation, with the state of the optimizer, is copied.
+        compiled: whether to copy its compilation, with the state of the optimizer.
 
     Returns:
-        `(copy, of)`: the copy, and a function that gives the copy of any layer in it.
+        `(copy, of)`: the copy, and a function from each layer to its copy.
     """
     copier = _Copier(model, compiled)
     with scope(model):
@@ -79,9 +79,9 @@ class _Copier:
         return copy
 
     def __call__(self, value):
-        """The copy of an object, or itself if it holds nothing of Keras's."""
+        """The copy of an object; the object itself if it holds nothing of Keras's."""
         if id(value) not in self._copies:
-            # The original is kept, or its `id` might be given to another.
+            # Keep the original alive, so that no other object gets its `id`.
             self._copies[id(value)] = value, self._made(value)
         return self._copies[id(value)][1]
 
@@ -127,7 +127,7 @@ class _Copier:
         return self._object(value)
 
     def _is_inside(self, tensor):
-        """Whether a symbolic tensor is made in a graph that is copied."""
+        """Whether a symbolic tensor belongs to a graph that is copied."""
         history = getattr(tensor, "_keras_history", None)
         if history is None or history.operation is None:
             return True
@@ -206,13 +206,13 @@ class _Copier:
         return new
 
     def _now(self, value):
-        """A copied dict or tuple that is filled at once."""
+        """A copy of a dict or tuple that is filled at once."""
         if isinstance(value, dict):
             return {self(key): self(part) for key, part in value.items()}
         return tuple(self(part) for part in value)
 
     def _function(self, value):
-        """A function that refers to copies where the given one refers to originals."""
+        """The same function, with copies in its closure."""
         cells = tuple(types.CellType() for _ in value.__closure__ or ())
         new = types.FunctionType(
             value.__code__,
@@ -234,7 +234,7 @@ class _Copier:
         return new
 
     def _mend(self, original, new):
-        """Bring what goes by the `id` of objects, or by their order, up to date."""
+        """Update what depends on the `id` of objects or on their order."""
         if new is original:
             return
         if isinstance(new, Tracker):
@@ -250,7 +250,7 @@ class _Copier:
             self._rekey(original, new)
 
     def _rekey(self, original, new):
-        """An optimizer knows variables by keys of their own."""
+        """Give a copied optimizer the keys of the copied variables."""
         keys = {}
         for old, copy in self._copies.values():
             if isinstance(old, keras.Variable) and copy is not old:
@@ -274,17 +274,17 @@ def _leads_to_keras(value):
 
 
 def _is_strategy(value):
-    """Whether a value is a strategy of distribution, which all copies share."""
+    """Whether a value is a distribution strategy, which all copies share."""
     return hasattr(type(value), "num_replicas_in_sync")
 
 
 def _is_plain_variable(value):
-    """Whether a value is a variable of TensorFlow's that no layer of Keras made."""
+    """Whether a value is a TensorFlow variable that Keras did not make."""
     return type(value).__name__ == "ResourceVariable"
 
 
 def _parts(value):
-    """What an object refers to, as far as a copy would follow."""
+    """The objects that the copy of an object would copy next."""
     kind = type(value)
     if issubclass(kind, dict):
         return [*dict.keys(value), *dict.values(value)]

@@ -1,7 +1,7 @@
-"""Exchanging layers where they stand: all that knows how Keras keeps its graph.
+"""Replacing layers in a model in place, with what that takes in Keras's graph.
 
-Nothing is made anew here: nodes, tensors, lists and trackers get other layers in the
-place of some, and what goes by the `id` of an object is brought up to date.
+All nodes, tensors, lists and trackers stay; layers in them are replaced, and what
+depends on the `id` of an object is updated.
 """
 
 import gc
@@ -16,13 +16,13 @@ from keras_bn.tools.graph import graphs, holders, input_of, nodes, walk
 
 
 def exchange(pairs, holders):
-    """Put other layers in the place of some, in all that holds or calls them.
+    """Replace layers in everything that holds or calls them.
 
-    Every other layer, call and tensor stays the object that it is.
+    All other layers, calls and tensors stay the same objects.
 
     Args:
-        pairs: of a layer and the layer to put in its place.
-        holders: the layers and models to put them in.
+        pairs: of an old layer and its replacement.
+        holders: the layers and models to change.
     """
     pairs = list(pairs)
     for old, new in pairs:
@@ -44,8 +44,8 @@ def bypass(model, layers):
 
     Args:
         model: a layer or model, changed in place.
-        layers: the layers, each called once in some graph: what took its output takes
-            its input.
+        layers: the layers, each called once in some graph. Whatever takes the output
+            of one then takes its input.
     """
     gone = {id(layer): GONE for layer in layers}
     for graph in graphs(model):
@@ -74,7 +74,7 @@ def bypass(model, layers):
 
 
 def _take_other_inputs(node, instead):
-    """Have a call take other tensors, and the layers that make them know of it."""
+    """Give a call other input tensors, and note it in the layers that make them."""
     for tensor in node.input_tensors:
         if id(tensor) in instead:
             maker = instead[id(tensor)]._keras_history.operation
@@ -83,7 +83,7 @@ def _take_other_inputs(node, instead):
 
 
 def holders_alive(layers):
-    """Everything of Keras's, in any model there is, that holds one of some layers."""
+    """All Keras layers and models in memory that hold one of some layers."""
     wanted = {id(layer) for layer in layers}
     return [
         each
@@ -94,13 +94,13 @@ def holders_alive(layers):
 
 
 def replace(holder, others):
-    """Put other objects in the place of some, in all attributes of an object.
+    """Replace objects in all attributes of an object.
 
-    Lists and dicts in it are changed in place, to any depth.
+    Lists and dicts change in place, to any depth.
 
     Args:
         holder: any object.
-        others: what to put in the place of an object, by its `id`; `GONE` for nothing.
+        others: dict from the `id` of an object to its replacement; `GONE` removes it.
     """
     seen = set()
 
@@ -129,7 +129,7 @@ def replace(holder, others):
             parts = [part for part in parts if part is not GONE]
             list.__setitem__(value, slice(None), parts)
             if kind.__module__ == _TENSORFLOWS:
-                # It keeps the list twice, and what it has to save of it.
+                # TensorFlow's list keeps a second copy, and what to save of it.
                 replace(value, others)
         elif issubclass(kind, dict):
             for key, part in list(dict.items(value)):
@@ -153,34 +153,34 @@ def replace(holder, others):
 
 
 class GONE:
-    """Stands for an object that is to be left out."""
+    """Stands for an object to remove."""
 
 
 _TENSORFLOWS = "tensorflow.python.trackable.data_structures"
 
 
 def _flat(value):
-    """What a dict or tuple holds, in a row."""
+    """The keys and values of a dict, or the parts of a tuple, in a list."""
     return [*value.keys(), *value.values()] if isinstance(value, dict) else list(value)
 
 
 def is_wrapped(value):
-    """Whether a value is a dict or tuple in the wrapper that TensorFlow tracks it by.
+    """Whether a value is a dict or tuple in TensorFlow's tracking wrapper.
 
-    By type(), since the wrappers pass for what they wrap.
+    By type(), since `isinstance` takes the wrapper for its content.
     """
     kind = type(value)
     return kind.__module__ == _TENSORFLOWS and not issubclass(kind, list)
 
 
 def retrack(tracker):
-    """Have a tracker of Keras know what is in its lists now."""
+    """Tell a Keras tracker what its lists hold now."""
     for name, (_, items) in tracker.config.items():
         tracker.stored_ids[name] = {id(item) for item in items}
 
 
 def note_nodes(graph):
-    """Have a Functional model know the calls in its graph by their present keys."""
+    """Give a Functional model the present keys of the calls in its graph."""
     graph._nodes = {
         make_node_key(node.operation, node.operation._inbound_nodes.index(node))
         for calls in graph._nodes_by_depth.values()
@@ -189,7 +189,7 @@ def note_nodes(graph):
 
 
 def optimizers(model):
-    """The optimizers that the layers of a model have as attributes, to any depth."""
+    """The optimizers in the attributes of a model's layers, to any depth."""
     waiting = [v for _, layer in walk(model) for v in vars(layer).values()]
     found = {}
     while waiting:
@@ -201,11 +201,11 @@ def optimizers(model):
 
 
 def rekey(optimizer, keys):
-    """Exchange the keys that an optimizer knows its variables by.
+    """Replace the keys of an optimizer's variables.
 
     Args:
         optimizer: a Keras optimizer.
-        keys: dict from the present keys to the new ones.
+        keys: dict from old to new keys.
     """
     for value in vars(optimizer).values():
         value = getattr(value, "__wrapped__", value)  # TensorFlow wraps dicts

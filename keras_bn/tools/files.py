@@ -1,18 +1,18 @@
-"""Writing files whole or not at all, and never over others by accident."""
+"""Writing a file completely or not at all, and never over another by accident."""
 
 import os
 from pathlib import Path
 
 
 def check_writable(file, force):
-    """Refuse, before any work is done, a file that can't or mustn't be written.
+    """Refuse early a file that cannot or must not be written.
 
     Args:
         file: a path.
         force: whether an existing file may be overwritten.
 
     Raises:
-        OSError: saying what is in the way.
+        OSError: with the reason.
     """
     path = Path(file).resolve()
     if not path.parent.is_dir():
@@ -26,7 +26,7 @@ def check_writable(file, force):
 
 
 def write_whole(file, write, force=False):
-    """Have a file written beside its place, and moved there when it is complete.
+    """Write a file under a temporary name, and rename it when it is complete.
 
     Args:
         file: a path.

@@ -32,12 +32,12 @@ from keras_bn.tools.norms import (
 
 
 class Fold(NamedTuple):
-    """What becomes of one batch normalization.
+    """What folding does to one batch normalization.
 
     Args:
         layer: its path in the model.
-        into: the path of the layer that takes it in, or None if it stays.
-        reason: why it stays, naming the layers; empty if it doesn't.
+        into: the path of the layer that it is folded into; None if it stays.
+        reason: why it stays, naming the layers; empty if it is folded.
     """
 
     layer: str
@@ -78,25 +78,24 @@ def plan_fold(model):
 
 
 def fold(model):
-    """A model for inference, with its batch normalizations folded away.
+    """A model for inference, with batch normalizations folded into other layers.
 
-    In inference a batch normalization is a scale and a shift per channel. Where the
-    layer before it is linear, and nothing else takes that layer's output, these go
-    into its weights; else, where that is exact, into those of the linear layer after
-    it. Dense, EinsumDense, convolutions, their transposes, depthwise and separable
-    convolutions take in normalizations, as do other batch normalizations. The
-    arithmetic is in float64; the weights keep their dtype. What cannot be folded
-    stays, for the reason that `plan_fold` gives.
+    In inference a batch normalization is a scale and a shift per channel. They go into
+    the weights of the layer before it, if that is linear and nothing else takes its
+    output; otherwise, where that is exact, into the linear layer after it. Linear are
+    Dense, EinsumDense, convolutions, their transposes, depthwise and separable
+    convolutions, and other batch normalizations. The arithmetic is in float64; the
+    weights keep their dtype. `plan_fold` says which normalizations stay, and why.
 
     Args:
-        model: a built model, which is left as it is.
+        model: a built model, which does not change.
 
     Returns:
-        A new model of the same class with the outputs of the given one in inference;
-        it is not compiled, and not meant for training.
+        A new model of the same class with the outputs of the given one in inference.
+        It is not compiled, and not meant for training.
 
     Raises:
-        TypeError: for what is no Keras model.
+        TypeError: if `model` is not a Keras model.
         ValueError: for a model that is not built, and layers that cannot be copied.
 
     Example:
@@ -112,11 +111,11 @@ def fold(model):
 
 
 class Plan:
-    """Which normalizations go where, found graph by graph in the order of the calls.
+    """Which normalization goes into which layer, graph by graph in calling order.
 
-    `folds` is what `plan_fold` returns, `folded_model` makes what `fold` returns.
-    `folded` holds the layers that go, `edits` the `Linear` of each layer that takes
-    some in, both by the `id` of the layer.
+    `plan_fold` returns `folds`; `fold` returns `folded_model()`. `folded` holds the
+    layers to remove, `edits` the `Linear` of each layer that changes, both by the `id`
+    of the layer.
     """
 
     def __init__(self, model):
@@ -141,7 +140,7 @@ class Plan:
                 self.folds.append(found.get(id(layer)) or Fold(path, None, _OUTSIDE))
 
     def folded_model(self):
-        """The model as planned, as a new one."""
+        """A new model as planned."""
         copy, of = copy_model(self._model, compiled=False)
         pairs = []
         with scope(copy):
@@ -255,7 +254,7 @@ _OTHERWISE = "its class has a `call` of its own, so what it computes is not know
 
 
 class _Graph:
-    """A graph's calls, with the normalizations that are folded taken out of it."""
+    """The calls of a graph without the normalizations that are folded."""
 
     def __init__(self, graph):
         self.nodes = nodes(graph)
@@ -264,11 +263,11 @@ class _Graph:
         self._sources: dict[int, object] = {}
 
     def bypass(self, node):
-        """Take out a node, and let its input stand for its output."""
+        """Take out a node, so that its input replaces its output."""
         self._sources[id(node.outputs[0])] = input_of(node)
 
     def source(self, tensor):
-        """The tensor that stands for this one, now that some nodes are out."""
+        """The tensor that replaces this one, now that some nodes are out."""
         while id(tensor) in self._sources:
             tensor = self._sources[id(tensor)]
         return tensor
@@ -277,7 +276,7 @@ class _Graph:
         return self._producers.get(id(self.source(tensor)))
 
     def _same(self, tensor):
-        """The tensors that the given one stands for, by `id`, itself included."""
+        """The `id`s of the tensors that the given one replaces, and its own."""
         source = self.source(tensor)
         out = {id(t): t for n in self.nodes for t in n.outputs}
         return {id(source)} | {k for k, t in out.items() if self.source(t) is source}
@@ -297,7 +296,7 @@ class _Graph:
 
 
 def _count_calls(drawn, model):
-    """How often each layer is called, or held by something that may call it."""
+    """How often each layer is called, or held by a layer that may call it."""
     calls: dict[int, int] = {}
     for graph in drawn:
         for node in graph.nodes:

@@ -1,4 +1,4 @@
-"""Holding the statistics of a whole model still, and letting them go again."""
+"""Freezing the statistics of a whole model, and unfreezing them."""
 
 import warnings
 
@@ -11,28 +11,28 @@ from keras_bn.tools.graph import walk
 def freeze(model, *, affine=False):
     """Freeze the statistics of every batch normalization of ours in a model.
 
-    From now on training normalizes with the moving statistics and leaves them alone,
-    to the bit. Gamma and beta go on training, unless `affine` says otherwise. It is
-    independent of `trainable`: a base that is thawed for fine-tuning with
-    `base.trainable = True` keeps what is frozen here. So do saved files and copies.
+    From now on training normalizes with the moving statistics and does not change a bit
+    of them. Gamma and beta still train, unless `affine` is True. This is independent of
+    `trainable`: `base.trainable = True` before fine-tuning does not unfreeze it. Saved
+    files and copies keep it.
 
-    It is `layer.freeze_statistics = True` for every layer, and `layer.freeze_affine =
-    True` with `affine`. It takes effect at once in eager loops, and in the next step of
-    every model that holds the layers, from within `fit` too, with no need to compile
-    again. A `tf.function` of your own goes on as it was traced: trace it anew.
+    It sets `layer.freeze_statistics = True` on every layer, and `layer.freeze_affine =
+    True` with `affine`. Eager loops heed it at once, and every model that holds the
+    layers from its next step on, also during `fit`. You need not compile again. Your
+    own `tf.function` does not change: trace it again.
 
-    Layers of Keras in the model are left alone, with a warning: they have no such
-    option.
+    Layers of Keras in the model do not change, for they have no such option; a warning
+    names them.
 
     Args:
         model: a model or layer.
         affine: whether to freeze gamma and beta as well.
 
     Returns:
-        The paths of the layers that were not frozen before and are now.
+        The paths of the layers that this call has frozen.
 
     Raises:
-        TypeError: for what is no Keras layer or model.
+        TypeError: if `model` is not a Keras layer or model.
         ValueError: if the model has no batch normalization of ours.
 
     Example:
@@ -53,15 +53,15 @@ def unfreeze(model, *, affine=False):
     """Let training move the statistics again: the inverse of `freeze`.
 
     It takes effect as `freeze` does. With `affine`, compile again if the optimizer was
-    built while gamma and beta were frozen: it does not know them. A layer that has
-    `trainable=False` does not train until that is set to True.
+    built while gamma and beta were frozen: it does not know them. A layer with
+    `trainable=False` still does not train.
 
     Args:
         model: a model or layer.
-        affine: whether to thaw gamma and beta as well.
+        affine: whether to unfreeze gamma and beta as well.
 
     Returns:
-        The paths of the layers that were frozen before and are not now.
+        The paths of the layers that this call has unfrozen.
 
     Raises:
         TypeError, ValueError: as `freeze`.
@@ -93,13 +93,13 @@ def _set(model, frozen, affine):
         )
     if theirs:
         _warn(
-            f"{_listed(theirs)} are layers of Keras, which `{verb}` leaves alone. "
+            f"{_listed(theirs)} are layers of Keras, which `{verb}` does not change. "
             "Convert the model first: `keras_bn.from_keras(model)`."
         )
     if unknown := [p for p, each in layers.items() if norms.computes_otherwise(each)]:
         _warn(
-            f"{_listed(unknown)} are of subclasses with a `call` of their own, which "
-            f"must heed `freeze_statistics` itself for `{verb}` to have an effect."
+            f"{_listed(unknown)} are of subclasses with a `call` of their own. There, "
+            f"`{verb}` works only if that `call` heeds `freeze_statistics`."
         )
     changed = [
         path

@@ -1,4 +1,4 @@
-"""Walking Keras models: their layers, their graphs, the calls in these."""
+"""Walking Keras models: their layers, graphs and calls."""
 
 import contextlib
 
@@ -7,7 +7,7 @@ from keras.src.models.functional import Functional
 
 
 def walk(model, path=()):
-    """Every layer of a model to any depth, once, in the order Keras keeps them.
+    """Every layer of a model to any depth, once, in Keras's order.
 
     Args:
         model: a layer or model.
@@ -30,9 +30,9 @@ def walk(model, path=()):
 
 
 def graph_of(layer):
-    """The Functional model that a layer is, or that a built Sequential one has; None.
+    """The graph of a layer: a Functional model, or None.
 
-    A Sequential model whose input is no single tensor has no graph.
+    A Sequential model has one if it is built and its input is a single tensor.
     """
     if isinstance(layer, keras.Sequential):
         return layer._functional
@@ -46,20 +46,20 @@ def graphs(model):
 
 
 def scope(model):
-    """The scope that new variables of a model's copies are to be made in."""
+    """The scope in which to make new variables for copies of a model."""
     strategy = getattr(model, "distribute_strategy", None)
     return contextlib.nullcontext() if strategy is None else strategy.scope()
 
 
 def nodes(graph):
-    """The calls of a Functional model's graph, each after those it takes input from.
+    """The calls of a Functional model's graph, each after those it depends on.
 
     Args:
         graph: a Functional model.
 
     Returns:
         A list of Keras nodes, with `operation`, `arguments`, `input_tensors` and
-        `outputs`; the inputs' own nodes are left out.
+        `outputs`, without the nodes of the model's inputs.
     """
     by_depth = graph._nodes_by_depth
     calls = [n for depth in sorted(by_depth, reverse=True) for n in by_depth[depth]]
@@ -67,7 +67,7 @@ def nodes(graph):
 
 
 def input_of(node):
-    """The tensor that a call is about: its first, or the one called `inputs`."""
+    """The main input of a call: its first argument, or the one called `inputs`."""
     arguments = node.arguments
     return arguments.args[0] if arguments.args else arguments.kwargs["inputs"]
 

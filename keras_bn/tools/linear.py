@@ -1,10 +1,10 @@
-r"""How a scale and a shift per channel enter the weights of the layer next to them.
+r"""Folding a scale and a shift per channel into the weights of a linear layer.
 
-A linear layer computes $y = Kx + b$. What normalizes its output multiplies the kernel
-and the bias, $s(Kx + b) + t = (sK)x + (sb + t)$; what normalizes its input multiplies
-the kernel from the other side, $K(sx + t) + b = (Ks)x + (Kt + b)$.
+A linear layer computes $y = Kx + b$. A scale and shift of its output change it to
+$s(Kx + b) + t = (sK)x + (sb + t)$; of its input, to
+$K(sx + t) + b = (Ks)x + (Kt + b)$.
 
-Arrays come in and go out in float64. A layer without a bias has one of zeros here.
+All arrays are float64. A layer without a bias has one of zeros here.
 """
 
 import string
@@ -26,7 +26,7 @@ class Affine(NamedTuple):
 
 
 class UnfoldableError(Exception):
-    """A reason why an affine map cannot enter a layer's weights."""
+    """A reason why an affine map cannot be folded into a layer."""
 
 
 def scale_output(kernel, bias, affine, axis=-1):
@@ -100,8 +100,8 @@ def scale_einsum_output(kernel, bias, affine, equation, axis):
         axis: of the output, not negative.
 
     Returns:
-        `(kernel, bias, labels)`, where `labels` are those axes of the output, by their
-        letters in the equation, that the bias must have now.
+        `(kernel, bias, labels)`, where `labels` are the letters of the output axes
+        that the bias must have now.
 
     Raises:
         UnfoldableError: if the kernel has no such axis.
@@ -143,7 +143,7 @@ def _parts(equation):
 
 
 class Linear:
-    """The weights of a linear layer, as arrays that affine maps are folded into.
+    """The weights of a linear layer, as arrays to fold affine maps into.
 
     Args:
         layer: a built layer that `linear` knows.
@@ -170,7 +170,7 @@ class Linear:
         raise NotImplementedError
 
     def write(self, layer):
-        """Give a copy of the layer the arrays as its weights, a bias included."""
+        """Assign the arrays to a copy of the layer; add a bias if it has none."""
         if layer.bias is None or layer.bias.shape != self.arrays["bias"].shape:
             _give_bias(layer, self.arrays["bias"].shape)
         for name, value in self.arrays.items():
@@ -245,7 +245,7 @@ class _Convolution(Linear):
         pads = layer.padding != "valid" and max(layer.kernel_size) > 1
         if pads and affine.shift.any():
             raise UnfoldableError(
-                "pads its input with zeros, which would have to be other"
+                "pads with zeros; after folding, it would have to pad with -shift/scale"
             )
 
 
@@ -320,7 +320,7 @@ class Normalization(Linear):
             raise UnfoldableError(f"has its channels on axis {self.layer.axis}")
 
     def write(self, layer):
-        """Give a copy of the layer, with gamma and beta, what it is to do."""
+        """Assign the affine map to a copy of the layer that has gamma and beta."""
         mean, rstd = _statistics(self.layer)
         layer.gamma.assign(self.affine.scale / rstd)
         layer.beta.assign(self.affine.shift + mean * self.affine.scale)
@@ -336,7 +336,7 @@ def inference(layer):
         The `Affine`, one value per channel.
 
     Raises:
-        UnfoldableError: if its moving statistics are not those of any data.
+        UnfoldableError: if its moving statistics are invalid.
     """
     mean, rstd = _statistics(layer)
     if not (np.isfinite(mean) & np.isfinite(rstd)).all():
@@ -353,7 +353,7 @@ def _statistics(layer):
 
 
 def _give_bias(layer, shape):
-    """Give a built layer a bias of this shape, in the place of any that it has."""
+    """Give a built layer a bias of this shape, instead of any that it has."""
     layer._tracker.unlock()
     if layer.bias is not None:
         layer._untrack_variable(layer.bias)
@@ -388,7 +388,7 @@ _FAMILIES = {
 def linear(layer, rank):
     """The `Linear` of a layer with an input of this rank; None if it isn't linear.
 
-    A subclass may compute something else, so it counts as not linear.
+    A subclass counts as not linear, since it may compute something else.
     """
     if is_normalization(layer):
         return Normalization(layer, rank)

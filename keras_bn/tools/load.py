@@ -25,13 +25,13 @@ _HDF5 = b"\x89HDF\r\n\x1a\n"
 def load_model(path, **kwargs):
     """Load a model that Keras 3 or Keras 2 saved, with our layers in it.
 
-    `keras.saving.load_model` with every BatchNormalization exchanged for ours, also
-    where Keras 3 cannot load it: files of Keras 2 say `axis: [3]`. Keras's safe mode
-    is on, as it is there: a file that would run code of its own is refused.
+    Like `keras.saving.load_model`, with every BatchNormalization replaced by ours. It
+    also loads files that Keras 3 cannot: those of Keras 2 say `axis: [3]`. Keras's safe
+    mode is on by default: it refuses a file that would run code of its own.
 
-    A model whose moving statistics are lost (NaN, infinite, a negative variance) is
-    loaded with a warning that names the layers, for `keras_bn.recalibrate` to mend.
-    `keras.saving.load_model` refuses it.
+    If moving statistics are lost (NaN, infinite, a negative variance), it warns and
+    names the layers; `keras_bn.recalibrate` fixes the model.
+    `keras.saving.load_model` refuses such a file with our layers.
 
     Args:
         path: a `.keras` or `.h5` file.
@@ -42,8 +42,8 @@ def load_model(path, **kwargs):
         The model, compiled if it was saved so.
 
     Raises:
-        FileNotFoundError: where there is nothing at `path`.
-        ValueError: for what is no Keras model file, and what Keras refuses.
+        FileNotFoundError: if there is no file at `path`.
+        ValueError: for a file that is not a Keras model, or that Keras refuses.
 
     Example:
 
@@ -70,7 +70,7 @@ def load_model(path, **kwargs):
         for _, layer in walk(model):
             if type(layer) is SyncBatchNormalization:
                 layer.__class__ = BatchNormalization
-        # What a class of the user's makes itself stands in no config.
+        # A layer that a user's class makes itself is in no config.
         if any(is_keras(layer) for _, layer in walk(model)):
             model = from_keras(model)
     _warn_of_lost(model)
@@ -95,7 +95,7 @@ def _loaded(path, version, **kwargs):
 
 
 def holds_ours(path):
-    """Whether the layers that a model file names are ours already."""
+    """Whether a model file names our layers already."""
     path = Path(os.fspath(path))
     if _kind(path) == ".keras":
         with zipfile.ZipFile(path) as archive:
@@ -111,8 +111,8 @@ def _kind(path):
         raise FileNotFoundError(f"There is no file '{path}'.")
     if path.is_dir():
         raise ValueError(
-            f"'{path}' is a folder. A SavedModel cannot be taken apart again; give "
-            "the .keras or .h5 file that it was exported from."
+            f"'{path}' is a folder. A SavedModel cannot be converted back into layers; "
+            "give the .keras or .h5 file of the model."
         )
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
@@ -125,9 +125,9 @@ def _kind(path):
 
 
 def _restore_optimizer(model, path):
-    """Give the optimizer of a model from an HDF5 file the state that stands there.
+    """Load the state of the optimizer from an HDF5 file.
 
-    Keras 3 builds it for no variables at all, and it could not train.
+    Keras 3 builds it for no variables at all, so it could not train.
     """
     if not getattr(model, "compiled", False):
         return
@@ -144,13 +144,13 @@ def _restore_optimizer(model, path):
     elif stored:
         warnings.warn(
             f"The state of the optimizer in '{path}' does not fit Keras 3's; the "
-            "optimizer starts afresh.",
+            "optimizer starts anew.",
             stacklevel=3,
         )
 
 
 def _warn_of_lost(model):
-    """Name the layers whose moving statistics no training can have left behind."""
+    """Warn of layers with lost moving statistics."""
     named = [
         f"'{path or layer.name}'"
         for path, layer in walk(model)
@@ -159,8 +159,8 @@ def _warn_of_lost(model):
     ]
     if named:
         warnings.warn(
-            f"The moving statistics of {', '.join(named)} are lost: not finite, or a "
-            "negative variance. `keras_bn.recalibrate(model, data)` replaces them.",
+            f"The moving statistics of {', '.join(named)} are lost: not finite, or "
+            "negative variances. `keras_bn.recalibrate(model, data)` replaces them.",
             stacklevel=3,
         )
 

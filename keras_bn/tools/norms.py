@@ -1,8 +1,7 @@
-"""What is a batch normalization, whose is it, is it frozen, is it built.
+"""Whether a layer is a batch normalization: ours or Keras's, frozen, built.
 
-One answer each, for every tool. A subclass of Keras's layer or of ours counts as one as
-long as it computes what its base class does: it may have arguments or defaults of its
-own, but no `call`.
+All tools ask here. A subclass of Keras's layer or of ours counts if it computes what
+its base class does: it may have its own arguments or defaults, but not its own `call`.
 """
 
 import warnings
@@ -12,7 +11,7 @@ import keras
 from keras_bn.layer import BatchNormalization
 from keras_bn.tools.graph import walk
 
-# The methods that make the numbers, of Keras's layer and of ours.
+# The methods of Keras's layer and of ours that compute the result.
 _COMPUTING = (
     "__call__",
     "call",
@@ -23,7 +22,7 @@ _COMPUTING = (
     "_update_renorm_statistics",
 )
 
-# What may be installed beside Keras 3. TensorFlow still ships a Keras of its own.
+# May be installed beside Keras 3. TensorFlow still contains an older Keras.
 _OLDER_KERASES = ("tf_keras", "tensorflow.python.keras", "keras_core")
 
 
@@ -46,22 +45,22 @@ def is_normalization(layer) -> bool:
 
 
 def computes_otherwise(layer) -> bool:
-    """Whether a layer derives from a batch normalization, but has a `call` of its own.
+    """Whether a layer derives from a batch normalization, but has its own `call`.
 
-    No tool can know what it computes: conversion and folding refuse it, the others
-    leave it alone and say so.
+    No tool can know what it computes: conversion refuses it, the others leave it as it
+    is and say so.
     """
     bases = BatchNormalization, keras.layers.BatchNormalization
     return isinstance(layer, bases) and not is_normalization(layer)
 
 
 def plain(layer):
-    """The class, ours or Keras's, that a normalization is of or derives from."""
+    """The class of a normalization, ours or Keras's, without any subclass."""
     return BatchNormalization if is_ours(layer) else keras.layers.BatchNormalization
 
 
 def is_frozen(layer) -> bool:
-    """Whether training leaves the statistics of a layer, ours or Keras's, alone."""
+    """Whether training does not change the statistics of a layer, ours or Keras's."""
     return not layer.trainable or getattr(layer, "freeze_statistics", False)
 
 
@@ -69,7 +68,7 @@ def normalizations(model) -> dict:
     """The batch normalizations of a built model, by path; a layer alone by its name.
 
     Raises:
-        TypeError: for what is no Keras layer or model.
+        TypeError: if `model` is not a Keras layer or model.
         ValueError: if the model, or a normalization in it, is not built.
     """
     check_built(model)
@@ -81,20 +80,20 @@ def normalizations(model) -> dict:
 
 
 def warn_of_others(model, stacklevel=3):
-    """Warn of layers that a tool leaves alone, since they compute something else."""
+    """Warn of layers that a tool skips, since they compute something else."""
     others = [path or la.name for path, la in walk(model) if computes_otherwise(la)]
     if others:
         warnings.warn(
-            f"Left alone, for their class has a `call` of its own: {', '.join(others)}",
+            f"Skipped, since the class has a `call` of its own: {', '.join(others)}",
             stacklevel=stacklevel,
         )
 
 
 def check_layer(model):
-    """Refuse what is no layer or model of Keras 3; say how an older Keras's gets in.
+    """Refuse what is not a layer or model of Keras 3; for older ones, say what to do.
 
     Raises:
-        TypeError: for what is no Keras layer or model.
+        TypeError: if `model` is not a Keras layer or model.
     """
     if isinstance(model, keras.layers.Layer):
         return
@@ -109,10 +108,10 @@ def check_layer(model):
 
 
 def check_built(model):
-    """Refuse what is no layer, or has no statistics yet.
+    """Refuse what is not a layer, or has no statistics yet.
 
     Raises:
-        TypeError: for what is no Keras layer or model.
+        TypeError: if `model` is not a Keras layer or model.
         ValueError: if the model, or a normalization in it, is not built.
     """
     check_layer(model)
@@ -140,7 +139,7 @@ def _older_keras(model):
 
 
 def _overrides(layer, base) -> bool:
-    """Whether the class of a layer computes something else than `base`."""
+    """Whether the class of a layer replaces a computing method of `base`."""
     kind = type(layer)
     return any(
         getattr(kind, name, None) is not getattr(base, name, None)

@@ -1,8 +1,8 @@
-"""The one pass over data that shows the Moments at every normalization of a model.
+"""Running data through a model and seeing the Moments at every normalization.
 
-`batches` goes through whatever `fit` takes. `Watch` runs a model on them, with a
-function in the place of the `call` of some of its normalizations: in the thread and
-context of the pass alone, so that the model serves others as ever.
+`batches` reads whatever `fit` takes. `Watch` runs a model on them, with a function in
+place of the `call` of some normalizations. It does so only in its own thread and
+context: elsewhere the model works as always.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ from keras_bn.tools.graph import walk
 
 
 def batches(x, y=None, sample_weight=None, *, steps=None, batch_size=None, verbose=0):
-    """The batches of data of any kind that `fit` takes, with its progress bar.
+    """The batches of any data that `fit` takes, with a progress bar.
 
     Args:
         x, y, sample_weight: as in `fit`.
@@ -35,13 +35,13 @@ def batches(x, y=None, sample_weight=None, *, steps=None, batch_size=None, verbo
         verbose: `"auto"`, 0, 1 or 2, as in `fit`.
 
     Returns:
-        An iterator of `(x, y, sample_weight)`; what there is not is None.
+        An iterator of `(x, y, sample_weight)`; a missing part is None.
 
     Raises:
-        ValueError: for data without end, if `steps` is None.
+        ValueError: for endless data, if `steps` is None.
 
     Warns:
-        UserWarning: if the data ends before `steps` batches have come.
+        UserWarning: if the data ends before `steps` batches.
     """
     if hasattr(x, "__next__"):
         adapter, source, total = None, x, steps
@@ -55,7 +55,7 @@ def batches(x, y=None, sample_weight=None, *, steps=None, batch_size=None, verbo
     if adapter is not None:
         adapter.on_epoch_begin()
     try:
-        # Not one batch more than asked for is taken out of a generator.
+        # Do not take one batch too many out of a generator.
         for batch in () if total == 0 else source:
             yield keras.utils.unpack_x_y_sample_weight(batch)
             seen += 1
@@ -75,23 +75,23 @@ def batches(x, y=None, sample_weight=None, *, steps=None, batch_size=None, verbo
 
 
 def check_end(data, steps):
-    """Refuse data without end where nobody says how much of it to take.
+    """Refuse endless data without `steps`.
 
     Raises:
-        ValueError: for a generator, or what is known to be endless, without `steps`.
+        ValueError: for a generator, or data known to be endless, without `steps`.
     """
     if steps is not None:
         return
     if hasattr(data, "__next__"):
         raise ValueError(
-            "A generator is read on from epoch to epoch, so `steps` must say how many "
-            "batches each time. Received: steps=None"
+            "A generator goes on from epoch to epoch, so `steps` must say how many "
+            "batches to take each time. Received: steps=None"
         )
     _adapted(*(data if isinstance(data, tuple) else (data,)))
 
 
 def _adapted(x, y=None, sample_weight=None, steps=None, batch_size=None):
-    """Keras's adapter for data, and how many batches are to come, if that is known."""
+    """Keras's adapter for data, and the number of batches, None if not known."""
     iterator = EpochIterator(
         x, y, sample_weight, batch_size=batch_size or 32, steps_per_epoch=steps
     )
@@ -113,14 +113,14 @@ def _is_endless(adapter):
 
 
 class Watch:
-    """Runs a model while a function answers for some of its normalizations.
+    """Runs a model while a function computes some of its normalizations.
 
     Args:
         model: the model; nothing in it changes.
         layers: the normalizations, by path.
         answer: `answer(path, twin, inputs, training, mask)` gives the output of a
-            call. The twin is a layer of ours with the weights of the one that was
-            called, and may be changed.
+            call. The twin is a layer of ours with the same weights as the layer that
+            was called; the function may change it.
 
     Attributes:
         twins: the twin of each layer, by path.
@@ -146,7 +146,7 @@ class Watch:
         self._stack.close()
 
     def run(self, x, training=False):
-        """The outputs of the model, with the answers in them."""
+        """The outputs of the model, computed with the answers."""
         token = _ANSWERS.set(self._answers)
         try:
             return self._model(x, training=training)
@@ -162,7 +162,7 @@ class _Answer:
         return self._function(*self._first, inputs, training, mask)
 
 
-# What answers for which layer, by its `id`, in the present thread and context.
+# The answers by the `id` of the layer, in the present thread and context.
 _ANSWERS: contextvars.ContextVar[dict | None] = contextvars.ContextVar(
     "answers", default=None
 )
@@ -172,7 +172,7 @@ _LOCK = threading.Lock()
 
 @contextlib.contextmanager
 def _listening(layer):
-    """Have the calls of a layer answered where something answers for it."""
+    """Replace the `call` of a layer wherever there is an answer for it."""
 
     def call(self, *args, **kwargs):
         answer = (_ANSWERS.get() or {}).get(id(self))
@@ -194,9 +194,9 @@ def _listening(layer):
 
 @contextlib.contextmanager
 def state_kept(model):
-    """Put back whatever runs of a model change in it.
+    """Restore the state that running a model changes.
 
-    That is random and recurrent state, and what its metrics have counted.
+    This is random and recurrent state, and the state of metrics.
     """
     variables = [
         variable
@@ -215,7 +215,7 @@ def state_kept(model):
     finally:
         for variable, value in zip(variables, before, strict=True):
             variable.assign(value)
-        # Keras makes those of a loss when it first takes it.
+        # Keras makes the metrics of a loss when it first computes it.
         for metric in getattr(model, "metrics", []):
             if all(metric is not known for known in metrics):
                 metric.reset_state()
@@ -227,19 +227,19 @@ def twin_of(layer):
 
 
 def observed(path, twin, inputs, mask):
-    """A batch normalized by its own statistics, and these.
+    """A batch normalized by its own statistics, and these statistics.
 
     Args:
         path: the path of the layer, for messages.
         twin: its twin.
-        inputs, mask: as it was called with.
+        inputs, mask: the arguments of the call.
 
     Returns:
-        `(outputs, Moments)`: the moments in float64. A channel that is not finite in
-        the batch has a count of 0.
+        `(outputs, Moments)`: the moments in float64. The count is 0 in a channel that
+        is not finite.
 
     Raises:
-        ValueError: inside of a function that is being compiled.
+        ValueError: inside a function that is being compiled.
     """
     outputs, moments = twin.normalize_batch(inputs, mask)
     try:
@@ -254,5 +254,5 @@ def observed(path, twin, inputs, mask):
 
 
 def pooled(first, second):
-    """The moments of both together, in float64; the first may be None."""
+    """The merged moments, in float64; the first may be None."""
     return second if first is None else Moments(*map(float64, first.merge(second)))

@@ -1,8 +1,8 @@
 """Batch normalizations from PyTorch, and back.
 
-Where the two conventions meet: PyTorch's momentum is the weight of the new value,
-Keras's of the old one; PyTorch's moving variance takes in the unbiased variance of the
-batch; PyTorch's epsilon is 1e-5 by default; its channels are on axis 1.
+The conventions differ: PyTorch's momentum is the weight of the new value, Keras's of
+the old one. PyTorch's moving variance uses the unbiased variance of the batch. Its
+default epsilon is 1e-5, and its channels are on axis 1.
 """
 
 import difflib
@@ -20,36 +20,35 @@ _STATISTICS = {"moving_mean": "running_mean", "moving_variance": "running_var"}
 
 
 def from_torch(module, axis=1, *, rank=None, prefix="", eps=None, momentum=None):
-    """A layer that goes on where a batch normalization of PyTorch stands.
+    """A layer with the state of a PyTorch batch normalization.
 
-    It has the module's weights and statistics, gives the same outputs, and trains on
-    as the module would: with the unbiased variance in its moving variance, and with
-    the plain mean over all batches for `momentum=None`.
+    It has the module's weights and statistics, gives the same outputs, and trains as
+    the module would: with the unbiased variance in its moving variance, and with the
+    plain mean over all batches for `momentum=None`.
 
     Args:
         module: `torch.nn.BatchNorm1d`, `2d`, `3d` or `SyncBatchNorm`, or a subclass
-            without a `forward` of its own; or a state dict, of a whole model if
-            `prefix` says which part.
+            without its own `forward`; or a state dict, of a whole model if `prefix`
+            says which part.
         axis: the channel axis of the layer's inputs; 1 as in PyTorch, or -1 as is
             usual in Keras.
-        rank: how many axes the inputs have. By default 2, 4 or 5, as the module's
-            class says: give 3 for sequences in `BatchNorm1d`. A `SyncBatchNorm` and a
-            state dict don't say, so there it must be given.
+        rank: how many axes the inputs have: 2, 4 or 5 by default, from the module's
+            class. Give 3 for sequences in `BatchNorm1d`. It is required for a
+            `SyncBatchNorm` and a state dict.
         prefix: what the names in a state dict begin with, such as `"layer1.0.bn1."`.
-        eps, momentum: for a state dict, which doesn't hold them: PyTorch's arguments,
-            1e-5 and 0.1 by default.
+        eps, momentum: PyTorch's arguments, 1e-5 and 0.1 by default. Only for a state
+            dict, which does not contain them.
 
     Returns:
-        A built `keras_bn.BatchNormalization`. A parameter that needs no gradient in
-        the module is frozen in the layer (`freeze_affine`).
+        A built `keras_bn.BatchNormalization`. A parameter with `requires_grad=False`
+        is frozen in the layer (`freeze_affine`).
 
     Raises:
-        TypeError: for what is neither such a module nor a state dict.
-        ValueError: for a module that computes something else (a `forward` of its own,
-            hooks, parametrizations); for one without running statistics, which has no
-            counterpart here: it normalizes by the batch in evaluation too; for a
-            state dict without them under `prefix`; for an `axis` that inputs of the
-            `rank` have not; and if `rank` is needed.
+        TypeError: for anything but such a module or a state dict.
+        ValueError: for a module that computes something else (its own `forward`,
+            hooks, parametrizations) or has no running statistics, which has no
+            equivalent here; for a state dict without them under `prefix`; for an
+            `axis` outside of `rank`; and if `rank` is missing.
 
     Example:
 
@@ -68,12 +67,12 @@ def from_torch(module, axis=1, *, rank=None, prefix="", eps=None, momentum=None)
         if state.get("running_mean") is None:
             raise ValueError(
                 f"{name} has no running statistics: it normalizes by the batch in "
-                "evaluation too, for which there is no layer here."
+                "evaluation too. keras_bn has no such layer."
             )
         eps, momentum = module.eps, module.momentum
     rank = _RANKS.get(kind) if rank is None else rank
     if rank is None:
-        raise ValueError(f"`rank` must be given for {name}: the axes of the inputs.")
+        raise ValueError(f"`rank` must be given for {name}: the rank of the inputs.")
     arrays = {key: _array(value) for key, value in state.items()}
     shape = _shape(rank, axis, len(arrays["running_mean"]))
     frozen = [ours for ours, theirs in _AFFINE.items() if _fixed(module, theirs)]
@@ -95,30 +94,30 @@ def from_torch(module, axis=1, *, rank=None, prefix="", eps=None, momentum=None)
     batches = int(arrays.get("num_batches_tracked", 0))
     if layer.updates is not None:
         layer.updates.assign(np.full(layer.updates.shape, batches))
-    # At a fixed momentum the count says nothing; it is kept for the way back.
+    # Only `to_torch` needs the count if momentum is fixed.
     layer.torch_batches = batches
     return layer
 
 
 def to_torch(layer):
-    """A module of PyTorch that goes on where a layer stands.
+    """A PyTorch module with the state of a layer.
 
-    The inverse of `from_torch`: back comes the same state dict. A layer that isn't
-    `unbiased` gives the same outputs there, but its running variance will take in
-    unbiased variances from then on, as PyTorch's always do.
+    The inverse of `from_torch`: it gives the same state dict back. A layer that isn't
+    `unbiased` gives the same outputs there, but further training will use unbiased
+    variances, as always in PyTorch.
 
     Args:
         layer: a built `keras_bn.BatchNormalization`, over one channel axis.
 
     Returns:
         A `torch.nn.BatchNorm1d`, `2d` or `3d`, by the rank of the layer's inputs, or a
-        `SyncBatchNorm` if it is synchronized. It expects the channels on axis 1,
-        wherever the layer has them.
+        `SyncBatchNorm` if it is synchronized. Its channels are on axis 1, wherever the
+        layer has them.
 
     Raises:
         TypeError: for anything but a layer of ours.
         ValueError: for a layer that isn't built, has options that PyTorch lacks, or is
-            of a subclass with a `call` of its own.
+            of a subclass with its own `call`.
 
     Example:
 
@@ -136,8 +135,8 @@ def to_torch(layer):
         raise TypeError(f"Expected a keras_bn.BatchNormalization. Received: {layer!r}")
     if norms.computes_otherwise(layer):
         raise ValueError(
-            f"{type(layer).__name__} has a `call` of its own, which no module of "
-            f"PyTorch would have. Received: layer '{layer.name}'"
+            f"{type(layer).__name__} has a `call` of its own, which a PyTorch module "
+            f"would not have. Received: layer '{layer.name}'"
         )
     if not layer.built:
         raise ValueError(f"'{layer.name}' is not built: it has no weights yet.")
@@ -166,7 +165,7 @@ def to_torch(layer):
     for ours, theirs in _STATISTICS.items():
         state[theirs] = getattr(layer, ours).numpy()
     if module.affine:
-        # PyTorch has both or none: the missing one is fixed where it does nothing.
+        # PyTorch has both or none: fix the missing one at 1 or 0.
         for (ours, theirs), fixed in zip(_AFFINE.items(), (1.0, 0.0), strict=True):
             variable = getattr(layer, ours)
             present = variable is not None
@@ -180,7 +179,7 @@ def to_torch(layer):
 
 
 def _kind(module, eps, momentum):
-    """The name of the class of torch.nn that a module is or derives from."""
+    """The name of the torch.nn class of a module, without any subclass."""
     import torch
 
     bases = {name: getattr(torch.nn, name) for name in (*_RANKS, "SyncBatchNorm")}
@@ -198,14 +197,14 @@ def _kind(module, eps, momentum):
     if changed := _changes(module, bases[kind]):
         raise ValueError(
             f"{type(module).__name__} has {changed}, so it may compute something else "
-            f"than {kind} does. Convert its state dict, and put what it does besides "
-            "in a layer of its own."
+            f"than {kind} does. Convert its state dict, and put what it adds into "
+            "another layer."
         )
     return kind
 
 
 def _changes(module, base):
-    """What makes a module compute something else than its base, in words; or None."""
+    """Why a module may compute something else than its base, in words; or None."""
     if getattr(module.forward, "__func__", None) is not base.forward:
         return "a `forward` of its own"
     if type(module).__call__ is not base.__call__:
@@ -218,7 +217,7 @@ def _changes(module, base):
 
 
 def _part(states, prefix):
-    """The part of a state dict under a prefix, if that is a batch normalization's."""
+    """The part of a state dict under a prefix; refuses any but a normalization's."""
     state = {k[len(prefix) :]: v for k, v in states.items() if k.startswith(prefix)}
     if any(key.startswith("parametrizations.") for key in state):
         raise ValueError(
@@ -244,7 +243,7 @@ def _part(states, prefix):
 
 
 def _shape(rank, axis, channels):
-    """The shape to build for: the channels on their axis, all else unknown."""
+    """The shape to build for: only the size of the channel axis is known."""
     if isinstance(rank, bool) or not isinstance(rank, int):
         raise ValueError(f"`rank` must be an int. Received: rank={rank!r}")
     if isinstance(axis, list | tuple):
@@ -257,7 +256,7 @@ def _shape(rank, axis, channels):
 
 
 def _fixed(module, name):
-    """Whether a module has this parameter, and trains without changing it."""
+    """Whether a module has this parameter with `requires_grad=False`."""
     parameter = getattr(module, name, None)
     return parameter is not None and not parameter.requires_grad
 
@@ -281,7 +280,7 @@ def _check_expressible(layer):
 
 
 def _array(value):
-    """A tensor of PyTorch, or an array, as an array of at least float32."""
+    """A PyTorch tensor or an array, as an array of at least float32."""
     if hasattr(value, "detach"):
         value = value.detach().cpu()
         value = value.float() if value.element_size() < 4 else value
@@ -290,5 +289,5 @@ def _array(value):
 
 
 def _other(momentum):
-    """The weight of the other of old and new value, without rounding noise."""
+    """Convert between Keras's momentum and PyTorch's, without rounding noise."""
     return round(1.0 - momentum, 12)

@@ -27,30 +27,30 @@ def recalibrate(
 ):
     """Replace the moving statistics of a model by those of the data.
 
-    After averaging weights, after a change of the data, or where training was short,
-    the moving statistics are not those that the layers meet. This runs the data
-    through the model once, each batch normalized by its own statistics while all else
-    is in inference, and merges the moments of all batches with their counts: the
-    statistics are pooled over the data set, however it was cut into batches.
+    The moving statistics are wrong after weights were averaged, after the data has
+    changed, or after short training. This runs the data through the model once. Each
+    batch is normalized by its own statistics; everything else is in inference. Then it
+    merges the moments of all batches with their counts, so the statistics are those of
+    the whole data set.
 
-    Nothing else changes: neither other weights, nor the optimizer, nor random state.
-    If anything goes wrong, Ctrl-C included, the model is as it was.
+    Nothing else changes: no other weights, no optimizer, no random state. If anything
+    fails or you press Ctrl-C, the model does not change.
 
     Args:
         model: a built model, with layers of ours or Keras's.
         data: what `fit` takes as its `x`: arrays, a `tf.data.Dataset`, a
             `keras.utils.PyDataset`, or a generator with `steps`. Labels and sample
-            weights in it are passed over.
+            weights in it have no effect.
         steps: how many batches to take; all of them by default.
         batch_size: for arrays; 32 by default. Samples of one batch are normalized
-            together, so it should be what training used, and the order random.
-        exact: whether to go layer by layer, each seeing the layers before it as they
-            will be in inference: afterwards, `predict(data)` is what the training
-            mode gives for the whole data as one batch. It reads the data as often as
-            the model has normalizations. Layers that a model calls in several places
-            have one set of statistics for all, and there it cannot hold.
-        prior: how many samples the present statistics count for: 0 forgets them, more
-            holds on to them, when the data is scarce (Schneider et al. 2020).
+            together: use the batch size of training, and a random order.
+        exact: whether to go layer by layer, with all layers before it as they will be
+            in inference. Then `predict(data)` equals training mode on the whole data
+            as one batch. This reads the data once per normalization. It does not hold
+            for a layer that the model calls in several places, since that has one set
+            of statistics for all.
+        prior: how many samples the present statistics count for: 0 forgets them; more
+            keeps some of them if there is little data (Schneider et al. 2020).
         include_frozen: whether to change layers with `trainable=False` or
             `freeze_statistics=True`, too.
         verbose: `"auto"`, 0, 1 or 2, as in `fit`.
@@ -59,20 +59,20 @@ def recalibrate(
         A dict of the `Moments` found in the data, by the path of the layer.
 
     Raises:
-        ValueError: if there is nothing to recalibrate or no data; for data without end
-            and without `steps`; for a generator with `exact`, which can be read only
+        ValueError: if there is nothing to recalibrate or no data; for endless data
+            without `steps`; for a generator with `exact`, since it can be read only
             once.
 
     Warns:
-        UserWarning: if some statistic rests on fewer than 100 elements, if the data
-            ends before `steps` batches, and for layers that are left alone because
-            their class has a `call` of its own.
+        UserWarning: if a statistic rests on fewer than 100 elements, if the data ends
+            before `steps` batches, and for layers that it skips because their class
+            has its own `call`.
 
     Source: Schneider et al., "Improving robustness against common corruptions by
-    covariate shift adaptation", 2020. There, means and variances are blended; here,
-    the prior's samples and the data's are pooled, so that the distance of their means
-    is part of the variance. Pooled statistics: Wu and Johnson, "Rethinking 'Batch' in
-    BatchNorm", 2021, section 3.
+    covariate shift adaptation", 2020. They average means and variances; this pools the
+    samples of prior and data, so the variance includes the distance of their means.
+    Pooled statistics: Wu and Johnson, "Rethinking 'Batch' in BatchNorm", 2021,
+    section 3.
 
     Example:
 
@@ -127,14 +127,14 @@ def _layers(model, include_frozen):
     live = {path: layer for path, layer in found.items() if not is_frozen(layer)}
     if not live:
         raise ValueError(
-            f"Every batch normalization of '{model.name}' is frozen. To recalibrate "
-            "them all the same, pass `include_frozen=True`."
+            f"Every batch normalization of '{model.name}' is frozen. Pass "
+            "`include_frozen=True` to recalibrate them anyway."
         )
     return live
 
 
 class _Collector(Watch):
-    """Runs a model with batch statistics in some of its layers, and gathers these.
+    """Runs a model with batch statistics in some of its layers, and collects them.
 
     Args:
         model: the model.
@@ -148,7 +148,7 @@ class _Collector(Watch):
         self.samples = 0
 
     def at_once(self, data, steps, batch_size, verbose, labels=None):
-        """The moments of all layers, by path, in one pass, and the labels with them."""
+        """The moments of all layers by path, in one pass; appends to `labels`."""
         self._found, self.samples = {}, 0
         how = {"steps": steps, "batch_size": batch_size, "verbose": verbose}
         for x, y, _ in batches(data, **how):
@@ -185,7 +185,7 @@ class _Collector(Watch):
 
 
 def _with_prior(layer, moments, prior, samples):
-    """The moments of the data and those of `prior` samples as the layer knows them."""
+    """The moments of the data, pooled with `prior` samples of the old statistics."""
     mean, variance = float64(layer.moving_mean), float64(layer.moving_variance)
     known = np.isfinite(mean) & np.isfinite(variance)
     elements = prior * moments.count / samples
@@ -194,7 +194,7 @@ def _with_prior(layer, moments, prior, samples):
 
 
 def _assignments(layer, moments):
-    """What each statistic of a layer becomes, as pairs of variable and array."""
+    """The new statistics of a layer, as pairs of variable and array."""
     known = known_variance = moments.count > 0
     if getattr(layer, "unbiased", False):
         known_variance = moments.count > 1
@@ -215,7 +215,7 @@ def _assignments(layer, moments):
 
 
 def _assign(assignments):
-    """Assign all, or, if that is interrupted, nothing."""
+    """Assign all, or nothing if that is interrupted."""
     assignments = list(assignments)
     before = [keras.ops.convert_to_numpy(variable) for variable, _ in assignments]
     try:
@@ -234,13 +234,13 @@ def _warn_of_few(found, prior):
     if (count := found[path].count.min()) < _FEW:
         warnings.warn(
             f"The statistics of '{path}' rest on {count:.0f} elements only, fewer than "
-            f"{_FEW}. Take more data, or hold on to the present statistics by `prior`.",
+            f"{_FEW}. Take more data, or keep some of the old statistics: `prior`.",
             stacklevel=3,
         )
 
 
 def _warn_of_skew(model, labels):
-    """Warn if labels that came with the data leave out classes of the model."""
+    """Warn if the labels in the data leave out classes of the model."""
     shape = getattr(model, "output_shape", None)
     if not labels or not isinstance(shape, tuple) or len(shape) != 2:
         return
@@ -255,32 +255,32 @@ def _warn_of_skew(model, labels):
     if effective < classes / 2:
         warnings.warn(
             f"The labels in the data are those of {effective:.1f} classes in effect, "
-            f"and the model tells {classes} apart: statistics of a skewed stream may "
-            "serve the others badly. Take balanced data, or hold on to the present "
-            "statistics by `prior`.",
+            f"and the model tells {classes} apart: such statistics may be wrong for "
+            "the others. Take balanced data, or keep some of the old statistics: "
+            "`prior`.",
             stacklevel=3,
         )
 
 
 class Recalibrate(keras.callbacks.Callback):
-    """Recalibrates a model while it is being fitted.
+    """Recalibrates a model during `fit`.
 
-    After the training of each epoch and before its validation, so that validation
-    and saved checkpoints see statistics that belong to the weights; or once at the
-    end. Listed after `keras.callbacks.SwapEMAWeights`, it does so for the averaged
-    weights while they are in the model, and again for the others.
+    It does so after the training of each epoch and before its validation, so that
+    validation and saved checkpoints have statistics that belong to the weights; or once
+    at the end. Listed after `keras.callbacks.SwapEMAWeights`, it recalibrates while the
+    averaged weights are in the model, and again for the others.
 
     Args:
-        data: as in `recalibrate`; a generator is read on from epoch to epoch.
+        data: as in `recalibrate`; a generator goes on from epoch to epoch.
         when: `"epoch"` or `"end"`.
-        model: the model to recalibrate, where it is not the one that is fitted: a part
-            of it, such as the generator of a GAN.
+        model: the model to recalibrate, if that is only a part of the fitted one, such
+            as the generator of a GAN.
         verbose: as in `recalibrate`.
         **options: further arguments of `recalibrate`.
 
     Raises:
-        ValueError: when `fit` begins, if there is nothing to recalibrate, or if the
-            data has no end and no `steps` are given.
+        ValueError: when `fit` begins, if there is nothing to recalibrate, or for
+            endless data without `steps`.
 
     Example:
 
@@ -328,7 +328,7 @@ class Recalibrate(keras.callbacks.Callback):
         return self.model if self._part is None else self._part
 
     def _recalibrate(self):
-        """Recalibrate, unless the statistics belong to these very weights already."""
+        """Recalibrate, unless the statistics already belong to these weights."""
         weights = [
             float(keras.ops.sum(keras.ops.cast(v, "float64")))
             for v in self._target.trainable_variables

@@ -96,7 +96,7 @@ def test_a_healthy_model_after_the_remedy(files, tmp_path, capsys):
     arguments = [files[0], mended, "--data", files[1]]
     assert command_line.run("recalibrate", *arguments) == 0
     assert run(mended, "--data", files[1]) == 0
-    assert "Nothing to complain of." in capsys.readouterr().out
+    assert "No problems found." in capsys.readouterr().out
 
 
 def test_the_findings_are_those_of_diagnose(model, files, tmp_path):

@@ -61,7 +61,7 @@ def test_a_healthy_model_gets_a_clean_bill(bn):
     report = keras_bn.diagnose(made(bn), data())
     assert report.findings == []
     assert report.healthy
-    assert "Nothing to complain of." in str(report)
+    assert "No problems found." in str(report)
 
 
 @pytest.mark.parametrize("options", [{"renorm": True}, {"virtual_batch_size": 16}])

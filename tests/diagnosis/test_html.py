@@ -116,7 +116,7 @@ def test_many_findings_of_a_kind_make_one_card(sick):
 
 def test_a_healthy_model(sick):
     page = html.page(sick.record, [])
-    assert "Nothing to complain" in page
+    assert "No problems found" in page
     assert '<header class="healthy">' in page
 
 

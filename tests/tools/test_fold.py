@@ -249,7 +249,7 @@ class Doubling(layers.Dense):
         (output_before, "'conv' before it is an output of the model"),
         (shared_layer, "'conv' is shared: it is called in 2 places"),
         (shared_norm, "it is shared: it is called in 2 places"),
-        (padded, "'relu' before it is not linear; 'conv' pads its input with zeros"),
+        (padded, "'relu' before it is not linear; 'conv' pads with zeros; after"),
         (transposed, "'conv' sums over fewer inputs at its borders"),
         (two_after, "it takes an input of the model; 'a' and 'b' use its output"),
         (

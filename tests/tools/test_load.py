@@ -630,7 +630,7 @@ def by_set_weights(model, folder):
 @pytest.mark.filterwarnings("ignore:.*HDF5")
 def test_elsewhere_lost_statistics_are_refused(way, name, value, tmp_path):
     model = spoiled(randomized(convolutional(OURS)), name, value)
-    said = f"'first' can't load a {name.replace('_', ' ')}.*{value} in channel 1.*mends"
+    said = f"'first' can't load a {name.replace('_', ' ')}.*{value} in channel 1.*fixes"
     with pytest.raises(ValueError, match=said):
         way(model, tmp_path)
 

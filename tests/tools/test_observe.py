@@ -257,7 +257,7 @@ def test_subclasses_without_a_call_are_normalizations():
     assert keras_bn.freeze(model) == ["a"]
 
 
-@pytest.mark.filterwarnings("default:Left alone")
+@pytest.mark.filterwarnings("default:Skipped")
 @pytest.mark.parametrize("other", [Doubled, KerasDoubled])
 def test_subclasses_with_a_call_are_left_alone_and_named(other):
     model = chain(other(name="doubled"), OURS(name="bn"))
