@@ -62,7 +62,7 @@ def _inputs(file, arrays, model):
     for name, tensor in taken.items():
         if tensor is not None and not _fits(arrays[name].shape, tensor.shape):
             raise UsageError(
-                f"{name} in {file} has the shape {arrays[name].shape}, but the model "
+                f"{name} in {file} has the shape {arrays[name].shape}, and the model "
                 f"takes {tuple(tensor.shape)}"
             )
     return {name: arrays[name] for name in taken}
