@@ -1,4 +1,4 @@
-"""Timing: what `keras-bn bench` and the scripts in benchmarks/ share."""
+"""Timing, shared by `keras-bn bench` and the scripts in benchmarks/."""
 
 from keras_bn.bench.chains import (
     OURS,

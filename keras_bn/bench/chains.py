@@ -1,4 +1,4 @@
-"""Chains of layers, ours and Keras's, as functions to be timed."""
+"""Chains of layers, ours and Keras's, as functions to time."""
 
 import math
 from collections.abc import Callable
@@ -16,7 +16,7 @@ OURS, PEER = "keras_bn", "Keras"
 
 
 def depth(shape) -> int:
-    """How many layers a chain has: fewer of large ones.
+    """The number of layers in a chain: fewer if they are large.
 
     >>> depth((32, 64)), depth((16, 112, 112, 64))
     (16, 4)
@@ -39,10 +39,10 @@ def chain(
         make: gives a new layer.
         shape: of the input.
         mode: one of `kernels.modes.MODES`.
-        training: whether to take training steps, forward and backward with the
-            update of the moving statistics; or inference steps, forward alone.
+        training: whether to run training steps, forward and backward with the update
+            of the moving statistics; or inference steps, forward only.
         dtype: of the input.
-        backward: whether training steps go backward.
+        backward: whether training steps include the backward pass.
         known: whether the batch size is known while tracing; in `fit` it is not.
 
     Returns:
@@ -90,7 +90,7 @@ def compare(shape, mode="tf.function", training=True, seconds=5.0, **options):
 
     Args:
         shape, mode, training: as for `chain`.
-        seconds: how long to measure.
+        seconds: time to measure.
         **options: arguments of both layers, such as `axis` and `dtype`.
 
     Returns:
@@ -105,7 +105,7 @@ def compare(shape, mode="tf.function", training=True, seconds=5.0, **options):
 
 
 def per_layer(timings: dict[str, Timing], shape) -> dict[str, Timing]:
-    """The timings of a chain as those of one of its layers."""
+    """The timings of a chain, divided by its number of layers."""
     n = depth(shape)
     return {
         name: Timing(t.median / n, t.low / n, t.high / n, t.rounds)
@@ -114,16 +114,15 @@ def per_layer(timings: dict[str, Timing], shape) -> dict[str, Timing]:
 
 
 def crossover(seconds: float = 20.0, channels: int = 64) -> tuple[list, int | None]:
-    """Where the fused kernel becomes the faster one on this machine.
+    """The size from which the fused kernel is faster on this machine.
 
     Args:
-        seconds: how long to measure in all.
+        seconds: total time to measure.
         channels: channels of the inputs.
 
     Returns:
         A list of `(elements, ms of the plain kernel, ms of the fused one)` per layer,
-        and the number of elements from which the fused one stays faster; None if it
-        never is.
+        and the number of elements from which the fused one stays faster, or None.
     """
     rows = []
     for power in range(14, 22):
@@ -141,7 +140,7 @@ def crossover(seconds: float = 20.0, channels: int = 64) -> tuple[list, int | No
 
 
 def _by_plan(how, shape):
-    """A training step of a chain of kernels by one plan, as a function."""
+    """A training step of a chain of kernels with one plan, as a function."""
     rng = np.random.default_rng(0)
     x, upstream = (
         keras.ops.convert_to_tensor(rng.normal(size=shape).astype("float32"))

@@ -1,7 +1,7 @@
-"""Functions timed in turn, so that whatever disturbs one disturbs the others.
+"""Timing functions in turn, so that a disturbance affects all of them.
 
-Absolute times say little on a shared machine; the ratio of two medians, taken round by
-round in turn, says who is faster and by how much.
+Absolute times say little on a shared machine. The ratio of two medians, measured in
+turn, says which is faster and by how much.
 """
 
 import time
@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-# From this ratio on either side, a difference is one.
+# Smaller ratios than this count as equal.
 MARGIN = 1.05
 
 
@@ -26,12 +26,12 @@ class Timing(NamedTuple):
 def interleave(
     functions: dict[str, Callable[[], Any]], seconds: float, rounds: int = 7
 ) -> dict[str, Timing]:
-    """Time functions in turn, so that whatever disturbs one disturbs the others.
+    """Time functions in turn, so that a disturbance affects all of them.
 
     Args:
-        functions: by name, each of no arguments, already warm or not.
-        seconds: how long to go on, for all together.
-        rounds: how many rounds at least.
+        functions: by name, each of no arguments; they need not be warm.
+        seconds: total time for all together.
+        rounds: the least number of rounds.
 
     Returns:
         A `Timing` for each name.
@@ -65,7 +65,7 @@ def _time(function, repeats):
 
 
 def verdict(ratio: float) -> str:
-    """What a ratio of medians says, Keras's time over ours.
+    """A ratio of medians, Keras's time over ours, in words.
 
     >>> verdict(2.0), verdict(1.0), verdict(0.5)
     ('2.0 times as fast', 'as fast', 'SLOWER: 0.50 times as fast')

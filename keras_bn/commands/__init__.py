@@ -1,6 +1,6 @@
-"""What the command line can do: one file for each command, and what they share.
+"""The commands of the command line, one file each, and the code that they share.
 
 Each command has `add`, which adds its arguments to the command line, and a function
-that runs it and returns the exit status. Whatever the user can cause ends with a
+that runs it and returns the exit status. Every mistake of the user raises a
 `UsageError`.
 """

@@ -1,4 +1,4 @@
-"""`keras-bn bench`: the layer timed beside Keras's on this machine.
+"""`keras-bn bench`: time the layer beside Keras's on this machine.
 
 keras-bn bench --shape 32,56,56,64
 """
@@ -29,9 +29,9 @@ def add(commands):
         type=_shape,
         action="append",
         metavar="N,...,C",
-        help="of an input, such as 32,56,56,64; may be given again",
+        help="input shape, such as 32,56,56,64; may be repeated",
     )
-    parser.add_argument("--axis", type=int, default=-1, help="of the channels (-1)")
+    parser.add_argument("--axis", type=int, default=-1, help="channel axis (-1)")
     parser.add_argument(
         "--mode", choices=modes.MODES, default="tf.function", help="how to run it"
     )
@@ -42,12 +42,12 @@ def add(commands):
         "--seconds",
         type=at_least(0, float),
         default=60.0,
-        help="how long to measure in all (60)",
+        help="total time to measure (60)",
     )
     parser.add_argument(
         "--calibrate",
         action="store_true",
-        help="print from which size on a plan with the fused kernel is faster here",
+        help="print the size from which the fused kernel is faster here",
     )
     parser.set_defaults(run=_run, parser=parser)
 
@@ -60,7 +60,7 @@ def _run(arguments):
 
 
 def _calibrated(arguments):
-    """A table, and what it says."""
+    """A table, and its result in a line."""
     rows, start = chains.crossover(arguments.seconds)
     table = Table("elements", "plain, ms", "fused, ms")
     for elements, *times in rows:

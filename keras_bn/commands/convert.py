@@ -1,4 +1,4 @@
-"""`keras-bn convert`: Keras's batch normalizations exchanged for ours, or back."""
+"""`keras-bn convert`: replace Keras's batch normalizations by ours, or back."""
 
 from keras_bn.commands.models import add_command, channels, open_model, save
 from keras_bn.commands.output import show
@@ -9,9 +9,9 @@ def add(commands):
     parser = add_command(
         commands,
         "convert",
-        "exchange Keras's batch normalizations for those of keras_bn, or back",
-        "Exchange every batch normalization of a saved Keras model, of Keras 3 or "
-        "Keras 2, for keras_bn's. Weights, names and training state are kept.",
+        "replace Keras's batch normalizations by those of keras_bn, or back",
+        "Replace every batch normalization of a model saved by Keras 3 or Keras 2 by "
+        "keras_bn's. Weights, names and training state are kept.",
         _run,
         output=True,
     )
@@ -19,7 +19,7 @@ def add(commands):
         "--to",
         choices=("keras_bn", "keras"),
         default="keras_bn",
-        help="whose layers to put in (keras_bn)",
+        help="whose layers to use (keras_bn)",
     )
 
 

@@ -1,4 +1,4 @@
-"""The arrays of an `.npz` file, as a model takes them."""
+"""Reading the inputs of a model from an `.npz` file."""
 
 import numpy as np
 
@@ -10,14 +10,14 @@ def read_data(file, model):
 
     Args:
         file: the path of an `.npz` file. It holds one array, or `x`, or arrays named as
-            the inputs of the model; labels are called `y`.
+            the inputs of the model; labels are in `y`.
         model: the model.
 
     Returns:
         The inputs, an array or a dict of arrays, and the labels or None.
 
     Raises:
-        UsageError: saying what is wrong with the file.
+        UsageError: if the file does not suit the model.
     """
     arrays = _arrays(file)
     inputs = _inputs(file, arrays, model)
@@ -29,7 +29,7 @@ def read_data(file, model):
 
 
 def _arrays(file):
-    # A broken file may fail in the archive, in its compression or in NumPy.
+    # A broken file may fail in zipfile, in zlib or in NumPy.
     with refused(Exception, saying=f"{file} can't be read: "):
         opened = np.load(file, allow_pickle=False)
         if isinstance(opened, np.ndarray):
@@ -41,7 +41,7 @@ def _arrays(file):
 
 
 def _inputs(file, arrays, model):
-    """The arrays for the inputs of the model, by name; refuses those that don't fit."""
+    """The arrays for the inputs of the model, by name; refuses wrong ones."""
     tensors = getattr(model, "inputs", None) or []
     if len(tensors) < 2:
         names = ["x", *(tensor.name for tensor in tensors)]
@@ -69,7 +69,7 @@ def _inputs(file, arrays, model):
 
 
 def _fits(shape, expected):
-    # Keras adds a last axis of size 1 to (batch,) by itself.
+    # Keras adds a last axis of size 1 to (batch,).
     if len(shape) == 1 and tuple(expected[1:]) == (1,):
         return True
     return len(shape) == len(expected) and all(
@@ -78,7 +78,7 @@ def _fits(shape, expected):
 
 
 def _check(file, arrays):
-    """Refuse what is not numbers, and arrays that are not of the same samples."""
+    """Refuse arrays without numbers, and unequal numbers of samples."""
     for name, array in arrays.items():
         if not (np.issubdtype(array.dtype, np.number) or array.dtype == bool):
             raise UsageError(f"{name} in {file} holds no numbers but {array.dtype}")

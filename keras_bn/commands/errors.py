@@ -1,4 +1,4 @@
-"""What goes wrong in a command: an error is one sentence, a warning is a note."""
+"""Errors and warnings of a command: each becomes one sentence."""
 
 import contextlib
 import re
@@ -7,7 +7,7 @@ from pathlib import Path
 
 _PACKAGE = Path(__file__).parents[1]
 
-# What Keras writes around the cause of an error.
+# Keras's text around the cause of an error.
 _BEFORE = "Exception encountered: "
 _HEADINGS = ("Exception encountered when calling ", "A total of ")
 _AFTER = " Full object config: "
@@ -15,7 +15,7 @@ _BOLD = re.compile(r"\x1b\[\d*m")
 
 
 class UsageError(Exception):
-    """What the user asked for cannot be done; the message is a sentence that says why.
+    """A request that cannot be done; the message says why in one sentence.
 
     `cli.main` prints it and ends with exit status 2.
     """
@@ -26,9 +26,9 @@ def refused(*kinds, saying=""):
     """Turn errors of these kinds into a `UsageError`.
 
     Args:
-        *kinds: classes of exceptions; `Exception` for code of others, which may raise
-            anything for what the user gave it.
-        saying: what stands before the error's own sentence.
+        *kinds: classes of exceptions; `Exception` for other people's code, which may
+            raise anything for bad input.
+        saying: text before the error's own sentence.
     """
     try:
         yield
@@ -40,10 +40,10 @@ def refused(*kinds, saying=""):
 
 @contextlib.contextmanager
 def noted():
-    """Collect what keras_bn warns of; what Keras and others warn of is dropped.
+    """Collect the warnings of keras_bn, and drop those of Keras and others.
 
     Yields:
-        A list, which holds the sentences when the context has ended.
+        A list, which is filled when the context ends.
     """
     notes: list[str] = []
     with warnings.catch_warnings(record=True) as caught:
@@ -61,8 +61,7 @@ def sentence(error) -> str:
     """The line of an error's message that says what is wrong.
 
     Keras puts the cause of a failed load at the end, after the configs of all layers
-    around it, and the cause of a failed call, or of weights that don't fit, below a
-    heading.
+    around it. The cause of a failed call, or of wrong weights, is below a heading.
 
     >>> sentence(TypeError("Not this.\\n\\nException encountered: No class 'A'."))
     "No class 'A'."

@@ -6,8 +6,8 @@ from keras_bn.commands.output import show
 from keras_bn.tools.compare import random_inputs, relative_difference
 from keras_bn.tools.fold import Plan
 
-# How far the outputs of a folded model may be from the original's, relative to their
-# spread: beyond, something is wrong, and nothing is written.
+# The largest difference of outputs before and after folding, relative to their spread.
+# Above it, something is wrong.
 _TOLERANCE = 1e-4
 
 
@@ -51,11 +51,11 @@ def _run(arguments):
 
 
 def _compare(model, folded):
-    """How far their outputs differ on random input, None if unknown; and in words."""
+    """The difference of their outputs on random input, or None; and in words."""
     try:
         x = random_inputs(model)
         expected = model(x, training=False)
-    except Exception as error:  # random numbers may not be what the model takes
+    except Exception as error:  # the model may refuse random numbers
         return None, f"not compared: {sentence(error)}"
     difference = float(relative_difference(expected, folded(x, training=False)))
     measured = f"largest difference of the outputs {difference:.1e} of their spread"

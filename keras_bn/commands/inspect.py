@@ -1,4 +1,4 @@
-"""`keras-bn inspect`: the batch normalizations of a model file, and how they are."""
+"""`keras-bn inspect`: list the batch normalizations of a file, and diagnose them."""
 
 import shlex
 from pathlib import Path
@@ -28,7 +28,7 @@ def add(commands):
         "list the batch normalizations of a saved model; with data, diagnose them",
         "List the batch normalizations of a saved Keras model: their options, the "
         "state of their statistics, and where `keras-bn fold` would put them. With "
-        "--data, say what is wrong with them and what mends it; the exit status is "
+        "--data, say what is wrong with them and what fixes it; the exit status is "
         "then 1 if there are errors or warnings.",
         _run,
     )
@@ -36,7 +36,7 @@ def add(commands):
         "--data",
         metavar="FILE.npz",
         help="the inputs: one array, or x, or arrays named as the inputs of the model; "
-        "with labels as y, loss and accuracy are compared, too",
+        "with labels as y, it compares loss and accuracy, too",
     )
     parser.add_argument(
         "--batch-size",
@@ -55,7 +55,7 @@ def _run(arguments):
     _check_arguments(arguments)
     model, layers, native, notes = open_model(arguments)
     if native and arguments.data is not None:
-        # As the file has them, so that the remedies speak of the user's layers.
+        # Use the layers of the file, so that the remedies fit them.
         with refused(TypeError, ValueError):
             model = to_keras(model)
         layers = normalizations(model)
@@ -85,7 +85,7 @@ def _run(arguments):
 
 
 def _check_arguments(arguments):
-    """Refuse what can't be done before any work is."""
+    """Refuse impossible requests before any work."""
     wanted = (("--plot", (".png", ".svg", ".pdf")), ("--html", (".html", ".htm")))
     for option, suffixes in wanted:
         file = getattr(arguments, option[2:])
@@ -115,7 +115,7 @@ def _diagnosed(arguments, model):
 
 
 def _write(arguments, report):
-    """Write the figure and the page that were asked for; gives a line on each."""
+    """Write the requested figure and page; gives a line on each."""
     outputs = {
         arguments.plot: report.plot,
         arguments.html: lambda path: path.write_text(
@@ -129,7 +129,7 @@ def _write(arguments, report):
 
 
 def _on_files(arguments, report):
-    """The command that recalibrates the file, if that mends something."""
+    """The command that recalibrates the file, if that fixes something."""
     mended = {each.layer for each in report.findings if each.tool == "recalibrate"}
     if not mended:
         return None
@@ -165,7 +165,7 @@ def _listed(model, layers, report):
 
 
 def _found(path, report):
-    """What the diagnosis has found in a layer."""
+    """The kinds of findings in a layer, from the diagnosis."""
     if path not in [each.layer for each in report.record.layers]:
         return ["not called"]
     kinds = [each.kind for each in report.findings if each.layer == path]
@@ -173,7 +173,7 @@ def _found(path, report):
 
 
 def _known(layer):
-    """What is known of a layer without data, in the words of the diagnosis."""
+    """The state of a layer as far as it is known without data, in the same words."""
     mean, variance = float64(layer.moving_mean), float64(layer.moving_variance)
     if not np.isfinite([mean, variance]).all():
         state = "non finite statistics"

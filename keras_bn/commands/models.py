@@ -1,4 +1,4 @@
-"""What the commands on model files share: arguments, the models they open and save."""
+"""Shared by the commands on model files: arguments, opening and saving models."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -14,7 +14,7 @@ from keras_bn.tools.convert import to_keras
 from keras_bn.tools.load import holds_ours, load_model
 from keras_bn.tools.norms import normalizations
 
-# How Keras begins or goes on if it doesn't know a class or function of a file.
+# Parts of Keras's message if it doesn't know a class or function of a file.
 _UNKNOWN = ("Could not locate ", "custom_object_scope")
 
 
@@ -25,7 +25,7 @@ class Opened(NamedTuple):
         model: the model, with layers of ours.
         layers: its batch normalizations by path.
         native: whether the file has Keras's own layers.
-        notes: what loading it has warned of.
+        notes: warnings from loading it.
     """
 
     model: keras.Model
@@ -35,12 +35,12 @@ class Opened(NamedTuple):
 
 
 def add_command(commands, name, summary, description, run, output=False):
-    """Add a command on a model file, with its usual arguments.
+    """Add a command on a model file, with the usual arguments.
 
     Args:
-        commands: what `add_subparsers` gave.
+        commands: the result of `add_subparsers`.
         name, summary, description: of the command.
-        run: `run(arguments)`, which gives the exit status.
+        run: `run(arguments)`, which returns the exit status.
         output: whether it writes a model.
 
     Returns:
@@ -63,10 +63,10 @@ def add_command(commands, name, summary, description, run, output=False):
 
 
 def open_model(arguments) -> Opened:
-    """Check the outputs of a command, then load the model it is about.
+    """Check the outputs of a command, then load its model.
 
     Raises:
-        UsageError: if that cannot be.
+        UsageError: if either fails.
         SystemExit: with status 1 if the model has no batch normalization.
     """
     file = arguments.model
@@ -81,7 +81,7 @@ def open_model(arguments) -> Opened:
         with noted() as notes:
             model = load_model(file)
         native = not holds_ours(file)
-    except Exception as error:  # whatever Keras makes of a file it can't read
+    except Exception as error:  # Keras may raise anything for a file it can't read
         raise UsageError(_cause(file, error)) from error
     with refused(ValueError):
         layers = normalizations(model)
@@ -91,12 +91,12 @@ def open_model(arguments) -> Opened:
 
 
 def save(arguments, model, native=False):
-    """Write a model to the command's output, whole or not at all.
+    """Write a model to the command's output, completely or not at all.
 
     Args:
         arguments: of the command.
         model: the model.
-        native: whether with Keras's own layers, as its file had them.
+        native: whether to write Keras's own layers, as its file had them.
     """
     if native:
         with refused(ValueError, TypeError):
@@ -112,19 +112,19 @@ def channels(layer):
 
 
 def _check_holds_model(file):
-    """Refuse a file of weights alone."""
+    """Refuse a file that has only weights."""
     if not Path(file).is_file() or not h5py.is_hdf5(file):
         return
     with h5py.File(file) as opened:
         if "model_config" not in opened.attrs:
             raise UsageError(
-                f"{file} holds weights and no model: load them into the model they "
-                "belong to, and save that with model.save"
+                f"{file} holds weights and no model: load them into their model, and "
+                "save that with model.save"
             )
 
 
 def _cause(file, error):
-    """What is wrong with a file, and what helps if Keras doesn't know a class in it."""
+    """What is wrong with a file, with advice if Keras doesn't know a class in it."""
     said = sentence(error)
     if any(words in said for words in _UNKNOWN):
         said = said.partition(". ")[0]  # the rest is advice for code

@@ -1,4 +1,4 @@
-"""`--import MODULE`: the user's own classes and functions, which a model needs."""
+"""`--import MODULE`: the user's own classes and functions for a model."""
 
 import contextlib
 import importlib
@@ -19,8 +19,8 @@ def add_import(parser):
         metavar="MODULE",
         action="append",
         default=[],
-        help="import this module first, for the classes that the model needs; the "
-        "current folder is searched too; may be given again",
+        help="import this module first, for the classes that the model needs; it may "
+        "be in the current folder; may be repeated",
     )
 
 
@@ -28,7 +28,7 @@ def add_import(parser):
 def imported(names):
     """Import modules, and let Keras find the classes and functions they define.
 
-    Registered or not: within the context, Keras finds them by their names.
+    In this context, Keras finds them by their names, registered or not.
 
     Args:
         names: of modules that are installed or in the current folder.
@@ -50,7 +50,7 @@ def imported(names):
 
 @contextlib.contextmanager
 def _known(found):
-    """Let Keras find objects by their names. A scope would be hidden by inner ones."""
+    """Let Keras find objects by name. An inner custom object scope would hide ours."""
     objects = keras.saving.get_custom_objects()
     before = {name: objects[name] for name in found if name in objects}
     objects.update(found)
@@ -76,13 +76,13 @@ def _import(name):
                 "current folder"
             ) from error
         raise UsageError(f"--import {name} fails: {sentence(error)}") from error
-    except Exception as error:  # whatever the user's code raises
+    except Exception as error:  # the user's code may raise anything
         kind = type(error).__name__
         raise UsageError(f"--import {name} fails: {kind}: {sentence(error)}") from error
 
 
 def _defined_in(module):
-    """Its classes and functions by name, without those that it has from elsewhere."""
+    """The classes and functions by name that a module defines, not those it imports."""
     package = module.__name__
     return {
         name: value

@@ -16,7 +16,7 @@ def at_least(least, kind=int):
     """The type of an option that takes a finite number, `least` or greater.
 
     Args:
-        least: the smallest number it takes.
+        least: the smallest number.
         kind: int or float.
 
     >>> at_least(1)("32"), at_least(0, float)("0.5")

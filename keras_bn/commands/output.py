@@ -1,4 +1,4 @@
-"""What a command prints and writes: tables, JSON, files."""
+"""The output of a command: tables, JSON, files."""
 
 import json
 import math
@@ -31,9 +31,9 @@ def show(arguments, results, header, rows, lines):
 
     Args:
         arguments: of the command.
-        results: what goes into the JSON, in plain types.
+        results: the content of the JSON, in plain types.
         header, rows: of the table, strings.
-        lines: what stands below the table.
+        lines: the text below the table.
     """
     place = console(arguments)
     place.print(table(header, rows))
@@ -42,13 +42,13 @@ def show(arguments, results, header, rows, lines):
 
 
 def check_json(arguments):
-    """Refuse, before any work is done, a file for the JSON that cannot be written."""
+    """Refuse early a file for the JSON that cannot be written."""
     if arguments.json not in (None, "-"):
         check(arguments, arguments.json)
 
 
 def write_json(arguments, results):
-    """Write the results where `--json` says; what is not finite becomes null."""
+    """Write the results where `--json` says; NaN and infinity become null."""
     if arguments.json is None:
         return
     text = json.dumps(_finite(results), indent=1, allow_nan=False) + "\n"
@@ -63,20 +63,20 @@ def write_json(arguments, results):
 
 
 def check(arguments, file):
-    """Refuse, before any work is done, an output that cannot be written."""
+    """Refuse early an output that cannot be written."""
     with refused(OSError):
         files.check_writable(file, arguments.force)
 
 
 def write(arguments, file, write_to):
-    """Write a file, whole or not at all.
+    """Write a file, completely or not at all.
 
     Args:
         arguments: of the command.
         file: its path.
         write_to: `write_to(path)`, which writes a file of the same suffix at `path`.
     """
-    # What writes a model or a figure may raise anything.
+    # Writing a model or a figure may raise anything.
     with refused(Exception, saying=f"{file} can't be written: "):
         files.write_whole(file, write_to, arguments.force)
 

@@ -1,4 +1,4 @@
-"""`keras-bn recalibrate`: the moving statistics of a model replaced by the data's."""
+"""`keras-bn recalibrate`: replace the moving statistics by those of the data."""
 
 import numpy as np
 
@@ -61,7 +61,7 @@ def _run(arguments):
     if not arguments.include_frozen and all(map(is_frozen, layers.values())):
         raise UsageError(
             f"every batch normalization of '{model.name}' is frozen; --include-frozen "
-            "changes them all the same"
+            "changes them anyway"
         )
     before = {path: _statistics(layer) for path, layer in layers.items()}
     what = f"the model can't be run on {arguments.data}: "
@@ -104,8 +104,8 @@ def _statistics(layer):
 
 
 def _change(before, after, epsilon):
-    """How far the mean has moved, in new deviations; the ratio of the deviations."""
-    with np.errstate(invalid="ignore"):  # what was there may be anything
+    """The change of the mean, in new deviations; the ratio of the deviations."""
+    with np.errstate(invalid="ignore"):  # the old values may be anything
         old_stddev, stddev = (np.sqrt(v + epsilon) for _, v in (before, after))
         moved = np.abs(after[0] - before[0]) / stddev
     return {

@@ -1,4 +1,4 @@
-"""`keras-bn verify`: the proof that the layer computes what Keras's computes."""
+"""`keras-bn verify`: prove that the layer computes what Keras's computes."""
 
 from rich.console import Console
 from rich.progress import track

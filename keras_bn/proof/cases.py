@@ -1,4 +1,4 @@
-"""The settings in which the proof compares the layers, and their random numbers."""
+"""The settings in which the proof compares the layers, and their random inputs."""
 
 from dataclasses import dataclass
 from itertools import product
@@ -47,12 +47,12 @@ def cases(quick: bool = False) -> list[Case]:
     """The settings that the proof goes through by default.
 
     Args:
-        quick: all shapes in float32, and the other dtypes and a large mean with one
-            shape, instead of all combinations.
+        quick: all shapes only in float32; other dtypes and large means only with one
+            shape.
 
     Returns:
-        Shapes of rank 2 to 5, with the channels last and first, in each dtype; some of
-        them in float32 with large means as well; all that in each of `modes.MODES`.
+        Shapes of rank 2 to 5, with the channels last and first, in each dtype; some
+        also in float32 with large means; all in each of `modes.MODES`.
     """
     settings = []
     for shape in SHAPES:
@@ -68,7 +68,7 @@ def cases(quick: bool = False) -> list[Case]:
 
 
 def draw(case, rng):
-    """The arguments of `judge.reference`: random numbers that the layers can hold.
+    """Random arguments of `judge.reference`, rounded to the layers' dtypes.
 
     Args:
         case: a `Case`.

@@ -1,26 +1,25 @@
 r"""The proof that the layer computes what Keras's computes, on this machine.
 
-Both layers get the same random numbers, rounded to the dtype beforehand, and both are
-measured against the same arithmetic in float64 NumPy. The error of a quantity is
+Both layers get the same random numbers, already rounded to the dtype. Both are compared
+with the same arithmetic in float64 NumPy. The error of a quantity is
 
 $$\max |\text{result} - \text{reference}| \,/\, \max |\text{reference}|,$$
 
-the mean over a few random draws, since a single one may be small by luck. The
-quantities are the output, the gradients with respect to input, gamma and beta for a
-random upstream gradient, the new moving mean and moving variance, and the output in
-inference.
+the mean over a few random draws, since one may be small by luck. The quantities are the
+output, the gradients with respect to input, gamma and beta for a random upstream
+gradient, the new moving mean and moving variance, and the output in inference.
 
-In float64, our result may differ by 1e-12 at most from Keras's and from the reference,
-which is no more exact than either of them. In any other dtype our error may be three
-times Keras's at most, where Keras's counts as no less than
+In float64, our result may differ by at most 1e-12 from Keras's and from the reference,
+which is itself not more exact. In any other dtype, our error may be at most three times
+Keras's. Keras's error counts as at least
 
-- the machine epsilon for quantities held in float32, and half of it for those in half
-  precision, which are computed in float32 and rounded once: below that, it is luck;
+- the machine epsilon for quantities in float32, and half of it for those in half
+  precision, which are computed in float32 and rounded once: smaller errors are luck;
 - with inputs in half precision, $\sqrt n$ float32 epsilons for sums over the $n$
-  elements of a channel (gradients of gamma and beta, moving statistics). Numbers of so
-  few bits leave room in float32, so that a sum is exact or not by the order of its
-  formula, while the rounding error of a sum is of that size (Higham and Mary, "A New
-  Approach to Probabilistic Rounding Error Analysis", 2019).
+  elements of a channel (gradients of gamma and beta, moving statistics). This is the
+  expected rounding error of a sum (Higham and Mary, "A New Approach to Probabilistic
+  Rounding Error Analysis", 2019). With so few bits in the inputs, a sum may also be
+  exact, depending on the order of its terms.
 """
 
 import math
@@ -38,13 +37,13 @@ from keras_bn.layer import BatchNormalization
 from keras_bn.proof import cases
 from keras_bn.version import __version__
 
-# What Keras's error counts for at least, by the dtype that holds the result.
+# Keras's error counts as at least this, by the dtype of the result.
 LEAST_ERROR = {"float32": 2.0**-23, "float16": 2.0**-11, "bfloat16": 2.0**-8}
 FLOAT64_LIMIT = 1e-12
 DRAWS = 4
 SUMS = ("dgamma", "dbeta", "moving mean", "moving variance")
 
-# With half the old value, errors of the batch statistics show in the moving ones.
+# A low momentum, so that errors of the batch statistics show in the moving ones.
 ARGUMENTS = {"momentum": 0.5, "epsilon": 1e-3}
 
 
@@ -54,10 +53,10 @@ class Check:
 
     Args:
         quantity: its name.
-        ours, keras: of either layer against the reference, the mean over the draws.
+        ours, keras: of each layer against the reference, the mean over the draws.
         difference: between the two layers, the largest of the draws.
-        limit: what `ours` may be at most.
-        difference_limit: what `difference` may be at most.
+        limit: the maximum of `ours`.
+        difference_limit: the maximum of `difference`.
     """
 
     quantity: str
@@ -69,7 +68,7 @@ class Check:
 
     @property
     def strain(self) -> float:
-        """How much of its limit the quantity uses up; above 1 it fails."""
+        """The error as a fraction of its limit; above 1 it fails."""
         if not math.isfinite(self.ours):
             return math.inf
         return max(self.ours / self.limit, self.difference / self.difference_limit)
@@ -77,13 +76,13 @@ class Check:
 
 @dataclass(frozen=True)
 class Record:
-    """What came out for one case.
+    """The result of one case.
 
     Args:
         case: the `Case`.
         checks: a `Check` for each quantity; none if a layer raised an error.
         failure: the error that our layer raised.
-        skipped: the error that Keras's layer raised: there is nothing to compare with.
+        skipped: the error that Keras's layer raised, so nothing can be compared.
     """
 
     case: cases.Case
@@ -101,7 +100,7 @@ class Record:
 
     @property
     def worst(self) -> Check | None:
-        """The check that is nearest to its limit, or farthest beyond it."""
+        """The check with the largest strain."""
         return max(self.checks, key=lambda check: check.strain, default=None)
 
     def to_dict(self) -> dict:
@@ -146,7 +145,7 @@ def passed(records: Iterable[Record]) -> bool:
 
 
 def environment() -> dict[str, str]:
-    """What the comparison holds for: versions, and the device."""
+    """The versions and the device of the comparison."""
     return {
         "keras_bn": __version__,
         "keras": keras.__version__,
@@ -174,7 +173,7 @@ def reference(
 
     Returns:
         A dict of arrays: "output", "dx", "dgamma", "dbeta", the new "moving mean" and
-        "moving variance", and "inference", under the old ones.
+        "moving variance", and "inference" with the old ones.
     """
     x = np.moveaxis(x, axis, -1)
     g = np.moveaxis(upstream, axis, -1)
@@ -201,7 +200,7 @@ def reference(
 def _compare(case, seed):
     draws = [cases.draw(case, np.random.default_rng((seed, i))) for i in range(DRAWS)]
     want = _stack(reference(**draw, axis=case.axis, **ARGUMENTS) for draw in draws)
-    # Whatever a layer raises on this device is a result, not the end of the run.
+    # An error of a layer on this device is a result too: go on with the next case.
     try:
         theirs = _stack(_results(keras.layers.BatchNormalization, case, draws))
     except Exception as error:
@@ -214,7 +213,7 @@ def _compare(case, seed):
 
 
 def _results(layer_class, case, draws):
-    """What `reference` returns, as the layer computes it, for each of the draws."""
+    """The results of a layer for each draw, named as those of `reference`."""
     layer = layer_class(axis=case.axis, dtype=case.dtype, **ARGUMENTS)
     layer.build(case.shape)
     infer = modes.in_mode(lambda x: layer(x, training=False), case.mode)
@@ -280,7 +279,7 @@ def _check(case, quantity, ours, theirs, want):
 
 
 def _limits(case, quantity, keras_error):
-    """What our error, and the difference to Keras's result, may be at most."""
+    """The maxima of our error and of the difference to Keras's result."""
     dtype = keras.DTypePolicy(case.dtype).compute_dtype
     if dtype == "float64":
         return FLOAT64_LIMIT, FLOAT64_LIMIT

@@ -1,4 +1,4 @@
-"""The records of the proof, for the terminal."""
+"""Printing the records of the proof."""
 
 from collections import Counter
 from itertools import groupby
@@ -10,18 +10,18 @@ from keras_bn.proof.cases import MEAN
 from keras_bn.proof.judge import DRAWS, FLOAT64_LIMIT, LEAST_ERROR
 
 RULE = """\
-Each row shows the quantity nearest to its limit, of these: the output, the
-gradients with respect to input, gamma and beta, the new moving mean and
+Each row shows the quantity nearest to its limit. The quantities are the output,
+the gradients with respect to input, gamma and beta, the new moving mean and
 variance, and the output in inference. Errors are ours and Keras's against the
 same arithmetic in float64 NumPy on the same rounded inputs: max |difference| /
 max |value|, the mean over {draws} random draws. Inputs have standard deviation 1,
-and mean {mean:g} where the row names no other.
+and mean {mean:g} if the row names no other.
 
-PASS: in float64, our result differs from Keras's and from NumPy's by {float64:.0e} at
-most. In other dtypes, our error is at most three times Keras's, which counts
-as no less than {float32:.1e} (float32), {float16:.1e} (float16), {bfloat16:.1e}
-(bfloat16); and, where inputs in half precision are summed over the n
-elements of a channel, as no less than {float32:.1e} √n.
+PASS: in float64, our result differs from Keras's and from NumPy's by at most
+{float64:.0e}. In other dtypes, our error is at most three times Keras's. Keras's
+counts as at least {float32:.1e} (float32), {float16:.1e} (float16), {bfloat16:.1e}
+(bfloat16); for sums of half-precision inputs over the n elements of a channel,
+as at least {float32:.1e} √n.
 """.format(draws=DRAWS, mean=MEAN, float64=FLOAT64_LIMIT, **LEAST_ERROR)
 
 _STYLES = {"PASS": "green", "FAIL": "bold red", "skip": "yellow"}
@@ -52,7 +52,7 @@ def table(records) -> Table:
 
 
 def verdict(records, passed) -> str:
-    """The result in one line, then a line for each comparison that didn't pass."""
+    """The result in a line, then a line for each comparison that didn't pass."""
     counts = Counter(record.verdict for record in records)
     if passed:
         lines = [f"PASS: {counts['PASS']} of {len(records)} comparisons"]
