@@ -53,6 +53,10 @@ def modern_training(config, custom_objects=()):
     config = {key: _modern(part, custom_objects) for key, part in config.items()}
     for key in ("loss", "metrics", "weighted_metrics"):
         config[key] = _long_names(config.get(key), custom_objects)
+        # Of a single output, as one list for each output: Keras 3.10 does not take it.
+        match config[key]:
+            case [[*_] as only]:
+                config[key] = only
     return config
 
 

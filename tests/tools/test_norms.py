@@ -48,6 +48,8 @@ def subclass_of_tf_keras():
     ],
 )
 def test_models_of_another_keras_are_told_what_to_do(tool, make, package):
+    if tool == "to_torch":
+        require("torch")
     said = rf"which is of {package} and not of Keras 3.*save.*keras_bn\.load_model"
     with pytest.raises(TypeError, match=said):
         TOOLS[tool](make())
