@@ -5,10 +5,12 @@ import importlib
 import os
 import shutil
 import subprocess
+import sys
 
 # PyTorch may bring triton, whose import after TensorFlow ends the process: before it.
-with contextlib.suppress(ImportError):
-    import triton  # noqa: F401
+if "tensorflow" not in sys.modules:
+    with contextlib.suppress(ImportError):
+        import triton  # noqa: F401
 
 import pytest
 import tensorflow as tf
