@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import keras
 import numpy as np
 from keras.src.losses.loss import unscale_loss_for_distribution
+from keras.src.trainers.trainer import Trainer
 
 from keras_bn.arguments import align_mask
 from keras_bn.moments import Moments
@@ -23,7 +24,14 @@ from keras_bn.tools.norms import (
     is_normalization,
     normalizations,
 )
-from keras_bn.tools.observe import Watch, batches, observed, pooled, state_kept
+from keras_bn.tools.observe import (
+    Watch,
+    batches,
+    check_call,
+    observed,
+    pooled,
+    state_kept,
+)
 
 _INFERENCE, _TRAINING, _PROBE = "inference", "training", "probe"
 
@@ -164,6 +172,7 @@ def collect(model, data, *, steps=None, batch_size=None, verbose="auto"):
 
 def check_any(model):
     """The normalizations of a model, by path; refuses one that has none."""
+    check_call(model)
     if layers := normalizations(model):
         return layers
     raise ValueError(f"'{model.name}' has no batch normalization in it.")
@@ -366,9 +375,14 @@ def _counted(values, mask, layer):
 
 def _loss(model, x, y, outputs, sample_weight):
     """The loss of a batch, as in `evaluate`; None if the model has none."""
-    if not getattr(model, "compiled", False) or model._compile_loss is None:
+    if not getattr(model, "compiled", False):
         return None
-    loss = model.compute_loss(x=x, y=y, y_pred=outputs, sample_weight=sample_weight)
+    own = type(model).compute_loss is not Trainer.compute_loss
+    if model._compile_loss is None and not model.losses and not own:
+        return None
+    loss = model._compute_loss(
+        x=x, y=y, y_pred=outputs, sample_weight=sample_weight, training=False
+    )
     return float(float64(unscale_loss_for_distribution(loss)))
 
 

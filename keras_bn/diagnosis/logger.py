@@ -12,7 +12,7 @@ from keras_bn.diagnosis.collect import check_any, collect
 from keras_bn.kernels import Events
 from keras_bn.tools.files import check_writable, write_whole
 from keras_bn.tools.norms import warn_of_others
-from keras_bn.tools.observe import check_end
+from keras_bn.tools.observe import check_call, check_end
 
 
 class DriftRow(NamedTuple):
@@ -114,6 +114,7 @@ class StatisticsLogger(keras.callbacks.Callback):
 
     def on_train_begin(self, logs=None):
         check_end(self._data, self._options["steps"])
+        check_call(self._target)
         if self._target.built:
             check_any(self._target)
             warn_of_others(self._target)

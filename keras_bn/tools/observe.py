@@ -65,7 +65,7 @@ def batches(x, y=None, sample_weight=None, *, steps=None, batch_size=None, verbo
     finally:
         if adapter is not None:
             adapter.on_epoch_end()
-    if seen and total is None:
+    if seen and seen != total:
         bar.update(seen, finalize=True)
     if seen and steps is not None and seen < steps:
         warnings.warn(
@@ -90,12 +90,30 @@ def check_end(data, steps):
     _adapted(*(data if isinstance(data, tuple) else (data,)))
 
 
+def check_call(model):
+    """Refuse a model that data cannot go through, such as the outer one of a GAN.
+
+    Raises:
+        ValueError: if its class has no `call`.
+    """
+    if getattr(type(model), "call", None) is keras.Model.call:
+        raise ValueError(
+            f"'{model.name}' has no `call`, so data cannot go through it. Pass the "
+            "part that has the batch normalizations: callbacks take `model=`."
+        )
+
+
 def _adapted(x, y=None, sample_weight=None, steps=None, batch_size=None):
     """Keras's adapter for data, and the number of batches, None if not known."""
     iterator = EpochIterator(
         x, y, sample_weight, batch_size=batch_size or 32, steps_per_epoch=steps
     )
     adapter = iterator.data_adapter
+    if isinstance(adapter, TFDatasetAdapter) and not hasattr(adapter._dataset, "batch"):
+        raise ValueError(
+            "The data set is distributed over replicas. Give the data set before "
+            f"`experimental_distribute_dataset`. Received: {x!r}"
+        )
     total = adapter.num_batches
     if total is None and steps is None and _is_endless(adapter):
         raise ValueError(
@@ -107,8 +125,7 @@ def _adapted(x, y=None, sample_weight=None, steps=None, batch_size=None):
 
 def _is_endless(adapter):
     if isinstance(adapter, TFDatasetAdapter):
-        cardinality = adapter._dataset.cardinality
-        return int(cardinality() if callable(cardinality) else cardinality) == -1
+        return int(adapter._dataset.cardinality()) == -1
     return isinstance(adapter, PyDatasetAdapter)
 
 
@@ -166,6 +183,7 @@ class _Answer:
 _ANSWERS: contextvars.ContextVar[dict | None] = contextvars.ContextVar(
     "answers", default=None
 )
+# By the `id` of a layer: how many passes listen, and the `call` the user had set on it.
 _LISTENERS: dict = {}
 _LOCK = threading.Lock()
 
@@ -176,19 +194,24 @@ def _listening(layer):
 
     def call(self, *args, **kwargs):
         answer = (_ANSWERS.get() or {}).get(id(self))
-        return (answer or type(self).call.__get__(self))(*args, **kwargs)
+        _, own = _LISTENERS.get(id(self), (0, None))
+        return (answer or own or type(self).call.__get__(self))(*args, **kwargs)
 
     with _LOCK:
-        _LISTENERS[id(layer)] = _LISTENERS.get(id(layer), 0) + 1
-        if _LISTENERS[id(layer)] == 1:
+        count, own = _LISTENERS.get(id(layer), (0, vars(layer).get("call")))
+        _LISTENERS[id(layer)] = count + 1, own
+        if not count:
             vars(layer)["call"] = types.MethodType(call, layer)
     try:
         yield
     finally:
         with _LOCK:
-            _LISTENERS[id(layer)] -= 1
-            if not _LISTENERS[id(layer)]:
-                del _LISTENERS[id(layer)]
+            count, own = _LISTENERS.pop(id(layer))
+            if count > 1:
+                _LISTENERS[id(layer)] = count - 1, own
+            elif own is not None:
+                vars(layer)["call"] = own
+            else:
                 del vars(layer)["call"]
 
 

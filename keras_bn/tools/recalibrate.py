@@ -8,7 +8,14 @@ import numpy as np
 from keras_bn.moments import Moments
 from keras_bn.tools.arrays import float64
 from keras_bn.tools.norms import is_frozen, normalizations, warn_of_others
-from keras_bn.tools.observe import Watch, batches, check_end, observed, pooled
+from keras_bn.tools.observe import (
+    Watch,
+    batches,
+    check_call,
+    check_end,
+    observed,
+    pooled,
+)
 
 # Below this many elements, the standard error of a variance is over 14 %.
 _FEW = 100
@@ -117,6 +124,7 @@ def recalibrate(
 
 def _layers(model, include_frozen):
     """The layers to recalibrate, by path."""
+    check_call(model)
     found = normalizations(model)
     if not found:
         raise ValueError(
@@ -304,6 +312,7 @@ class Recalibrate(keras.callbacks.Callback):
 
     def on_train_begin(self, logs=None):
         check_end(self._data, self._options.get("steps"))
+        check_call(self._target)
         if self._target.built:
             _layers(self._target, self._options.get("include_frozen", False))
         self._fitting, self._weights = True, None

@@ -166,6 +166,27 @@ def test_a_loss_of_the_users_and_one_of_the_model():
     assert_as_evaluated(model, (X, ONE_HOT))
 
 
+def test_losses_that_depend_on_the_mode_or_on_no_loss_in_compile():
+    class Louder(keras.Model):
+        def compute_loss(self, x, y, y_pred, sample_weight=None, training=True):
+            loss = keras.ops.mean(keras.ops.abs(y_pred - y))
+            return 100.0 * loss if training else loss
+
+    class Added(layers.Layer):
+        def call(self, x):
+            self.add_loss(keras.ops.mean(keras.ops.abs(x)))
+            return x
+
+    inputs = keras.Input((4,))
+    for loss in "mse", None:
+        model = Louder(inputs, layers.Dense(3)(OURS()(inputs)))
+        model.compile("sgd", loss)
+        assert_as_evaluated(model, (X, ONE_HOT))
+    model = keras.Sequential([keras.Input((4,)), OURS(), Added(), layers.Dense(3)])
+    model.compile("sgd")
+    assert_as_evaluated(model, (X, ONE_HOT))
+
+
 @pytest.mark.parametrize("compiled", [True, False])
 def test_without_a_loss_there_is_none(compiled):
     model = of_classes()

@@ -219,6 +219,18 @@ def test_callbacks_for_a_part_of_what_is_fitted():
     assert logger.rows[0].mean_drift > 1
 
 
+@pytest.mark.parametrize("kind", ["recalibrate", "log"])
+def test_a_model_without_call_is_refused_when_fit_begins(kind):
+    model = Pair()
+    model.compile("sgd")
+    spy = keras.callbacks.LambdaCallback(on_train_batch_end=lambda *_: 1 / 0)
+    with pytest.raises(ValueError, match=r"has no `call`.*`model=`"):
+        model.fit(data(), data(), callbacks=[callback(kind, data()), spy], verbose=0)
+    for tool in keras_bn.recalibrate, keras_bn.diagnose:
+        with pytest.raises(ValueError, match="has no `call`"):
+            tool(model, data(), verbose=0)
+
+
 class Doubled(OURS):
     def call(self, x, training=None, mask=None):
         return 2.0 * super().call(x, training=training, mask=mask)
@@ -341,6 +353,23 @@ def test_other_threads_are_served_as_ever(kind):
     assert served(model, other, lambda: keras_bn.diagnose(model, other)) == 0
 
 
+@pytest.mark.parametrize("tool", [keras_bn.recalibrate, keras_bn.diagnose])
+def test_a_call_that_the_user_replaced_stays(tool):
+    model = chain(OURS(name="bn"), layers.Dense(2))
+    layer, seen = model.get_layer("bn"), []
+
+    def spy(*args, **kwargs):
+        seen.append(1)
+        return OURS.call(layer, *args, **kwargs)
+
+    layer.call = spy
+    tool(model, data(), verbose=0)
+    assert layer.call is spy
+    before = len(seen)
+    model(data())
+    assert len(seen) == before + 1
+
+
 def test_two_passes_at_once():
     model = chain(OURS(name="a"), layers.Dense(8), OURS(name="b"))
     reports = {}
@@ -380,3 +409,15 @@ def test_replicas(norms, synchronized):
     with strategy.scope():
         again = keras_bn.diagnose(model, (x, y))
     np.testing.assert_allclose(again.record.loss[0], expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("tool", [keras_bn.recalibrate, keras_bn.diagnose])
+def test_a_distributed_data_set_is_refused_in_words(tool):
+    strategy = strategy_of("mirrored 2")
+    with strategy.scope():
+        model = chain(OURS(), layers.Dense(2))
+        model.compile("sgd", "mse")
+    whole = tf.data.Dataset.from_tensor_slices((data(), data()[:, :2])).batch(20)
+    with pytest.raises(ValueError, match="is distributed over replicas"):
+        tool(model, strategy.experimental_distribute_dataset(whole), verbose=0)
+    tool(model, whole, verbose=0)
