@@ -68,7 +68,7 @@ class _Copier:
             for nodes in getattr(graph, "_nodes_by_depth", {}).values()
             for node in nodes
         }
-        self._left_out = {id(model)} if not compiled else set()
+        self._uncompiled = None if compiled else model
 
     def whole(self, model):
         copy = self(model)
@@ -169,7 +169,7 @@ class _Copier:
                 attributes.pop(name, None)
         if isinstance(value, Trainer):
             attributes.update(dict.fromkeys(_TRACED))
-            if id(value) in self._left_out:
+            if value is self._uncompiled:
                 for name in _COMPILED:
                     attributes.pop(name, None)
                 attributes.update(dict.fromkeys(_COMPILED_OR_NONE), compiled=False)
@@ -212,21 +212,21 @@ class _Copier:
         return tuple(self(part) for part in value)
 
     def _function(self, value):
-        """The same function, with copies in its closure."""
+        """The same function, with copies in its closure and its defaults."""
         cells = tuple(types.CellType() for _ in value.__closure__ or ())
         new = types.FunctionType(
             value.__code__,
             value.__globals__,
             value.__name__,
-            value.__defaults__,
+            self(value.__defaults__),
             cells,
         )
-        new.__kwdefaults__ = value.__kwdefaults__
+        new.__kwdefaults__ = self(value.__kwdefaults__)
         new.__qualname__, new.__module__ = value.__qualname__, value.__module__
         vars(new).update(vars(value))
 
         def fill():
-            for cell, old in zip(cells, value.__closure__, strict=True):
+            for cell, old in zip(cells, value.__closure__ or (), strict=True):
                 if _is_filled(old):
                     cell.cell_contents = self(old.cell_contents)
 
@@ -295,7 +295,8 @@ def _parts(value):
     if kind is functools.partial:
         return [value.func, *value.args, *value.keywords.values()]
     if kind is types.FunctionType:
-        return [c.cell_contents for c in value.__closure__ or () if _is_filled(c)]
+        held = [c.cell_contents for c in value.__closure__ or () if _is_filled(c)]
+        return [*held, value.__defaults__, value.__kwdefaults__]
     if hasattr(value, "python_function"):
         return [value.python_function]
     return list(getattr(value, "__dict__", {}).values())
@@ -303,6 +304,7 @@ def _parts(value):
 
 def _is_filled(cell):
     try:
-        return cell.cell_contents is not None
+        cell.cell_contents  # noqa: B018 (an empty one raises)
     except ValueError:
         return False
+    return True

@@ -211,6 +211,31 @@ def test_plain_variables_are_copied():
     assert (float(copy.calls[0]), float(counting.calls[0])) == (before + 1, before)
 
 
+class Sharing(layers.Layer):
+    """Functions that hold layers in their closures and defaults, and None beside."""
+
+    def __init__(self):
+        super().__init__()
+        dense, nothing = layers.Dense(3), None
+        self.dense = dense
+        self.by_closure = lambda x: dense(x) if nothing is None else nothing
+        self.by_default = lambda x, dense=dense: dense(x)
+        self.by_keyword = lambda x, *, dense=dense: dense(x)
+
+    def call(self, x):
+        return self.by_closure(x) + self.by_default(x) + self.by_keyword(x)
+
+
+def test_functions_that_hold_layers():
+    model = keras.Sequential([keras.Input((4,)), Sharing(), KERAS()])
+    x = np.ones((2, 4), "float32")
+    expected = model(x).numpy()
+    ours = keras_bn.from_keras(model)
+    np.testing.assert_allclose(ours(x), expected, rtol=1e-6)
+    model.layers[0].dense.kernel.assign(model.layers[0].dense.kernel + 1.0)
+    np.testing.assert_allclose(ours(x), expected, rtol=1e-6)
+
+
 class Halving(keras.optimizers.schedules.LearningRateSchedule):
     def __init__(self, start):
         self.start = start
