@@ -12,7 +12,7 @@ from keras_bn.commands.errors import UsageError, noted, refused
 from keras_bn.commands.models import add_command, channels, open_model
 from keras_bn.commands.options import at_least
 from keras_bn.diagnosis.report import diagnose
-from keras_bn.tools.arrays import float64
+from keras_bn.tools.arrays import is_initial, moving
 from keras_bn.tools.convert import to_keras
 from keras_bn.tools.fold import Fold, plan_fold
 from keras_bn.tools.norms import is_frozen, normalizations
@@ -174,19 +174,13 @@ def _found(path, report):
 
 def _known(layer):
     """The state of a layer as far as it is known without data, in the same words."""
-    mean, variance = float64(layer.moving_mean), float64(layer.moving_variance)
+    mean, variance = moving(layer)
     if not np.isfinite([mean, variance]).all():
         state = "non finite statistics"
     elif (variance < 0).any():
         state = "negative variance"
-    elif _is_initial(layer, mean, variance):
+    elif is_initial(layer):
         state = "never updated"
     else:
         state = "updated"
     return [state, "frozen"] if is_frozen(layer) else [state]
-
-
-def _is_initial(layer, mean, variance):
-    first = layer.moving_mean_initializer(mean.shape)
-    second = layer.moving_variance_initializer(variance.shape)
-    return (mean == float64(first)).all() and (variance == float64(second)).all()

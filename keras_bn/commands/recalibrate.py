@@ -7,7 +7,7 @@ from keras_bn.commands.errors import UsageError, noted, refused
 from keras_bn.commands.models import add_command, open_model, save
 from keras_bn.commands.options import at_least
 from keras_bn.commands.output import show
-from keras_bn.tools.arrays import float64
+from keras_bn.tools.arrays import moving
 from keras_bn.tools.norms import is_frozen
 from keras_bn.tools.recalibrate import recalibrate
 
@@ -63,7 +63,7 @@ def _run(arguments):
             f"every batch normalization of '{model.name}' is frozen; --include-frozen "
             "changes them anyway"
         )
-    before = {path: _statistics(layer) for path, layer in layers.items()}
+    before = {path: moving(layer) for path, layer in layers.items()}
     what = f"the model can't be run on {arguments.data}: "
     with refused(Exception, saying=what), noted() as more:
         found = recalibrate(
@@ -80,7 +80,7 @@ def _run(arguments):
         {
             "layer": path,
             "elements": int(moments.count.min()),
-            **_change(before[path], _statistics(layers[path]), layers[path].epsilon),
+            **_change(before[path], moving(layers[path]), layers[path].epsilon),
         }
         for path, moments in found.items()
     ]
@@ -97,10 +97,6 @@ def _run(arguments):
     results = {"layers": changes, "warnings": [*notes, *more]}
     show(arguments, results, _HEADER, rows, [*notes, *more, closing])
     return 0
-
-
-def _statistics(layer):
-    return float64(layer.moving_mean), float64(layer.moving_variance)
 
 
 def _change(before, after, epsilon):

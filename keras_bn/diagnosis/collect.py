@@ -15,7 +15,7 @@ from keras.src.trainers.trainer import Trainer
 
 from keras_bn.arguments import align_mask
 from keras_bn.moments import Moments
-from keras_bn.tools.arrays import axes, float64
+from keras_bn.tools.arrays import axes, float64, is_initial, moving
 from keras_bn.tools.graph import graph_of, input_of, nodes, walk
 from keras_bn.tools.linear import is_linear
 from keras_bn.tools.norms import (
@@ -271,7 +271,7 @@ class _Run(Watch):
         self._mode = mode
         return self.run(x, training=training)
 
-    def _answer(self, path, twin, inputs, training, mask):
+    def _answer(self, path, twin, inputs, training=None, mask=None):
         seen = self.seen.setdefault(path, _Seen())
         if self._mode == _PROBE:
             seen.modes.add(bool(training))
@@ -296,11 +296,7 @@ class _Run(Watch):
 
 
 def _layer_record(path, layer, seen, bias_of):
-    mean, variance = float64(layer.moving_mean), float64(layer.moving_variance)
-    initial = (
-        layer.moving_mean_initializer(mean.shape),
-        layer.moving_variance_initializer(variance.shape),
-    )
+    mean, variance = moving(layer)
     inference_mode = seen.modes == {False}
     return LayerRecord(
         layer=path,
@@ -312,10 +308,7 @@ def _layer_record(path, layer, seen, bias_of):
         inference_mode=inference_mode,
         moving_mean=mean,
         moving_variance=variance,
-        initial=all(
-            np.array_equal(present, float64(first))
-            for present, first in zip((mean, variance), initial, strict=True)
-        ),
+        initial=is_initial(layer),
         gamma=None if layer.gamma is None else float64(layer.gamma),
         bias_of=None if is_frozen(layer) or inference_mode else bias_of,
         data=Moments(np.broadcast_to(seen.data.count, mean.shape), *seen.data[1:]),

@@ -6,13 +6,11 @@ import math
 from pathlib import Path
 from typing import NamedTuple
 
-import keras
-
 from keras_bn.diagnosis.collect import check_any, collect
 from keras_bn.kernels import Events
 from keras_bn.tools.files import check_writable, write_whole
 from keras_bn.tools.norms import warn_of_others
-from keras_bn.tools.observe import check_call, check_end
+from keras_bn.tools.observe import DataCallback
 
 
 class DriftRow(NamedTuple):
@@ -38,7 +36,7 @@ class DriftRow(NamedTuple):
     output_gap: float
 
 
-class StatisticsLogger(keras.callbacks.Callback):
+class StatisticsLogger(DataCallback):
     """Records how far moving statistics are from the data's during training.
 
     Before the first epoch and after each, `data` goes through the model as in
@@ -101,20 +99,14 @@ class StatisticsLogger(keras.callbacks.Callback):
         steps=None,
         batch_size=None,
     ):
-        super().__init__()
+        super().__init__(data, model)
         self.filename, self.log_dir, self.append = filename, log_dir, append
         self.rows: list[DriftRow] = []
-        self._data, self._part = data, model
         self._options = {"steps": steps, "batch_size": batch_size, "verbose": 0}
         self._events = None
 
-    @property
-    def _target(self):
-        return self.model if self._part is None else self._part
-
     def on_train_begin(self, logs=None):
-        check_end(self._data, self._options["steps"])
-        check_call(self._target)
+        self._check(self._options["steps"])
         if self._target.built:
             check_any(self._target)
             warn_of_others(self._target)

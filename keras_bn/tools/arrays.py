@@ -1,4 +1,4 @@
-"""NumPy arrays from what Keras holds, and the axes of a layer."""
+"""NumPy arrays from what Keras holds, and the axes and statistics of a layer."""
 
 import keras
 import numpy as np
@@ -12,3 +12,17 @@ def float64(value) -> np.ndarray:
 def axes(layer) -> list:
     """The channel axes of a normalization in a list, with the given signs."""
     return list(layer.axis) if isinstance(layer.axis, list | tuple) else [layer.axis]
+
+
+def moving(layer) -> tuple[np.ndarray, np.ndarray]:
+    """The moving mean and variance of a normalization, as arrays of float64."""
+    return float64(layer.moving_mean), float64(layer.moving_variance)
+
+
+def is_initial(layer) -> bool:
+    """Whether the moving statistics of a normalization are still the initial ones."""
+    mean, variance = moving(layer)
+    first_mean = float64(layer.moving_mean_initializer(mean.shape))
+    first_variance = float64(layer.moving_variance_initializer(variance.shape))
+    same = np.array_equal(mean, first_mean)
+    return same and np.array_equal(variance, first_variance)

@@ -7,6 +7,7 @@ context: elsewhere the model works as always.
 
 import contextlib
 import contextvars
+import functools
 import threading
 import types
 import warnings
@@ -103,6 +104,28 @@ def check_call(model):
         )
 
 
+class DataCallback(keras.callbacks.Callback):
+    """A callback that runs data through the fitted model, or through a part of it.
+
+    Args:
+        data: as in `keras_bn.recalibrate` or `keras_bn.diagnose`.
+        part: the model to run, if it is not the fitted one.
+    """
+
+    def __init__(self, data, part):
+        super().__init__()
+        self._data, self._part = data, part
+
+    @property
+    def _target(self):
+        return self.model if self._part is None else self._part
+
+    def _check(self, steps):
+        """Refuse, when `fit` begins, what could not run later."""
+        check_end(self._data, steps)
+        check_call(self._target)
+
+
 def _adapted(x, y=None, sample_weight=None, steps=None, batch_size=None):
     """Keras's adapter for data, and the number of batches, None if not known."""
     iterator = EpochIterator(
@@ -135,9 +158,9 @@ class Watch:
     Args:
         model: the model; nothing in it changes.
         layers: the normalizations, by path.
-        answer: `answer(path, twin, inputs, training, mask)` gives the output of a
-            call. The twin is a layer of ours with the same weights as the layer that
-            was called; the function may change it.
+        answer: `answer(path, twin, inputs, training=None, mask=None)` gives the output
+            of a call. The twin is a layer of ours with the same weights as the layer
+            that was called; the function may change it.
 
     Attributes:
         twins: the twin of each layer, by path.
@@ -147,7 +170,7 @@ class Watch:
         self._model = model
         self.twins = {path: twin_of(layer) for path, layer in layers.items()}
         self._answers = {
-            id(layer): _Answer(answer, path, self.twins[path])
+            id(layer): functools.partial(answer, path, self.twins[path])
             for path, layer in layers.items()
         }
         self._layers = list(layers.values())
@@ -169,14 +192,6 @@ class Watch:
             return self._model(x, training=training)
         finally:
             _ANSWERS.reset(token)
-
-
-class _Answer:
-    def __init__(self, function, *first):
-        self._function, self._first = function, first
-
-    def __call__(self, inputs, training=None, mask=None):
-        return self._function(*self._first, inputs, training, mask)
 
 
 # The answers by the `id` of the layer, in the present thread and context.

@@ -6,13 +6,13 @@ import keras
 import numpy as np
 
 from keras_bn.moments import Moments
-from keras_bn.tools.arrays import float64
+from keras_bn.tools.arrays import float64, moving
 from keras_bn.tools.norms import is_frozen, normalizations, warn_of_others
 from keras_bn.tools.observe import (
+    DataCallback,
     Watch,
     batches,
     check_call,
-    check_end,
     observed,
     pooled,
 )
@@ -184,7 +184,7 @@ class _Collector(Watch):
             bar.add(1)
         return found
 
-    def _answer(self, path, twin, inputs, training, mask):
+    def _answer(self, path, twin, inputs, training=None, mask=None):
         if path in self._finished:
             return twin.call(inputs, training=False, mask=mask)
         outputs, moments = observed(path, twin, inputs, mask)
@@ -194,7 +194,7 @@ class _Collector(Watch):
 
 def _with_prior(layer, moments, prior, samples):
     """The moments of the data, pooled with `prior` samples of the old statistics."""
-    mean, variance = float64(layer.moving_mean), float64(layer.moving_variance)
+    mean, variance = moving(layer)
     known = np.isfinite(mean) & np.isfinite(variance)
     elements = prior * moments.count / samples
     present = Moments(np.where(known, elements, 0.0), mean, variance)
@@ -270,7 +270,7 @@ def _warn_of_skew(model, labels):
         )
 
 
-class Recalibrate(keras.callbacks.Callback):
+class Recalibrate(DataCallback):
     """Recalibrates a model during `fit`.
 
     It does so after the training of each epoch and before its validation, so that
@@ -302,17 +302,15 @@ class Recalibrate(keras.callbacks.Callback):
     """
 
     def __init__(self, data, *, when="epoch", model=None, verbose=0, **options):
-        super().__init__()
+        super().__init__(data, model)
         if when not in ("epoch", "end"):
             raise ValueError(f"`when` must be 'epoch' or 'end'. Received: {when!r}")
         self.when = when
-        self._data, self._part = data, model
         self._options = {"verbose": verbose, **options}
         self._fitting = False
 
     def on_train_begin(self, logs=None):
-        check_end(self._data, self._options.get("steps"))
-        check_call(self._target)
+        self._check(self._options.get("steps"))
         if self._target.built:
             _layers(self._target, self._options.get("include_frozen", False))
         self._fitting, self._weights = True, None
@@ -331,10 +329,6 @@ class Recalibrate(keras.callbacks.Callback):
     def on_train_end(self, logs=None):
         self._recalibrate()
         self._fitting = False
-
-    @property
-    def _target(self):
-        return self.model if self._part is None else self._part
 
     def _recalibrate(self):
         """Recalibrate, unless the statistics already belong to these weights."""

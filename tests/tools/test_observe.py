@@ -156,7 +156,9 @@ def test_callbacks_refuse_when_fit_begins(kind):
 
     def fit(model, source, **options):
         model.compile("sgd", "mse")
-        spy = keras.callbacks.LambdaCallback(on_train_batch_end=lambda *_: 1 / 0)
+        spy = keras.callbacks.LambdaCallback(
+            on_train_batch_end=lambda batch, logs: trained.append(batch)
+        )
         each = callback(kind, source, **options)
         model.fit(data(), data()[:, :2], callbacks=[each, spy], verbose=0)
 
