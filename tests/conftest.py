@@ -12,6 +12,7 @@ if "tensorflow" not in sys.modules:
     with contextlib.suppress(ImportError):
         import triton  # noqa: F401
 
+import keras
 import pytest
 import tensorflow as tf
 
@@ -46,6 +47,12 @@ def require(package):
     if in_ci():
         pytest.fail(f"{reason}; in CI nothing is skipped")
     pytest.skip(reason)
+
+
+@pytest.fixture
+def seeded():
+    """Keras's initializers draw the same every time: what is compared is rounding."""
+    keras.utils.set_random_seed(0)
 
 
 @pytest.fixture

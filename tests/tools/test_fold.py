@@ -15,10 +15,7 @@ OURS = keras_bn.BatchNormalization
 KERAS = layers.BatchNormalization
 
 
-@pytest.fixture(autouse=True)
-def seeded():
-    """The same kernels every time: what is compared is rounding."""
-    keras.utils.set_random_seed(0)
+pytestmark = pytest.mark.usefixtures("seeded")
 
 
 def norms(model):

@@ -24,7 +24,10 @@ from keras_bn.tools.graph import walk
 
 OURS = keras_bn.BatchNormalization
 KERAS = layers.BatchNormalization
-pytestmark = pytest.mark.filterwarnings("ignore:The statistics of")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The statistics of"),
+    pytest.mark.usefixtures("seeded"),
+]
 
 
 def data(n=100, width=4, seed=0):
