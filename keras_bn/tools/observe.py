@@ -58,6 +58,7 @@ def batches(x, y=None, sample_weight=None, *, steps=None, batch_size=None, verbo
     try:
         # Do not take one batch too many out of a generator.
         for batch in () if total == 0 else source:
+            batch = keras.tree.map_structure(_dense, batch)
             yield keras.utils.unpack_x_y_sample_weight(batch)
             seen += 1
             bar.update(seen)
@@ -73,6 +74,11 @@ def batches(x, y=None, sample_weight=None, *, steps=None, batch_size=None, verbo
             f"The data ended after {seen} batches. Received: steps={steps}",
             stacklevel=2,
         )
+
+
+def _dense(value):
+    """An array for a sparse matrix of SciPy, which `fit` takes too."""
+    return value.toarray() if hasattr(value, "toarray") else value
 
 
 def check_end(data, steps):

@@ -170,12 +170,15 @@ class _Collector(Watch):
         """The moments of each layer when those before it are recalibrated."""
         found: dict[str, Moments] = {}
         how = {"batch_size": batch_size, "verbose": 0}
+        # Those that only later batches reach are appended when a pass has shown them.
         order = list(self.at_once(data, steps=1, **how))
         bar = keras.utils.Progbar(
             len(order), unit_name="layer", verbose=1 if verbose == "auto" else verbose
         )
         for path in order:
-            found[path] = self.at_once(data, steps, labels=labels, **how)[path]
+            seen = self.at_once(data, steps, labels=labels, **how)
+            order += [each for each in seen if each not in order]
+            found[path] = seen[path]
             labels = None  # each pass shows them again
             twin = self.twins[path]
             moments = _with_prior(twin, found[path], prior, self.samples)

@@ -90,6 +90,50 @@ def test_a_generator_gives_no_more_than_asked_for():
     assert [x[0, 0] for x, _, _ in batches(source, steps=2)] == [3.0, 4.0]
 
 
+class SparsePairs(keras.utils.PyDataset):
+    num_batches = 10
+
+    def __getitem__(self, i):
+        sparse = pytest.importorskip("scipy.sparse")
+        return sparse.csr_matrix(data()[12 * i : 12 * (i + 1)]), np.zeros(12)
+
+
+@pytest.mark.parametrize(
+    "make", [SparsePairs, lambda: (batch for batch in SparsePairs())]
+)
+def test_sparse_matrices(make):
+    model = chain(layers.Dense(4, kernel_initializer="identity"), OURS(name="bn"))
+    keras_bn.recalibrate(model, make(), steps=10, verbose=0)
+    found = model.get_layer("bn").moving_mean
+    np.testing.assert_allclose(found, data().mean(0), rtol=1e-5)
+    assert keras_bn.diagnose(model, make(), steps=10).record.samples == 120
+
+
+class Choosing(keras.Model):
+    """A model whose second normalization is reached by some batches only."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = OURS(name="first"), OURS(name="second")
+
+    def call(self, x):
+        large = float(np.max(np.asarray(x))) > 100.0
+        x = self.first(x)
+        return self.second(x) if large else x
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_a_layer_that_only_later_batches_reach(exact):
+    model = Choosing()
+    model.first.build((None, 4))
+    model.second.build((None, 4))
+    model.built = True
+    x = np.concatenate([data(), data(mean=200.0)])
+    found = keras_bn.recalibrate(model, x, batch_size=120, exact=exact, verbose=0)
+    assert list(found) == ["first", "second"]
+    np.testing.assert_array_equal(found["second"].count, 120)
+
+
 def test_data_sets_are_told_when_epochs_begin_and_end():
     source = Pairs()
     list(batches(source))
