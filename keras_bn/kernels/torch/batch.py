@@ -1,0 +1,74 @@
+"""Normalizing a batch with its own statistics, by PyTorch's op where it can serve."""
+
+import math
+
+import torch
+
+from keras_bn.kernels import autodiff, layout
+from keras_bn.kernels.plan import Plan
+from keras_bn.kernels.torch import replicas
+from keras_bn.moments import Moments, Tensor
+
+
+def forward(
+    x, mask, gamma, beta, *, epsilon: float, plan: Plan
+) -> tuple[Tensor, Moments]:
+    """Normalize a batch with its own statistics; see the contract of the kernels."""
+    # Sums overflow or lose digits in half precision.
+    wide = x if x.dtype == torch.float64 else x.float()
+    if plan.kernel == "fused":
+        y, moments = _native(wide, gamma, beta, epsilon, plan.axes[0])
+    else:
+        y, moments = _formulas(wide, mask, gamma, beta, epsilon, plan)
+    return y.to(x.dtype), Moments(*(value.detach() for value in moments))
+
+
+def _native(x, gamma, beta, epsilon, axis):
+    """PyTorch's op on the input less a shift near its mean, which is added back.
+
+    The op multiplies the input before it subtracts the mean, and so would lose digits
+    where means are large. It takes memory in any order, so `movedim` copies nothing.
+    """
+    channels = x.shape[axis]
+    sequence = x.ndim == 3 and axis == 2
+    image = x.reshape(-1, channels) if sequence else x.movedim(axis, 1)
+    rows = [i for i in range(image.ndim) if i != 1]
+    each = math.prod(image.shape[2:])
+    few = image.detach()[: -(-layout.SHIFT_ROWS // each)]
+    shift = few.mean(rows, keepdim=True)
+    gamma, beta = (v if v is None else v.to(x.dtype) for v in (gamma, beta))
+    mean, variance = x.new_zeros(2, channels)
+    y = torch.batch_norm(
+        image - shift,
+        gamma,
+        beta,
+        mean,
+        variance,
+        training=True,
+        momentum=1.0,  # the scratch statistics become those of the batch
+        eps=epsilon,
+        cudnn_enabled=torch.backends.cudnn.enabled,
+    )
+    n = image.shape[0] * each
+    y = y.reshape(x.shape) if sequence else y.movedim(1, axis)
+    # A number, which broadcasts: a tensor would take three more ops.
+    return y, Moments(
+        torch.as_tensor(n), mean + shift.reshape(-1), variance * ((n - 1) / n)
+    )
+
+
+def _formulas(x, mask, gamma, beta, epsilon, plan):
+    if plan.group_size is None:
+        lay = layout.Layout(x, plan.axes)
+    else:
+        lay = layout.Grouped(x, plan.axes, plan.group_size)
+    y, moments = autodiff.forward(
+        x,
+        lay.mask(mask, x),
+        lay.parameter(gamma, 1.0, x.dtype),
+        lay.parameter(beta, 0.0, x.dtype),
+        epsilon=epsilon,
+        layout=lay,
+        total=replicas.total if plan.synchronized else None,
+    )
+    return y, Moments(*(lay.statistic(value) for value in moments))
