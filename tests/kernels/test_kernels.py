@@ -313,7 +313,7 @@ def test_xla_computes_nothing_anew_for_each_layer(shape):
     def instructions(depth):
         make = keras_bn.BatchNormalization
         forward, weights = bench.in_line(make, shape, length=depth)
-        run = modes.with_gradients(forward, weights, "jit_compile")
+        run = modes.with_gradients(forward, weights, "xla")
         x = tf.zeros(shape)
         text = run.experimental_get_compiler_ir(x, x)(stage="optimized_hlo")
         return text.count(" = f32[")
