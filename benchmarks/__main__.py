@@ -70,7 +70,7 @@ def chains(full, seconds):
     """Rows of `layer.measure` by title; all in `--full`, else what is most run."""
     steps = layer.main(["--seconds", str(seconds)])
     compiled = [
-        layer.measure(shape, axis, "jit_compile", seconds)
+        layer.measure(shape, axis, "xla", seconds)
         for shape, axis in layer.SHAPES
         if full or shape in COMPILED
     ]

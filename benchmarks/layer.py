@@ -32,7 +32,7 @@ SHAPES = [
 def measure(
     shape,
     axis=-1,
-    mode="tf.function",
+    mode="graph",
     seconds=5.0,
     training=True,
     backward=True,
@@ -53,7 +53,7 @@ def measure(
         "ms": {name: timing._asdict() for name, timing in timings.items()},
         "ratio": ratio(timings),
     }
-    if row["backward"] and mode == "tf.function" and not options:
+    if row["backward"] and mode == "graph" and not options:
         chains = peers.functions(shape, **how, known=True)
         row["known_ratio"] = ratio(bench.interleave(chains, seconds / 2))
     return row
@@ -89,7 +89,7 @@ def table(rows):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--mode", choices=modes.MODES, default="tf.function")
+    parser.add_argument("--mode", choices=modes.MODES, default="graph")
     parser.add_argument("--inference", action="store_true")
     parser.add_argument("--dtype", help="a dtype policy, such as mixed_bfloat16")
     parser.add_argument("--seconds", type=float, default=5.0, help="for each shape")

@@ -41,7 +41,7 @@ def step(kind, jit=False):
             y = forward(x)
         return tape.gradient(y, [x, *weights], output_gradients=upstream)[1:]
 
-    mode = "jit_compile" if jit else "tf.function"
+    mode = "xla" if jit else "graph"
     train = modes.in_mode(train, mode, [(unknown, "float32")])
     forget_peak()
     before = resident()

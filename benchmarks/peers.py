@@ -103,7 +103,7 @@ def flax(shape, axis=-1, training=True):
 
 def functions(
     shape,
-    mode="tf.function",
+    mode="graph",
     axis=-1,
     training=True,
     backward=True,
@@ -120,7 +120,7 @@ def functions(
         bench.OURS: lambda: keras_bn.BatchNormalization(axis=axis, **options),
     }
     alone = known or bool(options)
-    if training and mode == "tf.function" and axis == -1 and not alone:
+    if training and mode == "graph" and axis == -1 and not alone:
         peers["fused op"] = FusedOp
     dtype = keras.DTypePolicy(options.get("dtype", "float32")).compute_dtype
     how = mode, training, dtype, backward, known

@@ -27,7 +27,7 @@ def depth(shape) -> int:
 def chain(
     make: Callable[[], keras.Layer],
     shape: tuple[int, ...],
-    mode: str = "tf.function",
+    mode: str = "graph",
     training: bool = True,
     dtype: str = "float32",
     backward: bool = True,
@@ -85,7 +85,7 @@ def in_line(make, shape, training=True, length=None):
     return forward, [w for layer in layers for w in layer.trainable_variables]
 
 
-def compare(shape, mode="tf.function", training=True, seconds=5.0, **options):
+def compare(shape, mode="graph", training=True, seconds=5.0, **options):
     """Milliseconds per layer, ours and Keras's.
 
     Args:
@@ -155,5 +155,5 @@ def _by_plan(how, shape):
             )
         return x
 
-    step = modes.with_gradients(forward, [gamma, beta], "tf.function")
+    step = modes.with_gradients(forward, [gamma, beta], "graph")
     return lambda: step(x, upstream)

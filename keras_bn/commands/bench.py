@@ -33,7 +33,7 @@ def add(commands):
     )
     parser.add_argument("--axis", type=int, default=-1, help="channel axis (-1)")
     parser.add_argument(
-        "--mode", choices=modes.MODES, default="tf.function", help="how to run it"
+        "--mode", choices=modes.MODES, default="graph", help="how to run it (graph)"
     )
     parser.add_argument(
         "--inference", action="store_true", help="inference instead of training"

@@ -74,6 +74,13 @@ def test_bad_times_are_refused(capsys, seconds):
     assert f"must be a number, 0 or greater, not '{seconds}'" in said
 
 
+@pytest.mark.parametrize("mode", ["tf.function", "jit_compile", "GRAPH"])
+def test_modes_have_three_names(capsys, mode):
+    said = refused(capsys, "bench", "--mode", mode, "--seconds", 0)
+    assert "argument --mode: invalid choice" in said
+    assert all(name in said for name in ("eager", "graph", "xla"))
+
+
 def test_more_memory_than_there_is_is_refused(capsys, monkeypatch):
     def chain(*arguments):
         raise MemoryError("Unable to allocate 3 TiB\nfor an array")

@@ -14,7 +14,7 @@ from keras_bn.proof import cases, judge
 
 FEW = [
     cases.Case((64, 4), -1, "float32", "eager"),
-    cases.Case((6, 4, 5, 5), 1, "float32", "tf.function", mean=1e3),
+    cases.Case((6, 4, 5, 5), 1, "float32", "graph", mean=1e3),
     # So far from zero, Keras's own error hides a wrong epsilon.
     cases.Case((64, 4), -1, "float32", "eager", mean=1e5),
 ]
@@ -79,7 +79,7 @@ def test_a_wrong_layer_fails_the_command(broken, capsys):
     verdict = out[out.index("FAIL: 2 of 3 comparisons") :].splitlines()
     assert len(verdict) == 3
     assert verdict[1].startswith("  FAIL 64×4 axis -1 float32 eager: output ")
-    assert verdict[2].startswith("  FAIL 6×4×5×5 axis 1 float32 at 1e3 tf.function: ")
+    assert verdict[2].startswith("  FAIL 6×4×5×5 axis 1 float32 at 1e3 graph: ")
 
 
 def test_json_alone_on_stdout(broken, capsys):

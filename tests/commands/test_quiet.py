@@ -48,7 +48,7 @@ def test_stderr_is_empty(model, tmp_path, form, suffix):
 
 
 def test_a_step_under_xla_prints_nothing_either():
-    options = ["--shape", "8,4", "--mode", "jit_compile", "--seconds", "0"]
+    options = ["--shape", "8,4", "--mode", "xla", "--seconds", "0"]
     done = process("-m", "keras_bn", "bench", *options)
     assert (done.returncode, done.stderr) == (0, "")
 

@@ -2,7 +2,7 @@
 
 import tensorflow as tf
 
-MODES = ("eager", "tf.function", "jit_compile")
+MODES = ("eager", "graph", "xla")
 TENSORFLOW_VERSION = tf.__version__
 
 
@@ -11,8 +11,8 @@ def in_mode(function, mode, signature=None):
 
     Args:
         function: takes and returns tensors.
-        mode: "eager", "tf.function", or "jit_compile" for
-            `tf.function(jit_compile=True)`.
+        mode: "eager", "graph" for a `tf.function`, or "xla" for one with
+            `jit_compile=True`.
         signature: what is known of its arguments while tracing: a list of
             `(shape, dtype)`, with None for unknown sizes; by default, everything.
 
@@ -30,7 +30,7 @@ def in_mode(function, mode, signature=None):
     return tf.function(
         function,
         input_signature=specs,
-        jit_compile=mode == "jit_compile",
+        jit_compile=mode == "xla",
         autograph=False,
     )
 
