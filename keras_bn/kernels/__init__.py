@@ -40,13 +40,17 @@ A backend gives:
     Notes anew which variables a Keras layer has, where the backend keeps a list of them
     that Keras's trackers do not know.
 `modes`
-    The ways to run a function, for `verify` and `bench`: `MODES`, `VERSION`, and
-    `in_mode(function, mode, signature)`: a function of tensors, to be run in one of the
-    modes. `signature` lists `(shape, dtype)` of its arguments, with None for sizes that
-    are unknown while it is compiled.
-    `with_gradients(function, variables, mode, signature)`: a function of `x` and an
-    upstream gradient that gives `function(x)` and a list: the gradients of
-    `sum(upstream * function(x))` with respect to `x` and to each variable.
+    The ways to run a function, for `verify` and `bench`. `MODES`: their names, of
+    "eager", "graph" and "xla"; `USUAL`: the one that `fit` uses; `VERSION`: of the
+    backend.
+    `in_mode(function, variables, mode, signature=None)`: a function of tensors, run in
+    one of the modes. `variables` are all Keras variables that it reads or assigns.
+    `signature` lists `(shape, dtype)` of its arguments, with None for sizes that are
+    unknown while it is compiled; by default all are known.
+    `with_gradients(function, variables, mode, signature=None)`: a function of `x` and
+    an upstream gradient that gives `function(x)` and a list: the gradients of
+    `sum(upstream * function(x))` with respect to `x` and to each trainable variable.
+    `wait(result)`: the result, when the device has computed it.
     `device()`: where ops run by default, in words.
 `Events(folder)`
     An event file for TensorBoard: `write(step, {tag: number})`, `close()`.

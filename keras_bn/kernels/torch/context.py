@@ -16,10 +16,14 @@ def make_plan(x, mask, settings) -> Plan:
     """The plan for an input; see the contract of the kernels."""
     shared = settings.synchronized and replicas.active()
     special = mask is not None or settings.group_size is not None or shared
-    several = len(settings.axes) > 1
     rows = math.prod(n for i, n in enumerate(x.shape) if i not in settings.axes)
-    # The op gives the unbiased variance, which one row has not.
-    kernel = "plain" if special or several or rows < 2 else "fused"
+    if special or rows == 0:
+        kernel = "plain"
+    elif x.is_cuda and len(settings.axes) == 1 and rows > 1:
+        # The op gives the unbiased variance, which one row has not.
+        kernel = "fused"
+    else:
+        kernel = "centred"
     return Plan(kernel, settings.axes, settings.group_size, shared)
 
 

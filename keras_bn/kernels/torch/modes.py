@@ -1,34 +1,39 @@
-"""The ways PyTorch runs a function: eagerly, or compiled."""
+"""The way PyTorch runs a function: eagerly."""
 
 import torch
 from keras import ops
 
-MODES = ("eager", "graph")
+MODES = ("eager",)
+USUAL = "eager"
 VERSION = torch.__version__
 
 
-def in_mode(function, mode, signature=None):
-    """`function`, run in one of the `MODES`; see the contract of the kernels.
-
-    "graph" is `torch.compile`, without a graph break. It wants no signature.
-    """
+def in_mode(function, variables, mode, signature=None):
+    """`function`, run in one of the `MODES`; see the contract of the kernels."""
     if mode not in MODES:
         raise ValueError(f"`mode` must be one of {MODES}. Received: mode={mode!r}")
-    return function if mode == "eager" else torch.compile(function, fullgraph=True)
+    return function
 
 
 def with_gradients(function, variables, mode, signature=None):
     """`function` and its vector-Jacobian products; see the contract of the kernels."""
-    values = [variable.value for variable in variables]
-    forward = in_mode(function, mode, signature)
+    function = in_mode(function, variables, mode)
+    values = [variable.value for variable in variables if variable.trainable]
 
     def run(x, upstream):
         x = ops.convert_to_tensor(x).detach().requires_grad_()
-        y = forward(x)
+        y = function(x)
         upstream = ops.convert_to_tensor(upstream)
         return y.detach(), list(torch.autograd.grad(y, [x, *values], upstream))
 
     return run
+
+
+def wait(result):
+    """The result, when it has been computed."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return result
 
 
 def device() -> str:
