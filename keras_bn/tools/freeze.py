@@ -2,13 +2,15 @@
 
 import warnings
 
+import keras
+
 from keras_bn.frozen import forget_traces
 from keras_bn.layer import BatchNormalization
 from keras_bn.tools import norms
 from keras_bn.tools.graph import walk
 
 
-def freeze(model, *, affine=False):
+def freeze(model: keras.Layer, *, affine: bool = False) -> list[str]:
     """Freeze the statistics of every batch normalization of ours in a model.
 
     From now on training normalizes with the moving statistics and does not change a bit
@@ -49,7 +51,7 @@ def freeze(model, *, affine=False):
     return _set(model, True, affine)
 
 
-def unfreeze(model, *, affine=False):
+def unfreeze(model: keras.Layer, *, affine: bool = False) -> list[str]:
     """Let training move the statistics again: the inverse of `freeze`.
 
     It takes effect as `freeze` does. With `affine`, compile again if the optimizer was
