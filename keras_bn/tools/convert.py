@@ -204,7 +204,7 @@ def _arguments(layer, kind):
 
 
 def _hand_over_variables(model, pairs):
-    """Tell optimizers about the variables that had to be made anew."""
+    """Tell optimizers about the variables that had to be made again."""
     instead: dict = {}
     for old, new in pairs:
         named = {variable.name: variable for variable in new.variables}

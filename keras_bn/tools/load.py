@@ -145,7 +145,7 @@ def _restore_optimizer(model, path):
     elif stored:
         warnings.warn(
             f"The state of the optimizer in '{path}' does not fit Keras 3's; the "
-            "optimizer starts anew.",
+            "optimizer starts from its initial state.",
             stacklevel=3,
         )
 
