@@ -19,36 +19,38 @@ class Freezable(keras.layers.Layer):
     _freeze_affine: bool | str = False
 
     @property
-    def freeze_statistics(self):
+    def freeze_statistics(self) -> bool:
         """Whether training uses the moving statistics and does not change them."""
         return self._freeze_statistics
 
     @freeze_statistics.setter
-    def freeze_statistics(self, value):
+    def freeze_statistics(self, value: bool) -> None:
         if self.set_frozen(statistics=value):
             forget_traces([self])
 
     @property
-    def freeze_affine(self):
+    def freeze_affine(self) -> bool | str:
         """Whether gamma and beta do not train; or the name of the one that doesn't."""
         return self._freeze_affine
 
     @freeze_affine.setter
-    def freeze_affine(self, value):
+    def freeze_affine(self, value: bool | str) -> None:
         if self.set_frozen(affine=check_affine(value)):
             forget_traces([self])
 
     @property
-    def trainable(self):
+    def trainable(self) -> bool:
         """Whether the layer trains; if not, all of it is frozen."""
         return self._trainable
 
     @trainable.setter
-    def trainable(self, value):
+    def trainable(self, value: bool) -> None:
         keras.layers.Layer.trainable.fset(self, value)
         self._hold_affine()
 
-    def set_frozen(self, statistics=None, affine=None):
+    def set_frozen(
+        self, statistics: bool | None = None, affine: bool | str | None = None
+    ) -> bool:
         """Freeze or unfreeze. The caller has to call `forget_traces`.
 
         Args:

@@ -1,14 +1,19 @@
 """The layer: signature, weights, call, config."""
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
 from keras import constraints, initializers, ops, regularizers
 
 from keras_bn import arguments, kernels, moving, renorm, step
+from keras_bn.arguments import Shape
 from keras_bn.frozen import Freezable
-from keras_bn.moments import wide
+from keras_bn.moments import Moments, Tensor, wide
 from keras_bn.stored import Checked
+
+# An initializer, regularizer or constraint: itself, its name or its config.
+Named = Callable[..., Tensor] | str | dict[str, Any]
 
 
 @keras.saving.register_keras_serializable(package="keras_bn")
@@ -102,31 +107,31 @@ class BatchNormalization(Freezable, Checked):
 
     def __init__(
         self,
-        axis=-1,
-        momentum=0.99,
-        epsilon=1e-3,
-        center=True,
-        scale=True,
-        beta_initializer="zeros",
-        gamma_initializer="ones",
-        moving_mean_initializer="zeros",
-        moving_variance_initializer="ones",
-        beta_regularizer=None,
-        gamma_regularizer=None,
-        beta_constraint=None,
-        gamma_constraint=None,
-        renorm=False,
-        renorm_clipping=None,
-        renorm_momentum=0.99,
-        synchronized=False,
+        axis: int | Sequence[int] = -1,
+        momentum: float | None = 0.99,
+        epsilon: float = 1e-3,
+        center: bool = True,
+        scale: bool = True,
+        beta_initializer: Named = "zeros",
+        gamma_initializer: Named = "ones",
+        moving_mean_initializer: Named = "zeros",
+        moving_variance_initializer: Named = "ones",
+        beta_regularizer: Named | None = None,
+        gamma_regularizer: Named | None = None,
+        beta_constraint: Named | None = None,
+        gamma_constraint: Named | None = None,
+        renorm: bool = False,
+        renorm_clipping: dict[str, Any] | None = None,
+        renorm_momentum: float = 0.99,
+        synchronized: bool = False,
         *,
-        virtual_batch_size=None,
-        unbiased=False,
-        debias=False,
-        freeze_statistics=False,
-        freeze_affine=False,
-        **kwargs,
-    ):
+        virtual_batch_size: int | None = None,
+        unbiased: bool = False,
+        debias: bool = False,
+        freeze_statistics: bool = False,
+        freeze_affine: bool | str = False,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(**kwargs)
         self.axis = arguments.check_axis(axis)
         self.momentum = None if momentum is None else arguments.check_momentum(momentum)
@@ -164,7 +169,7 @@ class BatchNormalization(Freezable, Checked):
         self.renorm_stddev: Any = None
         self.updates: Any = None
 
-    def build(self, input_shape):
+    def build(self, input_shape: Shape) -> None:
         self._axes = arguments.channel_axes(self.axis, input_shape)
         if self.virtual_batch_size is not None and 0 in self._axes:
             raise ValueError(
@@ -226,7 +231,12 @@ class BatchNormalization(Freezable, Checked):
         )
         self.built = True
 
-    def call(self, inputs, training=None, mask=None):
+    def call(
+        self,
+        inputs: Tensor,
+        training: bool | Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
         if mask is None and ops.is_tensor(training):
             # Keras passes the mask on only if a call has a single tensor argument.
             mask = getattr(inputs, "_keras_mask", None)
@@ -254,7 +264,9 @@ class BatchNormalization(Freezable, Checked):
                     variable.assign(new)
         return y
 
-    def normalize_batch(self, inputs, mask=None):
+    def normalize_batch(
+        self, inputs: Tensor, mask: Tensor | None = None
+    ) -> tuple[Tensor, Moments]:
         """Normalize a batch by its own statistics, in training and in inference.
 
         No weight changes, and the options for training have no effect. Recalibration
@@ -280,11 +292,11 @@ class BatchNormalization(Freezable, Checked):
         )
         return ops.cast(y, self.compute_dtype), moments
 
-    def compute_output_shape(self, input_shape):
+    def compute_output_shape(self, input_shape: Shape) -> Shape:
         arguments.channel_axes(self.axis, input_shape, sizes_known=False)
         return input_shape
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {
             **super().get_config(),
             "axis": self.axis,
@@ -320,7 +332,7 @@ class BatchNormalization(Freezable, Checked):
         }
 
     @classmethod
-    def from_config(cls, config):
+    def from_config(cls, config: dict[str, Any]) -> "BatchNormalization":
         clipping = keras.saving.deserialize_keras_object(config.get("renorm_clipping"))
         config = {**config, "renorm_clipping": clipping}
         if "axes" in config:

@@ -2,6 +2,8 @@
 
 import contextlib
 import contextvars
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import keras
 import numpy as np
@@ -21,18 +23,18 @@ class Checked(keras.layers.Layer):
     `.h5` files where it is in a nested model: there Keras assigns to the variables.
     """
 
-    def load_own_variables(self, store):
+    def load_own_variables(self, store: Mapping[str, Any]) -> None:
         for i, variable in enumerate(self.variables):
             if str(i) in store.keys():  # noqa: SIM118 (a store is not a dict)
                 self._check_stored(variable.name, store[str(i)])
         super().load_own_variables(store)
 
-    def set_weights(self, weights):
+    def set_weights(self, weights: Sequence[Any]) -> None:
         for variable, value in zip(self.weights, weights, strict=False):
             self._check_stored(variable.name, value)
         super().set_weights(weights)
 
-    def finalize_state(self):
+    def finalize_state(self) -> None:
         """Check the weights that Keras's `.h5` reader has just assigned."""
         for variable in self.variables:
             self._check_stored(variable.name, variable)

@@ -1,10 +1,10 @@
-"""What trains well evaluates badly while the moving statistics lag, and what mends it.
+"""What trains well evaluates badly while the moving statistics lag, and what fixes it.
 
 A small convolutional network is trained on the digits with several rules for its
 moving statistics. The rule has no part in training, so the weights are the same: what
 differs is what inference makes of them. After t steps at momentum m, a share of m^t of
 the moving statistics is still their initial values; `debias=True` takes that out, a
-lower momentum forgets it sooner, and `keras_bn.recalibrate` computes them anew. And
+lower momentum forgets it sooner, and `keras_bn.recalibrate` computes them again. And
 `keras_bn.diagnose` says that, and where, they are wrong.
 
 Source: Ioffe and Szegedy, "Batch Normalization", 2015, section 3.1, for moving
@@ -28,7 +28,7 @@ import keras_bn
 CLAIM = (
     "After one epoch, a model with Keras's default momentum evaluates far worse than "
     "with the statistics of its batches; `diagnose` finds it, and `debias`, a lower "
-    "momentum, or `recalibrate` mends it. What lag is left grows with the momentum."
+    "momentum, or `recalibrate` fixes it. What lag is left grows with the momentum."
 )
 DEFAULT, DEBIASED, LOW = "momentum 0.99", "0.99, debias", "momentum 0.9"
 RULES = {
@@ -104,7 +104,7 @@ class Watch(keras.callbacks.Callback):
 
 
 def measure(model, restart, digits, seed, epochs):
-    """Train, watching; diagnose after each epoch, and mend after the first.
+    """Train, watching; diagnose after each epoch, and recalibrate after the first.
 
     Returns:
         A dict: by step, accuracy in `inference` and by the statistics of `batches`;
@@ -120,7 +120,9 @@ def measure(model, restart, digits, seed, epochs):
         drift = [np.abs(layer.mean_drift) for layer in report.record.layers]
         found["drift"].append(float(np.median(np.concatenate(drift))))
         if not epoch:
-            found.update(report=str(report), **mend(model, digits, report))
+            found.update(
+                report=str(report), **after_recalibration(model, digits, report)
+            )
     return {
         "steps": watch.steps,
         "inference": watch.inference,
@@ -136,7 +138,7 @@ def diagnose(model, digits, batches=10):
     return keras_bn.diagnose(model, images, batch_size=BATCH)
 
 
-def mend(model, digits, report):
+def after_recalibration(model, digits, report):
     """Recalibrate, evaluate, diagnose again, and put the model back as it was."""
     before = model.get_weights()
     keras_bn.recalibrate(model, digits.x_train, batch_size=BATCH, verbose=0)
@@ -201,11 +203,11 @@ def parts_of(figures):
 
 
 def draw(figures):
-    """Accuracy by step and after mending, and the drift of the statistics by epoch."""
+    """Accuracy by step and after recalibrating, and how far off the statistics are."""
     figure, axes = drawing.new_figure(
         "One training, three rules for the moving statistics "
         "(median and range over seeds)",
-        [["steps", "steps", "mended", "drift"]],
+        [["steps", "steps", "first epoch", "drift"]],
         size=(14, 5),
     )
     colors = dict(zip(RULES, (drawing.WITHOUT, "#f2b134", drawing.WITH), strict=True))
@@ -220,22 +222,22 @@ def draw(figures):
     drawing.band(axes["steps"], steps, batches, grey, BATCHES, ms=3)
     axes["steps"].axvline(PER_EPOCH, color=grey, lw=0.8, ls=":")
     axes["steps"].text(PER_EPOCH, 0.02, " first epoch ends")
-    mended = {
+    ways = {
         "inference": ("as it is", drawing.WITHOUT),
         "recalibrated": ("recalibrated", drawing.COLORS[3]),
         "batches": ("by batch\nstatistics", grey),
     }
-    for at, (name, (_, color)) in enumerate(mended.items()):
+    for at, (name, (_, color)) in enumerate(ways.items()):
         values = first(figures, DEFAULT, name)
         median = np.median(values)
-        drawing.dots(axes["mended"], at, values, color)
+        drawing.dots(axes["first epoch"], at, values, color)
         below = {"ha": "center", "va": "top", "color": color}
-        axes["mended"].text(at, min(values) - 0.03, f"{median:.0%}", **below)
-    axes["mended"].set_xticks(range(3), [label for label, _ in mended.values()])
+        axes["first epoch"].text(at, min(values) - 0.03, f"{median:.0%}", **below)
+    axes["first epoch"].set_xticks(range(3), [label for label, _ in ways.values()])
     found = int(sum(first(figures, DEFAULT, "diagnosed")))
     drawing.tidy(axes["steps"], "Validation accuracy", "training step")
     drawing.tidy(
-        axes["mended"],
+        axes["first epoch"],
         f"{DEFAULT} after one epoch:\na gap is diagnosed in {found} of {len(figures)}",
     )
     drawing.tidy(
@@ -243,7 +245,7 @@ def draw(figures):
         "How far the moving means are from\nthose of the data, in standard deviations",
         "epoch",
     )
-    for name in ("steps", "mended"):
+    for name in ("steps", "first epoch"):
         axes[name].set_ylim(0, 1)
         drawing.percent(axes[name])
     axes["drift"].set_ylim(bottom=0)

@@ -1,4 +1,4 @@
-"""New images look different: their own statistics mend what that breaks.
+"""New images look different: their own statistics repair what that breaks.
 
 A small convolutional network learns the digits as they are, and then meets them paler,
 brighter or noisy. Nothing is trained again; `keras_bn.recalibrate` puts in statistics
@@ -7,7 +7,7 @@ training, which count as `prior` images. The prior for a seed is the best one in
 other seeds. And, to see it go wrong, a stream of images that are all of one class.
 
 Source: Schneider et al., "Improving robustness against common corruptions by covariate
-shift adaptation", 2020: new statistics mend much of it; with few images, a prior is
+shift adaptation", 2020: new statistics repair much of it; with few images, a prior is
 needed.
 """
 
@@ -25,7 +25,7 @@ import tensorflow as tf
 import keras_bn
 
 CLAIM = (
-    "The statistics of the new images mend much of what their different look breaks; "
+    "The statistics of the new images repair much of what their different look breaks; "
     "of few images, better blended with a prior; and a stream of one class does harm, "
     "with a warning."
 )

@@ -91,7 +91,7 @@ def moving_average(digits, seed, epochs):
         By row, the validation accuracy after each epoch.
     """
     found = {}
-    for row, mend in (
+    for row, after in (
         ("averaged", []),
         (
             "recalibrated",
@@ -107,7 +107,7 @@ def moving_average(digits, seed, epochs):
             BATCH,
             epochs,
             verbose=0,
-            callbacks=[last, swap, *mend, averaged],
+            callbacks=[last, swap, *after, averaged],
         )
         found.setdefault("not averaged", last.values)
         found[row] = averaged.values
@@ -164,7 +164,7 @@ def curves(figures, kind, row):
 
 
 def parts_of(figures):
-    last, averaged, mended = ROWS
+    last, averaged, recalibrated = ROWS
     parts = []
     for kind in (EMA, SWA):
 
@@ -183,7 +183,7 @@ def parts_of(figures):
             ),
             claims.Part(
                 says + "recalibrated less not averaged",
-                gain(mended, last),
+                gain(recalibrated, last),
                 above=0,
                 form="{:+.3f}",
             ),

@@ -89,18 +89,18 @@ class LayerRecord:
     gap: float
 
     @property
-    def mean_drift(self):
+    def mean_drift(self) -> np.ndarray:
         """Moving mean − mean of the data, in standard deviations of the data."""
         return (self.moving_mean - self.data.mean) / self._stddev
 
     @property
-    def stddev_ratio(self):
+    def stddev_ratio(self) -> np.ndarray:
         """Moving standard deviation / that of the data, both including epsilon."""
         with np.errstate(invalid="ignore"):
             return np.sqrt(self.moving_variance + self.epsilon) / self._stddev
 
     @property
-    def drift(self):
+    def drift(self) -> Drift:
         """The `Drift` over the channels."""
         mean, ratio = np.abs(self.mean_drift), self.stddev_ratio
         with np.errstate(divide="ignore"):

@@ -60,7 +60,7 @@ class Finding(NamedTuple):
     remedy: str
     tool: str | None = None
 
-    def __str__(self):
+    def __str__(self) -> str:
         return f"{self.severity}: {self.layer}: {self.message}"
 
 

@@ -3,14 +3,17 @@
 import csv
 import io
 import math
+import os
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import keras
 
 from keras_bn.diagnosis.collect import check_any, collect
 from keras_bn.kernels import Events
 from keras_bn.tools.files import check_writable, write_whole
 from keras_bn.tools.norms import warn_of_others
-from keras_bn.tools.observe import DataCallback
+from keras_bn.tools.observe import DataCallback, Logs
 
 
 class DriftRow(NamedTuple):
@@ -90,22 +93,22 @@ class StatisticsLogger(DataCallback):
 
     def __init__(
         self,
-        data,
-        filename=None,
+        data: Any,
+        filename: str | os.PathLike[str] | None = None,
         *,
-        log_dir=None,
-        append=False,
-        model=None,
-        steps=None,
-        batch_size=None,
-    ):
+        log_dir: str | os.PathLike[str] | None = None,
+        append: bool = False,
+        model: keras.Model | None = None,
+        steps: int | None = None,
+        batch_size: int | None = None,
+    ) -> None:
         super().__init__(data, model)
         self.filename, self.log_dir, self.append = filename, log_dir, append
         self.rows: list[DriftRow] = []
         self._options = {"steps": steps, "batch_size": batch_size, "verbose": 0}
-        self._events = None
+        self._events: Events | None = None
 
-    def on_train_begin(self, logs=None):
+    def on_train_begin(self, logs: Logs = None) -> None:
         self._check(self._options["steps"])
         if self._target.built:
             check_any(self._target)
@@ -120,22 +123,22 @@ class StatisticsLogger(DataCallback):
             self._events = Events(self.log_dir)
         self._begun = False
 
-    def on_epoch_begin(self, epoch, logs=None):
+    def on_epoch_begin(self, epoch: int, logs: Logs = None) -> None:
         if not self._begun:
             self._begun = True
             self.rows = [row for row in self.rows if row.epoch <= epoch]
             if not any(row.epoch == epoch for row in self.rows):
                 self._record(epoch)
 
-    def on_epoch_end(self, epoch, logs=None):
+    def on_epoch_end(self, epoch: int, logs: Logs = None) -> None:
         self._record(epoch + 1)
 
-    def on_train_end(self, logs=None):
+    def on_train_end(self, logs: Logs = None) -> None:
         if self._events is not None:
             self._events.close()
             self._events = None
 
-    def plot(self, path=None):
+    def plot(self, path: str | os.PathLike[str] | None = None) -> Any:
         """Draw the drift and the output gap of each layer over the epochs.
 
         Args:

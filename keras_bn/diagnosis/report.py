@@ -1,15 +1,27 @@
 """The diagnosis of a model: a table, findings, a dict, a figure."""
 
 import math
+import os
 import textwrap
 from dataclasses import dataclass
+from typing import Any
+
+import keras
 
 from keras_bn.diagnosis.collect import LayerRecord, ModelRecord, collect
 from keras_bn.diagnosis.findings import ERROR, WARNING, Finding, findings
 from keras_bn.tools.norms import warn_of_others
+from keras_bn.tools.observe import Verbose
 
 
-def diagnose(model, data, *, steps=None, batch_size=None, verbose=0):
+def diagnose(
+    model: keras.Model,
+    data: Any,
+    *,
+    steps: int | None = None,
+    batch_size: int | None = None,
+    verbose: Verbose = 0,
+) -> "Report":
     """Say what is wrong with the batch normalizations of a model, and how to fix it.
 
     If a model trains well and evaluates badly, its moving statistics are usually not
@@ -74,15 +86,15 @@ class Report:
     findings: list[Finding]
 
     @property
-    def healthy(self):
+    def healthy(self) -> bool:
         """Whether no finding is more severe than a note."""
         return not any(f.severity in (ERROR, WARNING) for f in self.findings)
 
-    def layer(self, path) -> LayerRecord:
+    def layer(self, path: str) -> LayerRecord:
         """The record of the layer with this path."""
         return next(each for each in self.record.layers if each.layer == path)
 
-    def __str__(self):
+    def __str__(self) -> str:
         record = self.record
         lines = [
             f"{record.model}: {record.samples} samples in {record.batches} batches"
@@ -109,7 +121,7 @@ class Report:
             lines.append("No errors, no warnings.")
         return "\n".join(lines)
 
-    def to_dict(self):
+    def to_dict(self) -> dict[str, Any]:
         """The report in plain types, ready for JSON; NaN and infinity become None."""
         record = self.record
         return {
@@ -126,13 +138,13 @@ class Report:
             "findings": [finding._asdict() for finding in self.findings],
         }
 
-    def to_html(self):
+    def to_html(self) -> str:
         """The report as one page of HTML that loads nothing; a string."""
         from keras_bn.diagnosis.html import page
 
         return page(self.record, self.findings)
 
-    def plot(self, path=None):
+    def plot(self, path: str | os.PathLike[str] | None = None) -> Any:
         """Draw each layer's drift over its channels, and its output gap.
 
         Args:

@@ -1,6 +1,7 @@
 """Replacing Keras's batch normalization by ours in a model, and back."""
 
 import inspect
+from typing import Any
 
 import keras
 
@@ -34,7 +35,9 @@ if "renorm" not in _TAKEN_BY_KERAS:
 _ATTRIBUTES = ("_trainable", "_path", "_parent_path", "_remat_mode", "_called")
 
 
-def from_keras(model, *, in_place=False, compiled=True):
+def from_keras(
+    model: keras.Layer, *, in_place: bool = False, compiled: bool = True
+) -> Any:
     """A copy of a model in which every Keras BatchNormalization is one of ours.
 
     The copy has the same names, weights, trainable flags, dtype policies,
@@ -77,7 +80,9 @@ def from_keras(model, *, in_place=False, compiled=True):
     return _convert(model, is_keras, BatchNormalization, in_place, compiled)
 
 
-def to_keras(model, *, in_place=False, compiled=True):
+def to_keras(
+    model: keras.Layer, *, in_place: bool = False, compiled: bool = True
+) -> Any:
     """A copy of a model in which every layer of ours is Keras's BatchNormalization.
 
     The inverse of `from_keras`, with the same guarantees, for layers whose options
@@ -201,7 +206,7 @@ def _arguments(layer, kind):
 
 
 def _hand_over_variables(model, pairs):
-    """Tell optimizers about the variables that had to be made anew."""
+    """Tell optimizers about the variables that had to be made again."""
     instead: dict = {}
     for old, new in pairs:
         named = {variable.name: variable for variable in new.variables}

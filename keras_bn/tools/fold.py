@@ -44,13 +44,13 @@ class Fold(NamedTuple):
     into: str | None
     reason: str = ""
 
-    def __str__(self):
+    def __str__(self) -> str:
         if self.into is None:
             return f"{self.layer} stays: {self.reason}"
         return f"{self.layer} -> {self.into}"
 
 
-def plan_fold(model):
+def plan_fold(model: keras.Model) -> list[Fold]:
     """What `fold` would do to each batch normalization of a model, ours or Keras's.
 
     Args:
@@ -77,7 +77,7 @@ def plan_fold(model):
     return Plan(model).folds
 
 
-def fold(model):
+def fold(model: keras.Model) -> keras.Model:
     """A model for inference, with batch normalizations folded into other layers.
 
     In inference a batch normalization is a scale and a shift per channel. They go into

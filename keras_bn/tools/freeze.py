@@ -2,13 +2,15 @@
 
 import warnings
 
+import keras
+
 from keras_bn.frozen import forget_traces
 from keras_bn.layer import BatchNormalization
 from keras_bn.tools import norms
 from keras_bn.tools.graph import walk
 
 
-def freeze(model, *, affine=False):
+def freeze(model: keras.Layer, *, affine: bool = False) -> list[str]:
     """Freeze the statistics of every batch normalization of ours in a model.
 
     From now on training normalizes with the moving statistics and does not change a bit
@@ -17,9 +19,9 @@ def freeze(model, *, affine=False):
     files and copies keep it.
 
     It sets `layer.freeze_statistics = True` on every layer, and `layer.freeze_affine =
-    True` with `affine`. Eager loops heed it at once, and every model that holds the
-    layers from its next step on, also during `fit`. You need not compile again. Your
-    own `tf.function` does not change: trace it again.
+    True` with `affine`. It takes effect at once in eager loops, and from its next step
+    on in every model that holds the layers, also during `fit`. You need not compile
+    again. Your own `tf.function` does not change: trace it again.
 
     Layers of Keras in the model do not change, for they have no such option; a warning
     names them.
@@ -49,7 +51,7 @@ def freeze(model, *, affine=False):
     return _set(model, True, affine)
 
 
-def unfreeze(model, *, affine=False):
+def unfreeze(model: keras.Layer, *, affine: bool = False) -> list[str]:
     """Let training move the statistics again: the inverse of `freeze`.
 
     It takes effect as `freeze` does. With `affine`, compile again if the optimizer was
@@ -99,7 +101,7 @@ def _set(model, frozen, affine):
     if unknown := [p for p, each in layers.items() if norms.computes_otherwise(each)]:
         _warn(
             f"{_listed(unknown)} are of subclasses with a `call` of their own. There, "
-            f"`{verb}` works only if that `call` heeds `freeze_statistics`."
+            f"`{verb}` works only if that `call` uses `freeze_statistics`."
         )
     changed = [
         path

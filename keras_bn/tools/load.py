@@ -7,6 +7,7 @@ import tempfile
 import warnings
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import h5py
 import keras
@@ -22,7 +23,7 @@ from keras_bn.tools.norms import is_keras
 _HDF5 = b"\x89HDF\r\n\x1a\n"
 
 
-def load_model(path, **kwargs):
+def load_model(path: str | os.PathLike[str], **kwargs: Any) -> keras.Model:
     """Load a model that Keras 3 or Keras 2 saved, with our layers in it.
 
     Like `keras.saving.load_model`, with every BatchNormalization replaced by ours. It
@@ -144,7 +145,7 @@ def _restore_optimizer(model, path):
     elif stored:
         warnings.warn(
             f"The state of the optimizer in '{path}' does not fit Keras 3's; the "
-            "optimizer starts anew.",
+            "optimizer starts from its initial state.",
             stacklevel=3,
         )
 

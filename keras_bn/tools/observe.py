@@ -11,6 +11,7 @@ import functools
 import threading
 import types
 import warnings
+from typing import Any, Literal
 
 import keras
 import numpy as np
@@ -24,6 +25,10 @@ from keras_bn.tools.arrays import float64
 from keras_bn.tools.convert import remade
 from keras_bn.tools.copying import copy_model
 from keras_bn.tools.graph import walk
+
+# As in `fit`; and what it gives callbacks.
+Verbose = Literal["auto", 0, 1, 2]
+Logs = dict[str, Any] | None
 
 
 def batches(x, y=None, sample_weight=None, *, steps=None, batch_size=None, verbose=0):
@@ -118,7 +123,7 @@ class DataCallback(keras.callbacks.Callback):
         part: the model to run, if it is not the fitted one.
     """
 
-    def __init__(self, data, part):
+    def __init__(self, data: Any, part: keras.Model | None) -> None:
         super().__init__()
         self._data, self._part = data, part
 

@@ -7,6 +7,7 @@ default epsilon is 1e-5, and its channels are on axis 1.
 
 import difflib
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from keras import ops
@@ -20,7 +21,15 @@ _AFFINE = {"gamma": "weight", "beta": "bias"}
 _STATISTICS = {"moving_mean": "running_mean", "moving_variance": "running_var"}
 
 
-def from_torch(module, axis=1, *, rank=None, prefix="", eps=None, momentum=None):
+def from_torch(
+    module: Any,
+    axis: int = 1,
+    *,
+    rank: int | None = None,
+    prefix: str = "",
+    eps: float | None = None,
+    momentum: float | None = None,
+) -> BatchNormalization:
     """A layer with the state of a PyTorch batch normalization.
 
     It has the module's weights and statistics, gives the same outputs, and trains as
@@ -100,7 +109,7 @@ def from_torch(module, axis=1, *, rank=None, prefix="", eps=None, momentum=None)
     return layer
 
 
-def to_torch(layer):
+def to_torch(layer: BatchNormalization) -> Any:
     """A PyTorch module with the state of a layer.
 
     The inverse of `from_torch`: it gives the same state dict back. A layer that isn't

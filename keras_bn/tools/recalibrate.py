@@ -1,6 +1,7 @@
 """Replacing the moving statistics of a model by those of a data set."""
 
 import warnings
+from typing import Any, Literal
 
 import keras
 import numpy as np
@@ -10,6 +11,8 @@ from keras_bn.tools.arrays import float64, moving
 from keras_bn.tools.norms import is_frozen, normalizations, warn_of_others
 from keras_bn.tools.observe import (
     DataCallback,
+    Logs,
+    Verbose,
     Watch,
     batches,
     check_call,
@@ -22,16 +25,16 @@ _FEW = 100
 
 
 def recalibrate(
-    model,
-    data,
+    model: keras.Model,
+    data: Any,
     *,
-    steps=None,
-    batch_size=None,
-    exact=False,
-    prior=0,
-    include_frozen=False,
-    verbose="auto",
-):
+    steps: int | None = None,
+    batch_size: int | None = None,
+    exact: bool = False,
+    prior: float = 0,
+    include_frozen: bool = False,
+    verbose: Verbose = "auto",
+) -> dict[str, Moments]:
     """Replace the moving statistics of a model by those of the data.
 
     The moving statistics are wrong after weights were averaged, after the data has
@@ -99,7 +102,8 @@ def recalibrate(
         )
     if prior < 0:
         raise ValueError(f"`prior` must be 0 or greater. Received: prior={prior}")
-    options = {"steps": steps, "batch_size": batch_size, "labels": []}
+    labels: list = []
+    options = {"steps": steps, "batch_size": batch_size, "labels": labels}
     with _Collector(model, layers) as collector:
         if exact:
             found = collector.in_order(data, prior, verbose, **options)
@@ -108,7 +112,7 @@ def recalibrate(
     if not collector.samples:
         raise ValueError("There is no data: not one batch came.")
     _warn_of_few(found, prior)
-    _warn_of_skew(model, options["labels"])
+    _warn_of_skew(model, labels)
     warn_of_others(model)
     if missing := [path for path in layers if path not in found]:
         warnings.warn(f"Not called, so not changed: {', '.join(missing)}", stacklevel=2)
@@ -304,32 +308,41 @@ class Recalibrate(DataCallback):
     True
     """
 
-    def __init__(self, data, *, when="epoch", model=None, verbose=0, **options):
+    def __init__(
+        self,
+        data: Any,
+        *,
+        when: Literal["epoch", "end"] = "epoch",
+        model: keras.Model | None = None,
+        verbose: Verbose = 0,
+        **options: Any,
+    ) -> None:
         super().__init__(data, model)
         if when not in ("epoch", "end"):
             raise ValueError(f"`when` must be 'epoch' or 'end'. Received: {when!r}")
         self.when = when
         self._options = {"verbose": verbose, **options}
         self._fitting = False
+        self._weights: list[float] | None = None
 
-    def on_train_begin(self, logs=None):
+    def on_train_begin(self, logs: Logs = None) -> None:
         self._check(self._options.get("steps"))
         if self._target.built:
             _layers(self._target, self._options.get("include_frozen", False))
         self._fitting, self._weights = True, None
 
-    def on_train_batch_end(self, batch, logs=None):
+    def on_train_batch_end(self, batch: int, logs: Logs = None) -> None:
         self._weights = None
 
-    def on_test_begin(self, logs=None):
+    def on_test_begin(self, logs: Logs = None) -> None:
         if self._fitting and self.when == "epoch":
             self._recalibrate()
 
-    def on_epoch_end(self, epoch, logs=None):
+    def on_epoch_end(self, epoch: int, logs: Logs = None) -> None:
         if self.when == "epoch":
             self._recalibrate()
 
-    def on_train_end(self, logs=None):
+    def on_train_end(self, logs: Logs = None) -> None:
         self._recalibrate()
         self._fitting = False
 
