@@ -3,6 +3,7 @@
 from keras_bn import quiet  # noqa: F401  # before TensorFlow
 from keras_bn.diagnosis.logger import StatisticsLogger
 from keras_bn.diagnosis.report import diagnose
+from keras_bn.int8.export import export_int8
 from keras_bn.layer import BatchNormalization
 from keras_bn.moments import Moments
 from keras_bn.renorm import renorm_ramp
@@ -21,6 +22,7 @@ __all__ = [
     "StatisticsLogger",
     "__version__",
     "diagnose",
+    "export_int8",
     "fold",
     "freeze",
     "from_keras",
