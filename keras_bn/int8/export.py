@@ -1,5 +1,6 @@
 """Writing a model as a fully integer `.tflite` file."""
 
+import contextlib
 from typing import NamedTuple
 
 import keras
@@ -9,6 +10,7 @@ from keras_bn.int8 import tflite
 from keras_bn.int8.calls import check_graph, run
 from keras_bn.int8.correct import correct
 from keras_bn.int8.equalize import equalize as equalize_channels
+from keras_bn.int8.layers import Constants, FakeQuantizedLinear, quantizers
 from keras_bn.int8.measure import compare, tag, tagged
 from keras_bn.int8.report import Int8Report
 from keras_bn.tools import files
@@ -123,7 +125,14 @@ def integer_file(
     """
     tflite.check_backend("export_int8")
     check_graph(model)
-    _check_layers(model)
+    check_layers(model)
+    if quantizers(model):
+        if equalize or correct_bias:
+            raise ValueError(
+                "`equalize` and `correct_bias` are for models that are not from "
+                "`keras_bn.quantize_aware`, whose weights are trained for int8."
+            )
+        return _from_aware(model, data, steps, batch_size)
     if data is None:
         raise ValueError(
             f"'{model.name}' is not from `keras_bn.quantize_aware`, so it has no "
@@ -139,9 +148,10 @@ def integer_file(
     if correct_bias:
         converted, _ = copy_model(reference, compiled=False)
         corrected = correct(converted, model, plan.folds, scales)
-    content, interpreter = convert(converted, samples, per_channel)
-    names = names_of(converted)
-    outputs, layers = compare(interpreter, model, reference, samples[:_COMPARED], names)
+    content, interpreter = convert(converted, samples[0], samples, per_channel)
+    outputs, layers = compare(
+        interpreter, model, reference, samples[:_COMPARED], names_of(converted)
+    )
     return content, Int8Report(
         model.name,
         len(content),
@@ -155,7 +165,80 @@ def integer_file(
     )
 
 
-def _check_layers(model):
+def _from_aware(model, data, steps, batch_size):
+    """The content of the file of a model from `quantize_aware`, and its report."""
+    for path, quantizer in quantizers(model).items():
+        if quantizer.bits != 8:
+            raise ValueError(
+                f"'{path}' rounds to {quantizer.bits} bits, and a file has 8. Train "
+                "with `activation_bits=8`."
+            )
+    drawn = data is None
+    samples = [] if drawn else samples_of(model, data, steps, batch_size)
+    example = _example(model) if drawn else samples[0]
+    with constant(model):
+        content, interpreter = convert(model, example)
+    if drawn:
+        samples = _drawn(interpreter, example, names_of(model).inputs)
+    samples = samples[:_COMPARED]
+    outputs, layers = compare(interpreter, model, model, samples, names_of(model))
+    count = sum(len(batch[0]) for batch in samples)
+    return content, Int8Report(
+        model.name, len(content), count, drawn, outputs, layers, [], [], {}
+    )
+
+
+def _example(model):
+    """Arrays of the shapes that a model takes.
+
+    Raises:
+        ValueError: if a size is not known.
+    """
+    tensors = graph_of(model).inputs
+    for tensor in tensors:
+        if None in tensor.shape[1:]:
+            raise ValueError(
+                f"The input '{tensor.name}' has the shape {tuple(tensor.shape)}, and a "
+                "file needs every size. Give `data` of the size that it is to take."
+            )
+    size = batch_of(model)
+    return [np.zeros((size, *tensor.shape[1:]), tensor.dtype) for tensor in tensors]
+
+
+def _drawn(interpreter, example, names, seed=0):
+    """Random samples, spread over the ranges of the inputs."""
+    rng, kinds = np.random.default_rng(seed), interpreter.inputs()
+
+    def one(array, name):
+        scale, zero_point, dtype = kinds[name]
+        if not scale:
+            return rng.integers(0, 2, array.shape).astype(array.dtype)
+        bounds = np.iinfo(dtype)
+        drawn = rng.integers(bounds.min, bounds.max + 1, array.shape)
+        return ((drawn - zero_point) * scale).astype(array.dtype)
+
+    return [
+        [one(array, name) for array, name in zip(example, names, strict=True)]
+        for _ in range(_COMPARED)
+    ]
+
+
+@contextlib.contextmanager
+def constant(model):
+    """Have the linear layers of a model compute with constants, as a file does."""
+    found = [
+        layer for _, layer in walk(model) if isinstance(layer, FakeQuantizedLinear)
+    ]
+    try:
+        for layer in found:
+            layer.baked = Constants(layer)
+        yield
+    finally:
+        for layer in found:
+            layer.baked = None
+
+
+def check_layers(model):
     """Refuse layers that compute in another dtype than float32."""
     for path, layer in walk(model):
         name = path or layer.name
@@ -239,8 +322,15 @@ def names_of(model):
     return Names(once(t.name for t in graph.inputs), once(graph.output_names))
 
 
-def convert(model, samples, per_channel=True):
+def convert(model, example, samples=None, per_channel=True):
     """The content of a file, with no operation of floats in it.
+
+    Args:
+        model: a Functional or Sequential model.
+        example: a batch as the file takes it, a list of arrays.
+        samples: a list of batches to measure ranges with; None for a model that has
+            them.
+        per_channel: as in `integer_file`.
 
     Returns:
         `(bytes, Interpreter)`.
@@ -251,7 +341,7 @@ def convert(model, samples, per_channel=True):
     names = names_of(model)
     inputs = [
         (name, array.shape, array.dtype.name)
-        for name, array in zip(names.inputs, samples[0], strict=True)
+        for name, array in zip(names.inputs, example, strict=True)
     ]
     values = [(v, keras.ops.convert_to_numpy(v)) for v in model.variables]
     calls = {}
@@ -271,7 +361,9 @@ def convert(model, samples, per_channel=True):
         return (dict(zip(names.inputs, batch, strict=True)) for batch in samples)
 
     try:
-        content = tflite.convert(function, inputs, given, per_channel)
+        content = tflite.convert(
+            function, inputs, None if samples is None else given, per_channel
+        )
     except tflite.ConversionError as error:
         at = sorted({index for index in tagged(str(error)) if index in calls})
         raise _refusal(model, [calls[index].path for index in at], error) from error

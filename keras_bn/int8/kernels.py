@@ -16,6 +16,11 @@ def names(layer):
     return ("kernel",)
 
 
+def is_transpose(layer):
+    """Whether a layer is a transposed convolution."""
+    return isinstance(layer, _TRANSPOSES)
+
+
 def channel_axes(layer, name):
     """The axes of a kernel that are output channels, ascending and not negative.
 
@@ -54,9 +59,27 @@ def as_matrix(layer, name, kernel, xp=np):
     channels = int(np.prod([kernel.shape[axis] for axis in axes]))
 
     def back(matrix):
-        return xp.transpose(xp.reshape(matrix, shape), np.argsort(order))
+        return xp.transpose(xp.reshape(matrix, shape), np.argsort(order).tolist())
 
+    if order == sorted(order):
+        return xp.reshape(kernel, (-1, channels)), lambda m: xp.reshape(m, shape)
     return xp.reshape(xp.transpose(kernel, order), (-1, channels)), back
+
+
+def scaled(layer, name, kernel, scale, xp=np):
+    """A kernel times a scale for each channel of the output's channel axis.
+
+    Args:
+        layer, name, kernel, xp: as in `as_matrix`.
+        scale: of shape `(channels,)`; for EinsumDense, along the output's last axis.
+    """
+    if isinstance(layer, layers.EinsumDense):
+        operands, of_output = layer.equation.split("->")
+        of_kernel = operands.split(",")[1]
+        shape = [-1 if label == of_output[-1] else 1 for label in of_kernel]
+        return kernel * xp.reshape(scale, shape)
+    matrix, back = as_matrix(layer, name, kernel, xp)
+    return back(matrix * scale)
 
 
 def rounded(layer, name, kernel, bits=8):

@@ -7,6 +7,7 @@ import numpy as np
 
 from keras_bn.int8 import tflite
 from keras_bn.int8.calls import run
+from keras_bn.int8.layers import FakeQuantizedLinear
 from keras_bn.int8.report import Int8Layer
 from keras_bn.tools.linear import is_linear
 
@@ -184,4 +185,5 @@ def _unplaced(calls, before, places):
 
 
 def _has_weights(call):
-    return is_linear(call.operation) or getattr(call.operation, "linear", None)
+    wrapped = isinstance(call.operation, FakeQuantizedLinear)
+    return wrapped or is_linear(call.operation)
