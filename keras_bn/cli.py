@@ -4,11 +4,19 @@ import argparse
 import contextlib
 import logging
 
-from keras_bn.commands import bench, convert, fold, inspect, recalibrate, verify
+from keras_bn.commands import (
+    bench,
+    convert,
+    export_int8,
+    fold,
+    inspect,
+    recalibrate,
+    verify,
+)
 from keras_bn.commands.errors import UsageError
 from keras_bn.version import __version__
 
-COMMANDS = (verify, bench, inspect, convert, fold, recalibrate)
+COMMANDS = (verify, bench, inspect, convert, fold, recalibrate, export_int8)
 
 
 def main(argv=None) -> int:

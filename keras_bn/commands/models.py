@@ -62,17 +62,22 @@ def add_command(commands, name, summary, description, run, output=False):
     return parser
 
 
-def open_model(arguments) -> Opened:
+def open_model(arguments, suffixes=(".keras", ".h5"), normalized=True) -> Opened:
     """Check the outputs of a command, then load its model.
+
+    Args:
+        arguments: of the command.
+        suffixes: those that the file of the output may have.
+        normalized: whether the model must have a batch normalization.
 
     Raises:
         UsageError: if either fails.
-        SystemExit: with status 1 if the model has no batch normalization.
+        SystemExit: with status 1 if the model needs a batch normalization and has none.
     """
     file = arguments.model
     if (target := getattr(arguments, "output", None)) is not None:
-        if Path(target).suffix not in (".keras", ".h5"):
-            raise UsageError(f"{target} must end in .keras or .h5")
+        if Path(target).suffix not in suffixes:
+            raise UsageError(f"{target} must end in {' or '.join(suffixes)}")
         output.check(arguments, target)
     output.check_json(arguments)
     with refused(OSError):
@@ -85,7 +90,7 @@ def open_model(arguments) -> Opened:
         raise UsageError(_cause(file, error)) from error
     with refused(ValueError):
         layers = normalizations(model)
-    if not layers:
+    if normalized and not layers:
         raise SystemExit(f"'{model.name}' has no batch normalization in it.")
     return Opened(model, layers, native, notes)
 

@@ -205,6 +205,11 @@ class Watch:
             _ANSWERS.reset(token)
 
 
+def is_watched(layer):
+    """Whether a layer called here is answered for: then it has to be called."""
+    return id(layer) in (_ANSWERS.get() or {})
+
+
 # The answers by the `id` of the layer, in the present thread and context.
 _ANSWERS: contextvars.ContextVar[dict | None] = contextvars.ContextVar(
     "answers", default=None

@@ -115,6 +115,48 @@ def test_data_for_several_inputs(tmp_path, capsys):
     assert "lacks an array for the input b" in message
 
 
+def test_export_int8(saved, tmp_path, capsys):
+    in_, out, data = (tmp_path / n for n in ("in.keras", "out.tflite", "data.npz"))
+    np.savez(data, x=inputs_of(saved, 20))
+    arguments = in_, out, "--data", data
+    assert run("export-int8", *arguments, "--json", tmp_path / "j.json") == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "DEPTHWISE_CONV_2D" in printed
+    assert "on 20 samples" in printed
+    record = json.loads((tmp_path / "j.json").read_text())
+    assert 1e-4 < record["error"] < 0.1
+    assert record["layers"][0]["error"] >= record["layers"][-1]["error"]
+    assert record["bytes"] == out.stat().st_size
+    assert "--force" in refused(capsys, "export-int8", *arguments)
+    options = "--force", "--equalize", "--correct-bias"
+    assert run("export-int8", *arguments, *options) == 0
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_export_int8_writes_nothing_beyond_the_tolerance(saved, tmp_path, capsys):
+    in_, out, data = (tmp_path / n for n in ("in.keras", "out.tflite", "data.npz"))
+    np.savez(data, x=inputs_of(saved, 20))
+    arguments = in_, out, "--data", data, "--tolerance", 1e-6
+    assert run("export-int8", *arguments) == 1
+    assert "nothing written" in capsys.readouterr().out
+    assert not out.exists()
+
+
+def test_export_int8_refuses(saved, tmp_path, capsys):
+    in_, out, data = (tmp_path / n for n in ("in.keras", "out.tflite", "data.npz"))
+    np.savez(data, x=inputs_of(saved, 20))
+    message = refused(capsys, "export-int8", in_, tmp_path / "out.keras")
+    assert "must end in .tflite" in message
+    assert "quantize_aware" in refused(capsys, "export-int8", in_, out)
+    stack = [keras.Input((12, 12, 3)), layers.LayerNormalization(name="norm")]
+    keras.Sequential(stack).save(tmp_path / "norm.keras")
+    message = refused(
+        capsys, "export-int8", tmp_path / "norm.keras", out, "--data", data
+    )
+    assert "'norm'" in message
+    assert not out.exists()
+
+
 def test_refusals(saved, tmp_path, capsys):
     in_, out = tmp_path / "in.keras", tmp_path / "out.keras"
     assert "no file" in refused(capsys, "inspect", tmp_path / "gone.keras")

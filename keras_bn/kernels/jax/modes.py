@@ -65,8 +65,8 @@ def _assigning(pure, variables):
     """The function with its effect on the variables."""
 
     def run(*arguments):
-        arguments = map(keras.ops.convert_to_tensor, arguments)
-        result, new = pure([v.value for v in variables], *arguments)
+        tensors = map(keras.ops.convert_to_tensor, arguments)
+        result, new = pure([v.value for v in variables], *tensors)
         for variable, value in zip(variables, new, strict=True):
             if not variable.trainable:
                 variable.assign(value)

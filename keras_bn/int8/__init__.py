@@ -1,0 +1,5 @@
+"""Models for int8: training with quantization, and export to an integer `.tflite` file.
+
+TensorFlow is imported here inside functions of two files only: `tflite.py`, with the
+converter and the interpreter, and `fake.py`, with the ops of fake quantization.
+"""

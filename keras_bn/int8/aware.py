@@ -1,0 +1,308 @@
+"""A model for training in which all is rounded as in int8."""
+
+import keras
+import numpy as np
+from keras import layers
+
+from keras_bn.int8 import kernels, tflite
+from keras_bn.int8.calls import check_graph
+from keras_bn.int8.export import batch_of, check_layers, constant, convert
+from keras_bn.int8.insert import insert
+from keras_bn.int8.layers import (
+    FakeQuantizedLinear,
+    FakeQuantizedNormalization,
+    FakeQuantizer,
+    quantizers,
+)
+from keras_bn.int8.uses import Uses
+from keras_bn.tools.arrays import axes as axes_of
+from keras_bn.tools.convert import from_keras
+from keras_bn.tools.exchange import bypass, exchange, optimizers
+from keras_bn.tools.fold import Plan
+from keras_bn.tools.graph import graph_of, holders, scope, walk
+from keras_bn.tools.linear import is_linear
+from keras_bn.tools.norms import is_frozen, is_normalization
+from keras_bn.tools.observe import batches
+
+# Ranges that TFLite's operations always have for int8.
+_FIXED = {
+    "softmax": (0.0, 255 / 256),
+    "sigmoid": (0.0, 255 / 256),
+    "tanh": (-1.0, 127 / 128),
+}
+# What moves or picks values: the output has the range of the input.
+_SAME_RANGE = frozenset(
+    """
+    AlphaDropout AveragePooling1D AveragePooling2D Cropping1D Cropping2D Dropout
+    ExpandDims Flatten GaussianDropout GaussianNoise GlobalMaxPooling1D
+    GlobalMaxPooling2D Identity MaxPooling1D MaxPooling2D Permute RepeatVector Reshape
+    SpatialDropout1D SpatialDropout2D Squeeze Transpose UpSampling1D UpSampling2D
+    ZeroPadding1D ZeroPadding2D
+    """.split()  # noqa: SIM905 (a list would take thirty lines)
+)
+
+
+def quantize_aware(
+    model,
+    data,
+    *,
+    weight_bits=8,
+    activation_bits=8,
+    steps=None,
+    batch_size=None,
+    compiled=True,
+):
+    """A copy of a model that computes as int8 does, for fine-tuning.
+
+    The weights of every linear layer pass a fake quantization: they are rounded to the
+    values that int8 can have, symmetric about 0, with a scale for each output channel.
+    So do the activations, with a range for each tensor, which is first that of `data`
+    and then a moving average over the batches of training. Gradients go straight
+    through the rounding.
+
+    A batch normalization after a linear layer is folded into its weights before these
+    are rounded, by the moving statistics; while it trains, the output is corrected, so
+    that it is normalized by the statistics of the batch. Freeze the statistics for the
+    last part of training: `keras_bn.freeze(model)`, or the callback
+    `keras_bn.FreezeAfter(steps)`.
+
+    Variables keep their names, values and trainable flags. If the model was compiled,
+    so is the copy, with the state of its optimizer. `keras_bn.export_int8(copy, path)`
+    writes the file, whose outputs are those of the copy.
+
+    Args:
+        model: a built Functional or Sequential model, which does not change, with
+            batch normalizations of ours or Keras's. Those of Keras's become ours.
+        data: samples as in training, as `fit` takes them; a few hundred are enough.
+        weight_bits: of each weight, from 2 to 8.
+        activation_bits: of each activation, from 2 to 16. A file can be exported
+            from 8 only.
+        steps, batch_size: as in `keras_bn.recalibrate`.
+        compiled: whether the copy is compiled if the model is.
+
+    Returns:
+        A model of the same class, with further layers for the activations.
+
+    Raises:
+        TypeError: if `model` is not a Keras model.
+        ValueError: for bits out of range, no data, models that are not Functional or
+            Sequential, layers that the converter cannot make integer, by name, and an
+            optimizer that has no state for a weight that trains now.
+        RuntimeError: on another backend than TensorFlow.
+
+    Source: Jacob et al., "Quantization and Training of Neural Networks for Efficient
+    Integer-Arithmetic-Only Inference", 2018; Krishnamoorthi, "Quantizing deep
+    convolutional networks for efficient inference: A whitepaper", 2018, section 3.2.2.
+
+    Example:
+
+    >>> import keras, keras_bn, numpy as np, tempfile
+    >>> model = keras.Sequential([
+    ...     keras.Input((8, 8, 1)),
+    ...     keras.layers.Conv2D(4, 3, name="conv"),
+    ...     keras_bn.BatchNormalization(name="bn"),
+    ...     keras.layers.ReLU(name="relu"),
+    ... ])
+    >>> model.compile("sgd", "mse")
+    >>> x = np.random.default_rng(0).normal(size=(64, 8, 8, 1)).astype("float32")
+    >>> aware = keras_bn.quantize_aware(model, x)
+    >>> [layer.name for layer in aware.layers]
+    ['int8_input', 'conv', 'relu', 'int8_relu']
+    >>> history = aware.fit(x, model.predict(x, verbose=0), verbose=0)
+    >>> keras_bn.freeze(aware)
+    ['conv/bn']
+    >>> report = keras_bn.export_int8(aware, tempfile.mkdtemp() + "/model.tflite")
+    >>> report.error < 0.01
+    True
+    """
+    tflite.check_backend("keras_bn.quantize_aware")
+    _check_bits("weight_bits", weight_bits, 8)
+    _check_bits("activation_bits", activation_bits, 16)
+    check_graph(model)
+    check_layers(model)
+    if quantizers(model):
+        raise ValueError(f"'{model.name}' is from `quantize_aware` already.")
+    copy = from_keras(model, compiled=compiled)
+    _check_optimizers(copy)
+    with scope(copy):
+        _quantize_weights(copy, weight_bits, activation_bits)
+        insert(copy, _places(copy, activation_bits))
+    sample = _set_ranges(copy, data, steps, batch_size)
+    # Whether a file can be made shows now, and not after training.
+    if activation_bits == 8:
+        with constant(copy):
+            convert(copy, sample)
+    return copy
+
+
+def _check_bits(name, value, most):
+    if not isinstance(value, int) or not 2 <= value <= most:
+        raise ValueError(
+            f"`{name}` must be a whole number from 2 to {most}. Received: "
+            f"{name}={value!r}"
+        )
+
+
+def _check_optimizers(model):
+    """Refuse an optimizer that does not know a variable that trains."""
+    for optimizer in optimizers(model):
+        if not optimizer.built or hasattr(optimizer, "inner_optimizer"):
+            continue
+        known = {id(v) for v in optimizer._trainable_variables}
+        new = [v.path for v in model.trainable_variables if id(v) not in known]
+        if new:
+            raise ValueError(
+                f"The state of the optimizer of '{model.name}' does not carry over: it "
+                f"has none for {', '.join(new)}. Compile the model again, or pass "
+                "`compiled=False` and compile what comes back."
+            )
+
+
+def _quantize_weights(model, bits, activation_bits):
+    """Put layers that round their weights in the place of the linear ones."""
+    uses = Uses(model)
+    paths = {id(layer): path for path, layer in walk(model)}
+    into = {each.layer: each.into for each in Plan(model).folds}
+    makers = {id(t): n.operation for n in uses.nodes for t in n.outputs}
+    norms = {}
+    for node in uses.nodes:
+        norm = node.operation
+        maker = makers.get(id(node.input_tensors[0]))
+        if not is_normalization(norm) or maker is None:
+            continue
+        same = paths[id(maker)] == into.get(paths[id(norm)])
+        if same and not is_normalization(maker) and _pairs(maker, norm, node):
+            norms[id(maker)] = norm
+    for path, layer in walk(model):
+        if is_normalization(layer):
+            _check_normalization(path, layer)
+    bypass(model, list(norms.values()))
+    called = {id(node.operation): node for node in Uses(model).nodes}
+    pairs = []
+    for path, layer in walk(model):
+        if id(layer) not in called or not is_linear(layer):
+            continue
+        shape = called[id(layer)].input_tensors[0].shape
+        if is_normalization(layer):
+            _check_last(path, layer, len(shape))
+            new = FakeQuantizedNormalization(layer, name=layer.name)
+        else:
+            norm = norms.get(id(layer))
+            new = FakeQuantizedLinear(
+                layer, norm, bits, activation_bits, name=layer.name
+            )
+        new.build(shape)
+        pairs.append((layer, new))
+    exchange(pairs, holders(model))
+    for layer in [old for old, _ in pairs] + list(norms.values()):
+        layer._inbound_nodes, layer._outbound_nodes = [], []
+
+
+def _pairs(layer, norm, node):
+    """Whether a normalization may be rounded together with the layer before it."""
+    rank = len(node.outputs[0].shape)
+    (axis,) = {axis % rank for axis in axes_of(norm)}
+    first = getattr(layer, "data_format", None) == "channels_first"
+    return axis == (1 if first else rank - 1)
+
+
+def _check_normalization(path, norm):
+    if norm.renorm and not is_frozen(norm):
+        raise ValueError(
+            f"'{path}' has renorm=True, which corrects batches in its own way. Freeze "
+            "it first: `keras_bn.freeze(model)`."
+        )
+
+
+def _check_last(path, norm, rank):
+    if [axis % rank for axis in axes_of(norm)] != [rank - 1]:
+        raise ValueError(
+            f"'{path}' is in no linear layer and has its channels on axis {norm.axis}. "
+            "In int8 they must be on the last axis."
+        )
+
+
+def _places(model, bits):
+    """Where values are rounded: pairs of a tensor and the layers behind it."""
+    uses, made = Uses(model), {}
+    inputs = [t for t in graph_of(model).inputs if _is_float(t)]
+    names = ["input"] if len(inputs) == 1 else [t.name for t in inputs]
+    places = [
+        (tensor, [FakeQuantizer(bits, name=f"int8_{name}")])
+        for tensor, name in zip(inputs, names, strict=True)
+    ]
+    for node in uses.nodes:
+        operation = node.operation
+        if len(node.outputs) != 1 or not _is_float(node.outputs[0]):
+            continue
+        if id(operation) not in made:
+            made[id(operation)] = _behind(node, uses, bits)
+        if made[id(operation)]:
+            places.append((node.outputs[0], made[id(operation)]))
+    return places
+
+
+def _behind(node, uses, bits):
+    """The layers behind a call, of which a shared layer has the same at each call."""
+    operation = node.operation
+    if graph_of(operation) is not None or type(operation).__name__ in _SAME_RANGE:
+        return []
+    name = operation.name
+    if isinstance(operation, FakeQuantizedLinear):
+        activation = getattr(operation.layer, "activation", None)
+        if activation not in (None, keras.activations.linear) and not _merges(
+            activation
+        ):
+            operation.layer.activation = keras.activations.linear
+            after = layers.Activation(activation, name=f"{name}_activation")
+            return [
+                FakeQuantizer(bits, name=f"int8_{name}"),
+                after,
+                FakeQuantizer(bits, fixed=_fixed(after), name=f"int8_{after.name}"),
+            ]
+    adds = isinstance(operation, layers.Add) or type(operation).__name__ == "Add"
+    follower = uses.next(node)
+    merged = follower is not None and _merges(follower.operation)
+    if merged and (adds or isinstance(operation, FakeQuantizedLinear)):
+        return []
+    return [FakeQuantizer(bits, fixed=_fixed(operation), name=f"int8_{name}")]
+
+
+def _merges(operation):
+    """Whether TFLite computes a ReLU in one operation with the layer before it."""
+    return kernels.is_relu(operation) in (float("inf"), 6.0)
+
+
+def _fixed(operation):
+    """The range that an operation always has in int8, or None."""
+    function = getattr(operation, "activation", None)
+    name = getattr(function, "__name__", type(operation).__name__)
+    return _FIXED.get(name.lower())
+
+
+def _is_float(tensor):
+    return keras.backend.is_float_dtype(tensor.dtype)
+
+
+def _set_ranges(model, data, steps, batch_size):
+    """Set the ranges of activations to those of the data.
+
+    Returns:
+        A sample: a list of arrays in the order of the model's inputs.
+    """
+    found = quantizers(model)
+    for quantizer in found.values():
+        quantizer.observed = []
+    x = None
+    for x, _, _ in batches(data, steps=steps, batch_size=batch_size):
+        model(x, training=False)
+    if x is None:
+        raise ValueError("There is no data: not one batch came.")
+    for path, quantizer in found.items():
+        if not np.isfinite(quantizer.observed).all() or not quantizer.observed:
+            raise ValueError(f"The values at '{path}' are not finite.")
+        quantizer.take_observed()
+    return [
+        keras.ops.convert_to_numpy(array)[: batch_of(model)]
+        for array in graph_of(model)._standardize_inputs(x)
+    ]

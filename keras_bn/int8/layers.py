@@ -1,0 +1,369 @@
+r"""Layers that compute as their int8 counterparts do, in floats, and train.
+
+A linear layer and the batch normalization after it run with the folded kernel
+$\gamma W / \sigma$, where $\sigma$ is the moving standard deviation, so that the
+quantized weights are those of inference from the first step on. While the
+normalization trains, the output is still normalized by the statistics of the batch:
+
+$$ y = \mathrm{BN}(Wx) + \frac{\sigma}{\sigma_B}
+       \left(Q(\gamma W/\sigma) - \gamma W/\sigma\right) x. $$
+
+By linearity this is the correction of Krishnamoorthi's section 3.2.2: the convolution
+with the quantized kernel, times $\sigma/\sigma_B$, plus $\beta - \gamma\mu_B/\sigma_B$.
+
+Source: Krishnamoorthi, "Quantizing deep convolutional networks for efficient inference:
+A whitepaper", 2018.
+"""
+
+import math
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_bn.int8 import fake, kernels
+from keras_bn.tools.arrays import axes as axes_of
+from keras_bn.tools.graph import walk
+from keras_bn.tools.observe import is_watched
+
+# So that the largest weight, rounded, is not a hair outside of the range.
+_ROOM = 1 + 1e-6
+_LEAST = 1e-8
+
+
+@keras.saving.register_keras_serializable(package="keras_bn")
+class FakeQuantizer(keras.layers.Layer):
+    """Rounds its input to the values that an int8 tensor can have.
+
+    Args:
+        bits: of each value.
+        momentum: weight of the old value in the moving range.
+        fixed: `(low, high)` if the range does not move, as that of a softmax.
+        **kwargs: arguments of `keras.layers.Layer`.
+    """
+
+    def __init__(self, bits=8, momentum=0.99, fixed=None, **kwargs):
+        super().__init__(**kwargs)
+        self.bits, self.momentum = bits, momentum
+        self.fixed = None if fixed is None else tuple(fixed)
+        self.supports_masking = True
+        # While it is a list, calls append their input's range and round nothing.
+        self.observed: list | None = None
+
+    def build(self, input_shape):
+        low, high = self.fixed or (-1.0, 1.0)
+        self.low, self.high = (
+            self.add_weight(
+                shape=(),
+                name=name,
+                initializer=keras.initializers.Constant(value),
+                dtype="float32",
+                autocast=False,
+                trainable=False,
+                aggregation="mean",
+            )
+            for name, value in (("low", low), ("high", high))
+        )
+        self.built = True
+
+    def call(self, inputs, training=None):
+        if self.observed is not None:
+            if 0 not in inputs.shape:
+                self.observed.append((float(ops.min(inputs)), float(ops.max(inputs))))
+            return inputs
+        low, high = ops.convert_to_tensor(self.low), ops.convert_to_tensor(self.high)
+        if training and self.trainable and self.fixed is None:
+            values = ops.stop_gradient(inputs)
+            # An empty batch, and one that is not finite, moves nothing.
+            least = ops.min(values, initial=math.inf)
+            most = ops.max(values, initial=-math.inf)
+            usable = ops.logical_and(ops.isfinite(least), ops.isfinite(most))
+            low = ops.where(usable, self._moved(low, ops.minimum(least, 0.0)), low)
+            high = ops.where(usable, self._moved(high, ops.maximum(most, 0.0)), high)
+            self.low.assign(low)
+            self.high.assign(high)
+        high = ops.maximum(high, low + _LEAST)
+        return fake.per_tensor(inputs, low, high, self.bits)
+
+    def _moved(self, old, new):
+        return old * self.momentum + new * (1.0 - self.momentum)
+
+    def take_observed(self):
+        """Set the range to the mean of those observed, and round from now on."""
+        lows, highs = zip(*(self.observed or ()), strict=True)
+        self.observed = None
+        if self.fixed is None:
+            self.low.assign(min(sum(lows) / len(lows), 0.0))
+            self.high.assign(max(sum(highs) / len(highs), 0.0))
+
+    def compute_output_shape(self, input_shape):
+        return input_shape
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "bits": self.bits,
+            "momentum": self.momentum,
+            "fixed": self.fixed,
+        }
+
+
+class _Wrapper(keras.layers.Layer):
+    """A layer around others, whose names and variables stay."""
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            **{
+                name: keras.saving.serialize_keras_object(getattr(self, name))
+                for name in self.wrapped
+            },
+        }
+
+    @classmethod
+    def from_config(cls, config):
+        config = dict(config)
+        for name in cls.wrapped:
+            config[name] = keras.saving.deserialize_keras_object(config[name])
+        return cls(**config)
+
+
+@keras.saving.register_keras_serializable(package="keras_bn")
+class FakeQuantizedLinear(_Wrapper):
+    """A linear layer with rounded weights, and the normalization after it folded in.
+
+    Args:
+        layer: a linear layer. With a normalization, it has no activation.
+        normalization: a `keras_bn.BatchNormalization`, or None.
+        bits: of each weight.
+        activation_bits: of the values between the two parts of a separable convolution.
+        **kwargs: arguments of `keras.layers.Layer`.
+    """
+
+    wrapped = ("layer", "normalization")
+
+    def __init__(self, layer, normalization=None, bits=8, activation_bits=8, **kwargs):
+        super().__init__(**kwargs)
+        self.layer, self.normalization = layer, normalization
+        self.bits, self.activation_bits = bits, activation_bits
+        self.supports_masking = layer.supports_masking
+        self.between: Any = None
+        if len(kernels.names(layer)) == 2:
+            self.between = FakeQuantizer(activation_bits, name="between")
+        # The rounded weights as constants, while a file is made.
+        self.baked: Constants | None = None
+
+    def build(self, input_shape):
+        if not self.layer.built:
+            self.layer.build(input_shape)
+        if self.normalization is not None and not self.normalization.built:
+            self.normalization.build(self.layer.compute_output_shape(input_shape))
+        if self.between is not None and not self.between.built:
+            self.between.build(None)
+        self.built = True
+
+    def call(self, inputs, training=None, mask=None):
+        norm, last = self.normalization, kernels.names(self.layer)[-1]
+        x = inputs if self.between is None else self._depthwise(inputs, training)
+        if self.baked is not None:
+            return self._linear(x, self.baked.kernel(last), self.baked.bias)
+        kernel = ops.convert_to_tensor(getattr(self.layer, last))
+        if norm is not None and is_watched(norm):
+            return norm(self._linear(x, kernel, self.layer.bias), training=training)
+        if norm is None:
+            return self._linear(x, self._rounded(last, kernel), self.layer.bias)
+        scale = self._scale(norm.moving_variance)
+        folded = kernels.scaled(self.layer, last, kernel, scale, ops)
+        rounded = self._rounded(last, folded)
+        if not training or not norm.trainable or norm.freeze_statistics:
+            return self._linear(x, rounded, self._folded_bias(scale))
+        mask = mask if self.supports_masking else None
+        plain = self._linear(x, kernel, self.layer.bias)
+        _, moments = norm.normalize_batch(plain, mask)
+        inverse = ops.rsqrt(norm.moving_variance + norm.epsilon)
+        batch = ops.rsqrt(moments.variance + norm.epsilon)
+        ratio = ops.where(moments.count > 0, batch / inverse, ops.ones_like(batch))
+        error = self._linear(x, rounded - folded, None)
+        ratio = _along(ops.stop_gradient(ratio), error, norm)
+        return norm(plain, training=training, mask=mask) + error * ratio
+
+    def _scale(self, variance):
+        """gamma over the standard deviation, one value per channel."""
+        scale = ops.rsqrt(variance + self.normalization.epsilon)
+        gamma = self.normalization.gamma
+        return scale if gamma is None else gamma * scale
+
+    def _folded_bias(self, scale):
+        norm, bias = self.normalization, self.layer.bias
+        offset = -norm.moving_mean if bias is None else bias - norm.moving_mean
+        offset = offset * scale
+        return offset if norm.beta is None else offset + norm.beta
+
+    def _depthwise(self, x, training):
+        """The first part of a separable convolution."""
+        layer, name = self.layer, "depthwise_kernel"
+        if self.baked is not None:
+            kernel = self.baked.kernel(name)
+        else:
+            kernel = self._rounded(name, ops.convert_to_tensor(getattr(layer, name)))
+        y = ops.depthwise_conv(
+            x,
+            kernel,
+            layer.strides,
+            layer.padding,
+            layer.data_format,
+            layer.dilation_rate,
+        )
+        return self.between(y, training=training)
+
+    def _rounded(self, name, kernel):
+        matrix, back = kernels.as_matrix(self.layer, name, kernel, ops)
+        limit = ops.stop_gradient(ops.max(ops.abs(matrix), axis=0))
+        limit = ops.maximum(limit * _ROOM, _LEAST)
+        return back(fake.per_channel(matrix, limit, self.bits))
+
+    def _linear(self, x, kernel, bias):
+        """What the layer computes with other weights; a bias of None is zero."""
+        layer, name = self.layer, kernels.names(self.layer)[-1]
+        inside = bias is not None and layer.bias is not None
+        inside = inside and tuple(bias.shape) == tuple(layer.bias.shape)
+        if self.between is not None:
+            y = ops.conv(x, kernel, 1, "valid", layer.data_format)
+            if bias is not None:
+                y = y + _channels(bias, y, layer)
+            return y if layer.activation is None else layer.activation(y)
+        values = {id(v): (v, v.value) for v in layer.variables}
+        values[id(getattr(layer, name))] = getattr(layer, name), kernel
+        if layer.bias is not None:
+            value = bias if inside else ops.zeros_like(layer.bias)
+            values[id(layer.bias)] = layer.bias, ops.convert_to_tensor(value)
+        with keras.StatelessScope(state_mapping=list(values.values())):
+            y = layer.call(x)
+        if bias is None or inside:
+            return y
+        return y + _channels(bias, y, layer)
+
+    def weights_of_inference(self):
+        """`(arrays, bias)`: the rounded kernels by name, and the bias or None."""
+        kernel_of = {}
+        *first, last = kernels.names(self.layer)
+        for name in first:
+            value = ops.convert_to_tensor(getattr(self.layer, name))
+            kernel_of[name] = ops.convert_to_numpy(self._rounded(name, value))
+        kernel, bias = ops.convert_to_tensor(getattr(self.layer, last)), self.layer.bias
+        if self.normalization is not None:
+            scale = self._scale(self.normalization.moving_variance)
+            kernel = kernels.scaled(self.layer, last, kernel, scale, ops)
+            bias = self._folded_bias(scale)
+        kernel_of[last] = ops.convert_to_numpy(self._rounded(last, kernel))
+        return kernel_of, None if bias is None else ops.convert_to_numpy(bias)
+
+    def compute_output_shape(self, input_shape):
+        return self.layer.compute_output_shape(input_shape)
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "bits": self.bits,
+            "activation_bits": self.activation_bits,
+        }
+
+
+@keras.saving.register_keras_serializable(package="keras_bn")
+class FakeQuantizedNormalization(_Wrapper):
+    """A batch normalization that is in no linear layer, as a scale for each channel.
+
+    In inference it is a depthwise convolution with one weight for each channel, which
+    int8 keeps exactly: each has a scale of its own.
+
+    Args:
+        normalization: a `keras_bn.BatchNormalization` with its channels on the last
+            axis.
+        **kwargs: arguments of `keras.layers.Layer`.
+    """
+
+    wrapped = ("normalization",)
+
+    def __init__(self, normalization, **kwargs):
+        super().__init__(**kwargs)
+        self.normalization = normalization
+        self.supports_masking = True
+
+    def build(self, input_shape):
+        if not self.normalization.built:
+            self.normalization.build(input_shape)
+        self.built = True
+
+    def call(self, inputs, training=None, mask=None):
+        norm = self.normalization
+        trains = training and norm.trainable and not norm.freeze_statistics
+        if trains or is_watched(norm):
+            return norm(inputs, training=training, mask=mask)
+        scale = ops.rsqrt(norm.moving_variance + norm.epsilon)
+        scale = scale if norm.gamma is None else scale * norm.gamma
+        offset = -norm.moving_mean * scale
+        offset = offset if norm.beta is None else offset + norm.beta
+        channels = inputs.shape[-1]
+        x = inputs
+        if len(inputs.shape) != 4:
+            x = ops.reshape(inputs, (-1, 1, 1, channels))
+        y = ops.depthwise_conv(
+            x,
+            ops.reshape(scale, (1, 1, channels, 1)),
+            1,
+            "valid",
+            "channels_last",
+        )
+        y = y + offset
+        return y if len(inputs.shape) == 4 else ops.reshape(y, ops.shape(inputs))
+
+    def compute_output_shape(self, input_shape):
+        return input_shape
+
+
+class Constants:
+    """The weights that a `FakeQuantizedLinear` has in a file.
+
+    TensorFlow's converter rounds constants to 8 bits by itself, in the same way. Fewer
+    bits it has to be told, which it understands for kernels of images only; others get
+    the nearest values of 8 bits.
+    """
+
+    def __init__(self, layer):
+        self._layer = layer
+        self._kernels, self.bias = layer.weights_of_inference()
+
+    def kernel(self, name):
+        """A kernel, as a constant."""
+        layer, bits = self._layer.layer, self._layer.bits
+        kernel = ops.convert_to_tensor(self._kernels[name])
+        images = len(kernel.shape) == 4 and not kernels.is_transpose(layer)
+        if bits == 8 or not images:
+            return kernel
+        largest = np.abs(kernels.as_matrix(layer, name, self._kernels[name])[0]).max(0)
+        limit = np.maximum(largest * (127 / (2 ** (bits - 1) - 1)), _LEAST)
+        if len(kernels.channel_axes(layer, name)) == 1:
+            return fake.per_channel(kernel, limit)
+        # Depthwise kernels: the converter wants the channels along one axis.
+        together = ops.reshape(kernel, (*kernel.shape[:-2], -1))
+        return ops.reshape(fake.per_channel(together, limit), kernel.shape)
+
+
+def quantizers(model):
+    """The layers of a model that round activations, by path."""
+    return {p: each for p, each in walk(model) if isinstance(each, FakeQuantizer)}
+
+
+def _along(values, y, norm):
+    """Values per channel, in a shape that broadcasts to the output."""
+    shape = [1] * len(y.shape)
+    shape[axes_of(norm)[0]] = -1
+    return ops.reshape(values, shape)
+
+
+def _channels(bias, y, layer):
+    """A bias in a shape that broadcasts to the output."""
+    if getattr(layer, "data_format", None) == "channels_first":
+        return ops.reshape(bias, (1, -1, *[1] * (len(y.shape) - 2)))
+    return ops.convert_to_tensor(bias)

@@ -1,0 +1,235 @@
+"""TensorFlow's converter to TFLite, and the interpreter that runs what it makes.
+
+The only place that names either. The interpreter is LiteRT's (`ai_edge_litert`) if that
+is installed, and TensorFlow's otherwise.
+"""
+
+import contextlib
+import functools
+import re
+import warnings
+from typing import NamedTuple
+
+import keras
+import numpy as np
+
+from keras_bn.quiet import stderr_held_back
+
+
+class ConversionError(Exception):
+    """The converter's own message, if it refuses a model."""
+
+
+class Operation(NamedTuple):
+    """One operation of a file.
+
+    Args:
+        name: as `"CONV_2D"`.
+        outputs: the names of its output tensors.
+        tensors: the indices of its output tensors.
+        dtypes: the dtypes of its inputs and outputs.
+    """
+
+    name: str
+    outputs: tuple[str, ...]
+    tensors: tuple[int, ...]
+    dtypes: frozenset
+
+
+def check_backend(what):
+    """Refuse a backend other than TensorFlow.
+
+    Args:
+        what: the name of the function, for the message.
+
+    Raises:
+        RuntimeError: on another backend.
+    """
+    if (backend := keras.backend.backend()) != "tensorflow":
+        raise RuntimeError(
+            f"`{what}` needs Keras's TensorFlow backend, since TensorFlow's converter "
+            f"makes the file. The backend is {backend!r}. Save the model, and load it "
+            "in a process with KERAS_BACKEND=tensorflow."
+        )
+
+
+def scope(name):
+    """A name scope, which the names of tensors in the file will contain."""
+    import tensorflow as tf
+
+    return tf.name_scope(name)
+
+
+def graph(function):
+    """A function of tensors that runs as a graph, as `predict` runs a model."""
+    import tensorflow as tf
+
+    return tf.function(function, autograph=False, reduce_retracing=True)
+
+
+def convert(function, inputs, samples=None, per_channel=True):
+    """A function of tensors as the content of a fully integer file.
+
+    Args:
+        function: takes a tensor for each input, and gives a dict of tensors by name.
+        inputs: a list of `(name, shape, dtype)`, with all sizes known.
+        samples: a function that gives an iterator of dicts of arrays, by the names of
+            the inputs, which the converter measures the ranges with; None if the
+            function has fake quantization everywhere.
+        per_channel: whether each output channel of a kernel has a scale of its own.
+
+    Returns:
+        bytes.
+
+    Raises:
+        ConversionError: if the converter refuses it.
+    """
+    import tensorflow as tf
+
+    specs = [tf.TensorSpec(shape, dtype, name) for name, shape, dtype in inputs]
+    traced = tf.function(function, input_signature=specs, autograph=False)
+    with _alone():
+        concrete = traced.get_concrete_function()
+        _check_loops(concrete)
+        converter = tf.lite.TFLiteConverter.from_concrete_functions(
+            [concrete], tf.Module()
+        )
+        converter.optimizations = [tf.lite.Optimize.DEFAULT]
+        converter.inference_input_type = tf.int8
+        converter.inference_output_type = tf.int8
+        converter._experimental_disable_per_channel = not per_channel
+        if samples is not None:
+            converter.representative_dataset = samples
+            builtin = tf.lite.OpsSet.TFLITE_BUILTINS_INT8
+            converter.target_spec.supported_ops = [builtin]
+        try:
+            return converter.convert()
+        except Exception as error:  # it raises whatever its parts raise
+            failure = ConversionError(f"{error}{_named(concrete, str(error))}")
+    raise failure
+
+
+def _named(concrete, message):
+    """The names of the operations whose kinds a message names, as `'tf.Erf'`."""
+    kinds = re.findall(r"\btf\.(\w+)", message)
+    every = concrete.graph.get_operations()
+    found = [each.name for each in every if each.type in kinds]
+    return f"\nin {', '.join(found)}" if found else ""
+
+
+def _check_loops(concrete):
+    """Refuse loops and conditionals, with which the converter may end the process."""
+    for each in concrete.graph.get_operations():
+        if each.type.removeprefix("Stateless") in ("While", "If", "Case"):
+            raise ConversionError(f"{each.type} in {each.name}")
+
+
+class Interpreter:
+    """Runs a file, and shows every tensor.
+
+    Args:
+        content: bytes of the file.
+    """
+
+    def __init__(self, content):
+        kind, resolver = _interpreter()
+        with _alone():
+            self._interpreter = kind(
+                model_content=content,
+                # Delegates would keep the tensors between operations to themselves.
+                experimental_op_resolver_type=resolver.BUILTIN_WITHOUT_DEFAULT_DELEGATES,
+                experimental_preserve_all_tensors=True,
+            )
+            self._interpreter.allocate_tensors()
+            runner = self._interpreter.get_signature_runner()
+            self._inputs = runner.get_input_details()
+            self._outputs = runner.get_output_details()
+
+    def operations(self):
+        """The operations of the file, in order, as a list of `Operation`."""
+        details = {each["index"]: each for each in self._details()}
+        return [
+            Operation(
+                each["op_name"],
+                tuple(details[i]["name"] for i in each["outputs"]),
+                tuple(map(int, each["outputs"])),
+                frozenset(
+                    np.dtype(details[i]["dtype"]).name
+                    for i in (*each["inputs"], *each["outputs"])
+                    if i >= 0
+                ),
+            )
+            for each in self._interpreter._get_ops_details()
+        ]
+
+    def outputs(self):
+        """The index of each output's tensor, by the name of the output."""
+        return {name: int(each["index"]) for name, each in self._outputs.items()}
+
+    def inputs(self):
+        """The scale, zero point and dtype of each input, by its name."""
+        return {
+            name: (*each["quantization"], np.dtype(each["dtype"]))
+            for name, each in self._inputs.items()
+        }
+
+    def shape(self, index):
+        """The shape of a tensor."""
+        return self._tensors[index]["shape"]
+
+    def run(self, inputs):
+        """Run one batch.
+
+        Args:
+            inputs: dict of arrays by the name of the input. Floats are quantized.
+        """
+        for name, detail in self._inputs.items():
+            value = quantized(inputs[name], detail)
+            self._interpreter.set_tensor(detail["index"], value)
+        self._interpreter.invoke()
+
+    def value(self, index):
+        """A tensor after `run`, as an array of floats."""
+        value = self._interpreter.get_tensor(index)
+        scale, zero_point = self._tensors[index]["quantization"]
+        if not scale:
+            return value
+        return (value.astype("float32") - zero_point) * np.float32(scale)
+
+    def _details(self):
+        return self._interpreter.get_tensor_details()
+
+    @functools.cached_property
+    def _tensors(self):
+        return {int(each["index"]): each for each in self._details()}
+
+
+def quantized(x, detail):
+    """An array as an input of a file takes it."""
+    x, dtype = np.asarray(x), np.dtype(detail["dtype"])
+    scale, zero_point = detail["quantization"]
+    if not scale or not np.issubdtype(x.dtype, np.floating):
+        return x.astype(dtype)
+    bounds = np.iinfo(dtype)
+    return np.clip(np.rint(x / scale) + zero_point, bounds.min, bounds.max).astype(
+        dtype
+    )
+
+
+def _interpreter():
+    """The class of the interpreter, and of its resolvers."""
+    try:
+        from ai_edge_litert import interpreter as litert
+    except ImportError:
+        import tensorflow as tf
+
+        return tf.lite.Interpreter, tf.lite.experimental.OpResolverType
+    return litert.Interpreter, litert.OpResolverType
+
+
+@contextlib.contextmanager
+def _alone():
+    """Drop the notices that converter and interpreter print, and their warnings."""
+    with warnings.catch_warnings(), stderr_held_back():
+        warnings.simplefilter("ignore")
+        yield

@@ -1,0 +1,388 @@
+"""Files of integers: what is in them, how far they are from float, what is refused."""
+
+import functools
+
+import keras
+import numpy as np
+import pytest
+from keras import layers
+from support.zoo import randomized
+
+import keras_bn
+from keras_bn.int8 import correct as correction
+from keras_bn.int8 import kernels, tflite
+from keras_bn.int8.equalize import equalize
+from keras_bn.int8.export import integer_file
+from keras_bn.tools.compare import relative_difference
+
+rng = np.random.default_rng(0)
+
+
+def small(relu=layers.ReLU, bn=keras_bn.BatchNormalization):
+    """A convolution, a depthwise block with a skip, a part that is a model, a head."""
+    image = keras.Input((8, 8, 3), name="image")
+    x = layers.Conv2D(8, 3, padding="same", use_bias=False, name="conv")(image)
+    x = skip = relu(name="conv_relu")(bn(name="conv_bn")(x))
+    x = layers.DepthwiseConv2D(3, padding="same", use_bias=False, name="depthwise")(x)
+    x = relu(name="depthwise_relu")(bn(name="depthwise_bn")(x))
+    x = layers.Conv2D(8, 1, use_bias=False, name="project")(x)
+    x = layers.Add(name="add")([bn(name="project_bn")(x), skip])
+    inner = [
+        keras.Input((8, 8, 8)),
+        layers.Conv2D(12, 3, 2, activation="relu", name="strided"),
+    ]
+    x = keras.Sequential(inner, name="inner")(x)
+    x = layers.GlobalAveragePooling2D(name="pool")(x)
+    return randomized(keras.Model(image, layers.Dense(5, name="head")(x)))
+
+
+@functools.cache
+def images(n=24, shape=(8, 8, 3)):
+    return np.random.default_rng(1).normal(size=(n, *shape)).astype("float32")
+
+
+def run(content, x):
+    """The outputs of a file, one sample after the other, by TensorFlow alone."""
+    import tensorflow as tf
+
+    interpreter = tf.lite.Interpreter(model_content=content)
+    interpreter.allocate_tensors()
+    (given,), (made,) = (
+        interpreter.get_input_details(),
+        interpreter.get_output_details(),
+    )
+    assert given["dtype"] == made["dtype"] == np.int8
+    found = []
+    for each in x:
+        scale, zero = given["quantization"]
+        value = np.clip(np.round(each / scale) + zero, -128, 127).astype("int8")
+        interpreter.set_tensor(given["index"], value[None])
+        interpreter.invoke()
+        scale, zero = made["quantization"]
+        value = interpreter.get_tensor(made["index"])[0].astype("float32")
+        found.append((value - zero) * scale)
+    dtypes = {np.dtype(t["dtype"]).name for t in interpreter.get_tensor_details()}
+    assert dtypes <= {"int8", "int32", "int64", "bool"} | {"object"}, dtypes
+    return np.array(found)
+
+
+def error(value, expected):
+    expected = np.asarray(expected)
+    return np.sqrt(np.mean(np.square(value - expected))) / expected.std()
+
+
+pytestmark = pytest.mark.usefixtures("seeded")
+# Of the interpreter that these tests run by themselves.
+notice = "ignore:.*tf.lite.Interpreter is deprecated:UserWarning"
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    model, path = small(), tmp_path_factory.mktemp("int8") / "model.tflite"
+    before = [v.numpy() for v in model.variables]
+    report = keras_bn.export_int8(model, path, images())
+    for variable, value in zip(model.variables, before, strict=True):
+        np.testing.assert_array_equal(variable, value)
+    return model, path, report
+
+
+@pytest.mark.filterwarnings(notice)
+def test_the_file_is_integer_and_near_float(exported):
+    model, path, report = exported
+    value = run(path.read_bytes(), images())
+    found = error(value, model.predict(images(), verbose=0))
+    assert 1e-4 < found < 0.05
+    # The report is what TensorFlow's own interpreter gives, its delegates included.
+    assert report.error == pytest.approx(found, rel=0.1)
+    assert list(report.outputs) == ["head"]
+    assert report.size == path.stat().st_size
+    assert report.samples == 24
+
+
+def test_the_report_names_layers_worst_first(exported):
+    *_, report = exported
+    errors = [each.error for each in report.layers]
+    assert errors == sorted(errors, reverse=True)
+    assert {each.layer: (each.output, each.operation) for each in report.layers} == {
+        "conv": ("conv_relu", "CONV_2D"),
+        "depthwise": ("depthwise_relu", "DEPTHWISE_CONV_2D"),
+        "project": ("project", "CONV_2D"),
+        "add": ("add", "ADD"),
+        "inner/strided": ("inner/strided", "CONV_2D"),
+        "pool": ("pool", "MEAN"),
+        "head": ("head", "FULLY_CONNECTED"),
+    }
+    assert all(1e-4 < each < 0.05 for each in errors)
+    text, record = str(report), report.to_dict()
+    assert "all integer" in text
+    assert "depthwise_relu" in text
+    assert record["layers"][0]["error"] == errors[0]
+    assert record["outputs"] == report.outputs
+
+
+def test_an_error_of_a_layer_is_that_of_its_tensor(exported):
+    model, path, report = exported
+    interpreter = tflite.Interpreter(path.read_bytes())
+    (at,) = [op.tensors[0] for op in interpreter.operations() if op.name == "ADD"]
+    part = keras.Model(model.input, model.get_layer("add").output)
+    value = []
+    for x in images():
+        interpreter.run({"image": x[None]})
+        value.append(interpreter.value(at)[0])
+    (of_add,) = [each.error for each in report.layers if each.layer == "add"]
+    expected = part.predict(images(), verbose=0)
+    assert of_add == pytest.approx(error(np.array(value), expected), rel=1e-3)
+
+
+KINDS = {
+    "dense": ((6, 4), lambda: [layers.Dense(5)]),
+    "einsum": (
+        (6, 4),
+        lambda: [layers.EinsumDense("abc,cd->abd", (None, 5), bias_axes="d")],
+    ),
+    "conv1d": ((9, 4), lambda: [layers.Conv1D(5, 3)]),
+    "transposed": ((4, 4, 3), lambda: [layers.Conv2DTranspose(5, 3, 2)]),
+    "separable": ((8, 8, 4), lambda: [layers.SeparableConv2D(6, 3)]),
+    "grouped": ((8, 8, 4), lambda: [layers.Conv2D(6, 3, groups=2)]),
+    # Of another width than it has filters: else Keras 3.15.1 adds the bias to columns.
+    "channels first": (
+        (4, 8, 9),
+        lambda: [layers.Conv2D(6, 3, data_format="channels_first")],
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_linear_layers_of_every_kind(kind):
+    shape, make = KINDS[kind]
+    bn = keras_bn.BatchNormalization(axis=1 if kind == "channels first" else -1)
+    model = randomized(keras.Sequential([keras.Input(shape), *make(), bn]))
+    _, report = integer_file(model, images(16, shape))
+    assert 1e-4 < report.error < 0.05
+    assert not report.kept
+
+
+def test_several_inputs_and_outputs():
+    a, b = keras.Input((6,), name="a"), keras.Input((4,), name="b")
+    both = layers.Concatenate()([layers.Dense(3)(b), a])
+    model = keras.Model(
+        {"b": b, "a": a}, {"y": layers.Dense(2)(both), "z": layers.Dense(3)(a)}
+    )
+    data = {"b": images(32, (4,)), "a": images(32, (6,))}
+    content, report = integer_file(model, data)
+    assert len(report.outputs) == 2
+    assert max(report.outputs.values()) < 0.05
+    assert set(tflite.Interpreter(content).inputs()) == {"a", "b"}
+
+
+def test_data_is_what_fit_takes():
+    model = small()
+    whole = integer_file(model, images())[0]
+    stream = (images()[i : i + 8] for i in range(0, 24, 8))
+    assert integer_file(model, stream, steps=3)[0] == whole
+    with pytest.raises(ValueError, match="not one batch"):
+        integer_file(model, iter(()), steps=2)
+
+
+def stretched(model, seed=0):
+    """The model computing the same with channels scaled apart between its layers."""
+    generator = np.random.default_rng(seed)
+    conv, depthwise = model.get_layer("conv"), model.get_layer("depthwise")
+    factor = np.exp(generator.uniform(-4, 4, conv.kernel.shape[-1]))
+    conv.kernel.assign(conv.kernel * factor)
+    conv.bias.assign(conv.bias * factor)
+    depthwise.kernel.assign(depthwise.kernel / factor[:, None])
+    return model
+
+
+def chain():
+    return keras.Sequential(
+        [
+            keras.Input((8, 8, 3)),
+            layers.Conv2D(8, 3, name="conv", bias_initializer="normal"),
+            layers.ReLU(),
+            layers.DepthwiseConv2D(3, name="depthwise", bias_initializer="normal"),
+            layers.MaxPooling2D(),
+            layers.Conv2D(6, 2, activation="relu", name="last"),
+            layers.GlobalAveragePooling2D(),
+            layers.Dense(4, name="head"),
+        ]
+    )
+
+
+def test_equalization_changes_ranges_and_not_the_model():
+    model = stretched(chain())
+    before = model(images())
+    pairs, scales = equalize(model)
+    assert pairs == [("conv", "depthwise"), ("depthwise", "last"), ("last", "head")]
+    assert set(scales) == {"depthwise", "last", "head"}
+    assert relative_difference(before, model(images())) < 1e-4
+    for first, second in pairs:
+        left, right = model.get_layer(first), model.get_layer(second)
+        out, into = (
+            measure(layer, {"kernel": layer.kernel.numpy()})
+            for measure, layer in (
+                (kernels.output_range, left),
+                (kernels.input_range, right),
+            )
+        )
+        np.testing.assert_allclose(out, into, rtol=0.05)
+
+
+def test_equalization_mends_channels_scaled_apart():
+    model = stretched(chain())
+    errors = [
+        integer_file(model, images(), equalize=equal, per_channel=False)[1].error
+        for equal in (False, True)
+    ]
+    assert errors[0] > 0.1
+    assert errors[1] < 0.04
+
+
+@pytest.mark.parametrize("between", ["relu6", "two consumers", "flatten", "tanh"])
+def test_what_cannot_be_equalized_stays(between):
+    image = keras.Input((4, 4, 3))
+    x = first = layers.Conv2D(8, 3, padding="same", name="conv")(image)
+    if between == "relu6":
+        x = layers.ReLU(6.0)(x)
+    if between == "flatten":
+        x = layers.Flatten()(x)
+    if between == "tanh":
+        x = layers.Activation("tanh")(x)
+    x = layers.Dense(3)(x)
+    outputs = [x, first] if between == "two consumers" else x
+    assert equalize(keras.Model(image, outputs)) == ([], {})
+
+
+@pytest.mark.parametrize("high", [np.inf, 1.5])
+def test_moments_of_a_cut_normal(high):
+    mean, stddev = np.array([-1.0, 0.0, 2.0, 0.3]), np.array([0.5, 1.0, 3.0, 0.0])
+    drawn = np.random.default_rng(0).normal(mean, stddev, (400_000, 4))
+    cut = np.clip(drawn, 0, high)
+    found = correction.cut(correction.Normal(mean, stddev), high)
+    np.testing.assert_allclose(found.mean, cut.mean(0), atol=0.01)
+    np.testing.assert_allclose(found.stddev, cut.std(0), atol=0.01)
+
+
+def test_bias_correction_takes_out_the_mean_error(monkeypatch):
+    """With coarse weights, and inputs that have the moments of beta and gamma."""
+    monkeypatch.setattr(kernels, "rounded", functools.partial(kernels.rounded, bits=3))
+    model = small()
+    keras_bn.recalibrate(model, images(400), batch_size=400, verbose=0)
+    plan, folded = keras_bn.plan_fold(model), keras_bn.fold(model)
+
+    def coarse(model):
+        """The model with rounded kernels."""
+        for layer in model._flatten_layers():
+            for name in kernels.names(layer) if hasattr(layer, "kernel") else ():
+                variable = getattr(layer, name)
+                variable.assign(kernels.rounded(layer, name, variable.numpy()))
+        return model
+
+    def off(model, other):
+        """How far the channel means of a layer's output are off."""
+        means = [
+            keras.Model(each.input, each.get_layer("project").output)
+            .predict(images(400), verbose=0)
+            .mean((0, 1, 2))
+            for each in (model, other)
+        ]
+        return np.sqrt(np.mean(np.square(means[0] - means[1])))
+
+    corrected = keras_bn.fold(model)
+    paths = correction.correct(corrected, model, plan)
+    assert set(paths) == {"depthwise", "project"}
+    before, after = (
+        off(folded, coarse(keras_bn.fold(model))),
+        off(folded, coarse(corrected)),
+    )
+    assert after < 0.5 * before
+
+
+def test_bias_correction_after_equalization():
+    model = small()
+    plain, both = (
+        integer_file(model, images(), equalize=True, correct_bias=correct)[1]
+        for correct in (False, True)
+    )
+    assert both.corrected == ["depthwise", "project"]
+    assert plain.equalized == both.equalized == [("depthwise", "project")]
+    assert both.error < 2 * plain.error
+
+
+class Own(keras.Model):
+    def __init__(self):
+        super().__init__(name="own")
+        self.dense = layers.Dense(2)
+
+    def call(self, x):
+        return self.dense(x)
+
+
+def own():
+    model = Own()
+    model(np.zeros((1, 8, 8, 3), "float32"))
+    return model
+
+
+def with_last(layer):
+    return keras.Sequential(
+        [keras.Input((8, 8, 3)), layers.Conv2D(4, 3, name="conv"), layer], name="model"
+    )
+
+
+def half():
+    return keras.Sequential(
+        [keras.Input((8, 8, 3)), layers.Conv2D(2, 3, name="conv", dtype="float16")]
+    )
+
+
+REFUSED = {
+    "elu": (lambda: with_last(layers.ELU(name="last")), "'last' of 'model'.*ELU"),
+    "norm": (lambda: with_last(layers.LayerNormalization(name="last")), "'last'"),
+    "inside": (
+        lambda: keras.Sequential(
+            [keras.Input((8, 8, 3)), with_last(layers.ELU(name="last"))]
+        ),
+        "'model/last'",
+    ),
+    "erf": (
+        lambda: with_last(layers.Lambda(keras.ops.erf, name="last")),
+        "'last'.*Erf",
+    ),
+    "loop": (
+        lambda: keras.Sequential([keras.Input((8, 3)), layers.GRU(2, name="last")]),
+        "'last'.*While",
+    ),
+    "subclass": (own, "'own' is neither a Functional nor a Sequential"),
+    "not built": (lambda: keras.Sequential([layers.Dense(2)], name="m"), "'m' is not"),
+    "float16": (half, "'conv' computes in float16"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refusals_name_the_layer_and_write_nothing(name, tmp_path):
+    make, message = REFUSED[name]
+    data = images(4, (8, 3)) if name == "loop" else images(4)
+    path = tmp_path / "model.tflite"
+    path.write_text("precious")
+    with pytest.raises(ValueError, match=message):
+        keras_bn.export_int8(make(), path, data)
+    assert path.read_text() == "precious"
+    assert [each.name for each in tmp_path.iterdir()] == ["model.tflite"]
+
+
+def test_refusals_before_any_work(tmp_path):
+    model = chain()
+    with pytest.raises(ValueError, match=r"quantize_aware.*Give `data`"):
+        keras_bn.export_int8(model, tmp_path / "model.tflite")
+    with pytest.raises(OSError, match="no folder"):
+        keras_bn.export_int8(model, tmp_path / "no" / "model.tflite", images())
+    with pytest.raises(TypeError, match="Expected a Keras"):
+        keras_bn.export_int8("model", tmp_path / "model.tflite", images())
+
+
+def test_another_backend_is_told(monkeypatch):
+    monkeypatch.setattr(keras.backend, "backend", lambda: "jax")
+    with pytest.raises(RuntimeError, match=r"export_int8.*TensorFlow.*'jax'"):
+        integer_file(chain(), images())

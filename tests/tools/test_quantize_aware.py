@@ -1,0 +1,418 @@
+"""Training with quantization: what is computed, what trains, what the file says."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from keras import layers, ops
+from support.zoo import randomized
+from test_int8 import KINDS, error, images, small
+
+import keras_bn
+from keras_bn.int8 import kernels, tflite
+from keras_bn.int8.export import integer_file
+from keras_bn.int8.layers import FakeQuantizedLinear, FakeQuantizer, quantizers
+
+pytestmark = pytest.mark.usefixtures("seeded")
+
+
+def outputs(content, x):
+    """The outputs of a file, and the step between two of its values."""
+    interpreter = tflite.Interpreter(content)
+    (index,) = interpreter.outputs().values()
+    found = []
+    for each in x:
+        interpreter.run(dict.fromkeys(interpreter.inputs(), each[None]))
+        found.append(interpreter.value(index)[0])
+    return np.array(found), interpreter._tensors[index]["quantization"][0]
+
+
+def check_file(model, x, same=0.4, most=5):
+    """The file computes what the model does, but for roundings, here and there.
+
+    The model rounds what floats give, and the file sums of integers. One differs from
+    the other where a value is half way between two; several layers add these up.
+    """
+    content, report = integer_file(model, x)
+    value, step = outputs(content, x)
+    off = np.abs(value - model.predict(x, verbose=0)) / step
+    assert off.max() < most + 0.1
+    assert np.mean(off < 0.5) > same
+    return report
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_file_computes_what_the_model_does(kind, bits):
+    shape, make = KINDS[kind]
+    bn = keras_bn.BatchNormalization(axis=1 if kind == "channels first" else -1)
+    stack = [keras.Input(shape), *make(), bn, layers.ReLU()]
+    model = randomized(keras.Sequential(stack))
+    aware = keras_bn.quantize_aware(model, images(16, shape), weight_bits=bits)
+    assert not any(isinstance(each, type(bn)) for each in aware.layers)
+    exact = bits == 8 and kind != "separable"  # which is two operations
+    check_file(aware, images(16, shape), *((0.97, 1) if exact else (0.85, 5)))
+    expected = model.predict(images(16, shape), verbose=0)
+    found = error(aware.predict(images(16, shape), verbose=0), expected)
+    assert (0.001 < found < 0.04) if bits == 8 else (0.03 < found < 0.3)
+
+
+def test_a_whole_network():
+    model = small()
+    aware = keras_bn.quantize_aware(model, images())
+    assert [each.name for each in aware.layers] == [
+        "image",
+        "int8_input",
+        "conv",
+        "conv_relu",
+        "int8_conv_relu",
+        "depthwise",
+        "depthwise_relu",
+        "int8_depthwise_relu",
+        "project",
+        "int8_project",
+        "add",
+        "int8_add",
+        "inner",
+        "pool",
+        "int8_pool",
+        "head",
+        "int8_head",
+    ]
+    report = check_file(aware, images())
+    assert {each.layer for each in report.layers} == {
+        "conv",
+        "depthwise",
+        "project",
+        "add",
+        "inner/strided",
+        "pool",
+        "head",
+    }
+    assert max(each.error for each in report.layers) < 0.02
+    names = {v.path for v in model.variables}
+    assert names < {v.path for v in aware.variables}
+
+
+OTHERS = {
+    "unfolded": lambda: [
+        layers.BatchNormalization(),
+        layers.ReLU(),
+        layers.Conv2D(5, 3),
+        layers.MaxPooling2D(),
+        layers.Flatten(),
+        layers.Dense(3),
+    ],
+    "activations inside": lambda: [
+        layers.Conv2D(5, 3, activation="swish"),
+        layers.Conv2D(5, 3, activation="sigmoid"),
+        layers.AveragePooling2D(2),
+        layers.UpSampling2D(),
+        layers.LeakyReLU(),
+    ],
+    "two normalizations": lambda: [
+        layers.Dense(5),
+        layers.BatchNormalization(),
+        layers.BatchNormalization(),
+        layers.ReLU(6.0),
+    ],
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_layers(name):
+    model = randomized(keras.Sequential([keras.Input((8, 8, 4)), *OTHERS[name]()]))
+    x = images(24, (8, 8, 4))
+    aware = keras_bn.quantize_aware(model, x)
+    check_file(aware, x)
+    assert error(aware.predict(x, verbose=0), model.predict(x, verbose=0)) < 0.04
+
+
+def test_a_softmax_has_the_range_that_tflite_gives_it():
+    stack = [keras.Input((6,)), layers.Dense(3, activation="softmax", name="head")]
+    model = keras.Sequential(stack)
+    aware = keras_bn.quantize_aware(model, images(24, (6,)))
+    assert model.get_layer("head").activation is keras.activations.softmax
+    names = [each.name for each in aware.layers]
+    assert names[-3:] == ["int8_head", "head_activation", "int8_head_activation"]
+    check_file(aware, images(24, (6,)))
+
+
+def wrapped(bits=4, **options):
+    """A convolution and its normalization, rounded together; and both alone."""
+    conv = layers.Conv2D(5, 3, use_bias=options.pop("use_bias", False))
+    norm = keras_bn.BatchNormalization(**options)
+    layer = FakeQuantizedLinear(conv, norm, bits)
+    layer.build((None, 8, 8, 3))
+    randomized(keras.Sequential([keras.Input((8, 8, 3)), conv, norm]))
+    return layer, conv, norm
+
+
+@pytest.mark.parametrize("use_bias", [False, True])
+@pytest.mark.parametrize("affine", [False, True])
+def test_training_is_the_whitepapers_formula(use_bias, affine):
+    layer, conv, norm = wrapped(use_bias=use_bias, scale=affine, center=affine)
+    x = images(6)
+    gamma = norm.gamma.numpy() if affine else 1.0
+    beta = norm.beta.numpy() if affine else 0.0
+    mean, variance = norm.moving_mean.numpy(), norm.moving_variance.numpy()
+    sigma = np.sqrt(variance + norm.epsilon)
+    plain = conv(x).numpy()
+    batch_sigma = np.sqrt(plain.var((0, 1, 2)) + norm.epsilon)
+    rounded = kernels.rounded(conv, "kernel", conv.kernel.numpy() * gamma / sigma, 4)
+    whole = ops.conv(x, rounded.astype("float32")).numpy()
+    # Section 3.2.2: the correction c is the batch's deviation over the moving one.
+    bias = conv.bias.numpy() if use_bias else 0.0
+    without = plain.mean((0, 1, 2)) - bias
+    expected = whole * sigma / batch_sigma + beta - gamma * without / batch_sigma
+    np.testing.assert_allclose(layer(x, training=True), expected, atol=2e-5)
+    after = norm.momentum * mean + (1 - norm.momentum) * plain.mean((0, 1, 2))
+    np.testing.assert_allclose(norm.moving_mean, after, atol=1e-6)
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_inference_and_frozen_training_use_the_weights_of_the_file(frozen):
+    layer, conv, norm = wrapped(use_bias=True)
+    norm.freeze_statistics = frozen
+    scale = norm.gamma / ops.sqrt(norm.moving_variance + norm.epsilon)
+    rounded = kernels.rounded(conv, "kernel", (conv.kernel * scale).numpy(), 4)
+    offset = (conv.bias - norm.moving_mean) * scale + norm.beta
+    expected = ops.conv(images(6), rounded.astype("float32")) + offset
+    before = norm.moving_mean.numpy()
+    value = layer(images(6), training=frozen)
+    np.testing.assert_allclose(value, expected, atol=2e-5)
+    np.testing.assert_array_equal(norm.moving_mean, before)
+    found, bias = layer.weights_of_inference()
+    np.testing.assert_allclose(found["kernel"], rounded, atol=1e-6)
+    np.testing.assert_allclose(bias, offset, atol=1e-6)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_gradients_go_straight_through(training):
+    """At 8 bits they are nearly those of the layers unrounded; none is cut off."""
+    layer, conv, norm = wrapped(bits=8)
+    x = tf.constant(images(6))
+    upstream = np.random.default_rng(2).normal(size=(6, 6, 6, 5)).astype("float32")
+
+    def gradients(function):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            value = tf.reduce_sum(function() * upstream)
+        return tape.gradient(value, [x, *(v.value for v in layer.trainable_variables)])
+
+    found = gradients(lambda: layer(x, training=training))
+    expected = gradients(lambda: norm(conv(x), training=training))
+    for one, other in zip(found, expected, strict=True):
+        spread = np.abs(other).max()
+        np.testing.assert_allclose(one, other, atol=0.02 * spread)
+    assert len(found) == 4
+
+
+def test_quantizers_follow_their_input():
+    layer = FakeQuantizer(momentum=0.5)
+    layer.build((None, 3))
+    layer.low.assign(-1.0)
+    layer.high.assign(1.0)
+    x = np.array([[3.0, -0.5, 0.2]], "float32")
+    y = layer(x, training=True).numpy()
+    # As fake quantization has it, 0 is one of the values: the range moves a little.
+    assert (float(layer.low), float(layer.high)) == (-0.75, 2.0)
+    assert y[0, 0] == pytest.approx(2.0, abs=0.01)
+    assert np.abs(y - np.clip(x, -0.75, 2.0)).max() < 2.75 / 255
+    layer(x, training=False)
+    layer.trainable = False
+    layer(x, training=True)
+    assert (float(layer.low), float(layer.high)) == (-0.75, 2.0)
+    layer.trainable = True
+    layer(x * np.nan, training=True)
+    layer(np.zeros((0, 3), "float32"), training=True)
+    assert (float(layer.low), float(layer.high)) == (-0.75, 2.0)
+
+
+def test_the_first_ranges_are_those_of_the_data():
+    x = images(32)
+    aware = keras_bn.quantize_aware(small(), x, batch_size=16)
+    quantizer = quantizers(aware)["int8_input"]
+    expected = np.mean([x[:16].max(), x[16:].max()])
+    assert float(quantizer.high) == pytest.approx(expected, rel=1e-6)
+    assert float(quantizers(aware)["int8_conv_relu"].low) == 0.0
+
+
+def compiled():
+    model = small(bn=layers.BatchNormalization)
+    model.compile(keras.optimizers.Adam(1e-3), "mse")
+    model.fit(images(), np.zeros((24, 5)), verbose=0)
+    return model
+
+
+def test_training_goes_on_with_the_optimizer_and_the_original_stays():
+    model = compiled()
+    before = [v.numpy() for v in model.variables]
+    slots = [v.numpy() for v in model.optimizer.variables]
+    aware = keras_bn.quantize_aware(model, images())
+    assert aware.optimizer.iterations == 1
+    carried = [v.numpy() for v in aware.optimizer.variables]
+    for one, other in zip(slots, carried, strict=True):
+        np.testing.assert_array_equal(one, other)
+    low = float(quantizers(aware)["int8_head"].low)
+    first = aware.evaluate(images(), np.zeros((24, 5)), verbose=0)
+    aware.fit(images(), np.zeros((24, 5)), epochs=15, verbose=0)
+    assert aware.evaluate(images(), np.zeros((24, 5)), verbose=0) < 0.9 * first
+    assert float(quantizers(aware)["int8_head"].low) != low
+    for variable, value in zip(model.variables, before, strict=True):
+        np.testing.assert_array_equal(variable, value)
+    check_file(aware, images())
+
+
+def test_a_file_saved_in_between(tmp_path):
+    for model in (
+        small(),
+        keras.Sequential(
+            [keras.Input((8, 8, 3)), layers.SeparableConv2D(4, 3, activation="tanh")]
+        ),
+    ):
+        aware = keras_bn.quantize_aware(model, images())
+        aware.save(tmp_path / "aware.keras")
+        loaded = keras.saving.load_model(tmp_path / "aware.keras")
+        np.testing.assert_array_equal(loaded(images()), aware(images()))
+        assert [layer.name for layer in loaded.layers] == [
+            layer.name for layer in aware.layers
+        ]
+        values = [
+            outputs(integer_file(each)[0], images())[0] for each in (loaded, aware)
+        ]
+        np.testing.assert_array_equal(*values)
+
+
+def test_a_report_without_data_draws_samples():
+    aware = keras_bn.quantize_aware(small(), images())
+    report = integer_file(aware)[1]
+    assert report.drawn
+    assert report.samples == 64
+    assert "drawn at random" in str(report)
+    assert report.error < 0.02
+
+
+@pytest.mark.parametrize("steps", [0, 5, 6])
+@pytest.mark.parametrize("together", [1, 3])
+def test_freeze_after(steps, together):
+    model = keras.Sequential([keras.Input((2,)), keras_bn.BatchNormalization()])
+    model.compile("sgd", "mse", steps_per_execution=together)
+    x = np.ones((24, 2))
+    callback = keras_bn.FreezeAfter(steps)
+    seen = []
+
+    class Watch(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            seen.append((model.optimizer.iterations.numpy(), layer.freeze_statistics))
+
+    layer = model.layers[0]
+    for _ in range(2):
+        callbacks = [callback, Watch()]
+        model.fit(x, x, batch_size=8, epochs=2, verbose=0, callbacks=callbacks)
+    assert seen
+    assert all(frozen is bool(done >= steps) for done, frozen in seen)
+
+
+def test_freeze_after_takes_a_number_of_steps():
+    for steps in -1, 1.5, True, "end":
+        with pytest.raises(ValueError, match="`steps` must be a whole number"):
+            keras_bn.FreezeAfter(steps)
+
+
+def test_frozen_training_is_inference_with_gradients():
+    model = compiled()
+    aware = keras_bn.quantize_aware(model, images())
+    assert len(keras_bn.freeze(aware)) == 3
+    ranges = list(quantizers(aware).values())
+    for quantizer in ranges:
+        quantizer.trainable = False
+    np.testing.assert_allclose(
+        aware(images(), training=True), aware(images()), atol=1e-5
+    )
+
+
+def test_under_xla_and_eagerly():
+    losses = []
+    for options in {"jit_compile": True}, {"jit_compile": False}, {"run_eagerly": True}:
+        keras.utils.set_random_seed(0)
+        aware = keras_bn.quantize_aware(small(), images())
+        aware.compile("sgd", "mse", **options)
+        history = aware.fit(
+            images(), np.zeros((24, 5)), batch_size=24, epochs=2, verbose=0
+        )
+        losses.append(history.history["loss"])
+    np.testing.assert_allclose(losses[0], losses[1], rtol=0.01)
+    np.testing.assert_allclose(losses[2], losses[1], rtol=0.01)
+
+
+def renorm():
+    return keras_bn.BatchNormalization(renorm=True, name="norm")
+
+
+def unknown():
+    """A model whose optimizer has seen a part of its weights."""
+    model = small()
+    model.get_layer("head").trainable = False
+    model.compile("adam", "mse")
+    model.fit(images(), np.zeros((24, 5)), verbose=0)
+    model.get_layer("head").trainable = True
+    return model
+
+
+def chain(*stack, shape=(8, 8, 3)):
+    return keras.Sequential([keras.Input(shape), layers.Conv2D(4, 3), *stack])
+
+
+REFUSED = {
+    "optimizer": (unknown, "optimizer.*does not carry over.*head/kernel"),
+    "elu": (lambda: chain(layers.ELU(name="last")), "'last'"),
+    "inside": (lambda: chain(layers.Dense(2, activation="elu", name="d")), "'d_act"),
+    "renorm": (lambda: chain(renorm()), "'norm' has renorm"),
+    "axis": (
+        lambda: chain(layers.ReLU(), layers.BatchNormalization(1, name="norm")),
+        "'norm'.*last axis",
+    ),
+    "twice": (lambda: keras_bn.quantize_aware(small(), images()), "already"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refusals(name):
+    make, message = REFUSED[name]
+    with pytest.raises(ValueError, match=message):
+        keras_bn.quantize_aware(make(), images())
+
+
+def test_refused_arguments():
+    model = small()
+    for options in {"weight_bits": 9}, {"weight_bits": 1}, {"activation_bits": 8.0}:
+        (name,) = options
+        with pytest.raises(ValueError, match=f"`{name}` must be a whole number"):
+            keras_bn.quantize_aware(model, images(), **options)
+    with pytest.raises(ValueError, match="not one batch"):
+        keras_bn.quantize_aware(model, iter(()), steps=2)
+    with pytest.raises(ValueError, match=r"values at .* are not finite"):
+        keras_bn.quantize_aware(model, images() * np.nan)
+    wide = keras_bn.quantize_aware(model, images(), activation_bits=12)
+    with pytest.raises(ValueError, match="rounds to 12 bits"):
+        integer_file(wide)
+    aware = keras_bn.quantize_aware(model, images())
+    with pytest.raises(ValueError, match="not from `keras_bn"):
+        integer_file(aware, equalize=True)
+
+
+def test_an_optimizer_that_does_not_carry_over_can_be_left_behind():
+    aware = keras_bn.quantize_aware(unknown(), images(), compiled=False)
+    assert not aware.compiled
+
+
+def test_diagnosis_and_recalibration_find_the_normalizations():
+    aware = keras_bn.quantize_aware(small(), images())
+    found = keras_bn.recalibrate(aware, images(), verbose=0)
+    assert set(found) == {
+        "conv/conv_bn",
+        "depthwise/depthwise_bn",
+        "project/project_bn",
+    }
+    assert keras_bn.diagnose(aware, images(240)).record.not_called == []
