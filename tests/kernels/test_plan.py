@@ -1,6 +1,7 @@
 """Which plan serves what: the table, what feeds it, and how often it is traced."""
 
 import gc
+import importlib
 import weakref
 
 import keras
@@ -14,7 +15,7 @@ import keras_bn
 from keras_bn import kernels, step
 from keras_bn.kernels import formulas, make_plan
 from keras_bn.kernels.plan import Plan, by_size, fused_fits
-from keras_bn.kernels.tensorflow import compiled, context, either, fused
+from keras_bn.kernels.tensorflow import context, either, fused
 
 
 @pytest.mark.parametrize(
@@ -285,7 +286,8 @@ def test_compiled_functions_are_told_the_plan():
 
 @pytest.mark.parametrize("rows", [4, 50_000])
 def test_traces_are_bounded_and_let_go(rows, monkeypatch):
-    monkeypatch.setattr(compiled, "TRACES", 3)
+    module = importlib.import_module("keras_bn.kernels.tensorflow.compiled")
+    monkeypatch.setattr(module, "TRACES", 3)
     graphs = []
 
     @kernels.compiled
