@@ -115,6 +115,8 @@ def usable_parts(batch: Moments, rule: Rule) -> tuple[Tensor, Tensor]:
         Two bool tensors of the shape of `batch.mean`.
     """
     finite = ops.isfinite(batch.mean + batch.variance)
+    if isinstance(batch.count, int) and batch.count > 1:
+        return finite, finite
     mean = ops.logical_and(finite, batch.count > 0)
     return mean, ops.logical_and(mean, batch.count > 1) if rule.unbiased else mean
 

@@ -119,18 +119,17 @@ def infer(
 ) -> Tensor:
     r"""The output under the moving statistics; the mask is not used.
 
-    $$y = x \cdot s + (\beta - \mu s), \qquad
-      s = \frac{\gamma}{\sqrt{\sigma^2 + \epsilon}}$$
-
-    Two operations of full size, in the order of Keras's layer.
+    $$y = s\,(x - \mu) + \beta, \qquad s = \frac{\gamma}{\sqrt{\sigma^2 + \epsilon}}$$
     """
-    dtype = wide(x.dtype)
+    given, dtype = x.dtype, wide(x.dtype)
     mean = ops.cast(state.mean, dtype)
     scale = ops.rsqrt(ops.cast(state.variance, dtype) + settings.epsilon)
     if gamma is not None:
         scale = scale * ops.cast(gamma, dtype)
-    offset = -mean * scale if beta is None else ops.cast(beta, dtype) - mean * scale
-    return ops.cast(affine(ops.cast(x, dtype), scale, offset, settings.axes), x.dtype)
+    beta = ops.zeros_like(mean) if beta is None else ops.cast(beta, dtype)
+    x, statistics = ops.cast(x, dtype), (mean, scale, beta)
+    spread = (kernels.broadcast(v, x.shape, settings.axes) for v in statistics)
+    return ops.cast(kernels.standardize(x, *spread), given)
 
 
 def affine(x: Tensor, scale: Tensor, offset: Tensor, axes: tuple[int, ...]) -> Tensor:

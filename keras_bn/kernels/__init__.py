@@ -18,6 +18,9 @@ A backend gives:
     `y` has the shape and dtype of `x`, and its gradients are right, second ones
     included. The `Moments` are float32 at least, and constants to differentiation; of a
     batch that is cut into groups, they have one more leading axis.
+`standardize(x, mean, scale, beta)`
+    `scale * (x - mean) + beta`, in the order of Keras's layer in inference, and so with
+    its rounding. All broadcast.
 `make_plan(x, mask, settings) -> Plan`
     The plan for an input, here and now, from its static shape; whether there is a mask;
     and `axes`, `epsilon`, `group_size` and `synchronized` of the settings.
@@ -87,6 +90,7 @@ make_plan = _backend.make_plan
 modes = _backend.modes
 replicated = _backend.replicated
 retrack = _backend.retrack
+standardize = _backend.standardize
 
 __all__ = [
     "Events",
@@ -101,4 +105,5 @@ __all__ = [
     "modes",
     "replicated",
     "retrack",
+    "standardize",
 ]

@@ -2,7 +2,7 @@
 
 from keras_bn.kernels.events import Events
 from keras_bn.kernels.jax import modes
-from keras_bn.kernels.jax.batch import forward
+from keras_bn.kernels.jax.batch import forward, standardize
 from keras_bn.kernels.jax.context import (
     agree,
     checked,
@@ -24,4 +24,5 @@ __all__ = [
     "modes",
     "replicated",
     "retrack",
+    "standardize",
 ]

@@ -28,3 +28,8 @@ def forward(
     )
     moments = Moments(*(jax.lax.stop_gradient(lay.statistic(v)) for v in moments))
     return y.astype(x.dtype), moments
+
+
+def standardize(x, mean, scale, beta):
+    """`scale * (x - mean) + beta`; see the contract of the kernels."""
+    return x * scale + (beta - mean * scale)

@@ -1,7 +1,7 @@
 """TensorFlow: its fused op, or the formulas with a gradient of our own."""
 
 from keras_bn.kernels.tensorflow import modes
-from keras_bn.kernels.tensorflow.batch import checked, forward
+from keras_bn.kernels.tensorflow.batch import checked, forward, standardize
 from keras_bn.kernels.tensorflow.compiled import compiled
 from keras_bn.kernels.tensorflow.context import make_plan, retrack
 from keras_bn.kernels.tensorflow.events import Events
@@ -19,4 +19,5 @@ __all__ = [
     "modes",
     "replicated",
     "retrack",
+    "standardize",
 ]

@@ -16,21 +16,7 @@ from keras_bn.moments import Moments, Tensor
 def forward(
     x, mask, gamma, beta, *, epsilon: float, plan: Plan
 ) -> tuple[Tensor, Moments]:
-    """Normalize a batch with its own statistics; `formulas` says how.
-
-    Args:
-        x: input of a float dtype.
-        mask: bool tensor that broadcasts to the shape of `x`, true where an element
-            counts; or None.
-        gamma, beta: scale and offset, one value per channel, or None.
-        epsilon: added to the variance, non-negative.
-        plan: the `Plan` for the input.
-
-    Returns:
-        `(y, Moments)`: the output, of the shape and dtype of `x`, and the moments of
-        the batch in float32 at least; of each group, along one more leading axis,
-        when it is cut. The moments are constants to differentiation.
-    """
+    """Normalize a batch with its own statistics; see the contract of the kernels."""
     # Sums overflow or lose digits in half precision.
     wide = tf.cast(x, keras.backend.result_type(x.dtype.name, "float32"))
     lay = _layout(wide, plan)
@@ -84,6 +70,11 @@ def once(value, operand):
         value, operand: tensors of one shape, the first NaN wherever the second is.
     """
     return tf.where(operand == operand, value, operand)
+
+
+def standardize(x, mean, scale, beta):
+    """`scale * (x - mean) + beta`; see the contract of the kernels."""
+    return x * scale + (beta - mean * scale)
 
 
 def checked(mask: Tensor, x: Tensor, along: Sequence[int]) -> Tensor:

@@ -2,7 +2,7 @@
 
 from keras_bn.kernels.events import Events
 from keras_bn.kernels.torch import modes
-from keras_bn.kernels.torch.batch import forward
+from keras_bn.kernels.torch.batch import forward, standardize
 from keras_bn.kernels.torch.context import checked, compiled, cond, make_plan, retrack
 from keras_bn.kernels.torch.replicas import agree
 from keras_bn.kernels.torch.replicas import in_step as replicated
@@ -18,4 +18,5 @@ __all__ = [
     "modes",
     "replicated",
     "retrack",
+    "standardize",
 ]

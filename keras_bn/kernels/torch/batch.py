@@ -1,4 +1,4 @@
-"""Normalizing a batch with its own statistics, by the kernel of its plan."""
+"""Normalizing a batch with its own statistics, by PyTorch's op where it can serve."""
 
 import math
 
@@ -7,7 +7,6 @@ import torch
 from keras_bn.kernels import autodiff, layout
 from keras_bn.kernels.plan import Plan
 from keras_bn.kernels.torch import replicas
-from keras_bn.kernels.torch.centred import Normalized
 from keras_bn.moments import Moments, Tensor
 
 
@@ -17,36 +16,28 @@ def forward(
     """Normalize a batch with its own statistics; see the contract of the kernels."""
     # Sums overflow or lose digits in half precision.
     wide = x if x.dtype == torch.float64 else x.float()
-    by_kernel = {"fused": _fused, "centred": _centred, "plain": _formulas}
-    y, moments = by_kernel[plan.kernel](wide, mask, gamma, beta, epsilon, plan)
-    return y.to(x.dtype), Moments(*(value.detach() for value in moments))
+    if plan.kernel == "fused":
+        y, moments = _fused(wide, gamma, beta, epsilon, plan.axes[0])
+    else:
+        y, moments = _formulas(wide, mask, gamma, beta, epsilon, plan)
+    return y.to(x.dtype), moments
 
 
-def _centred(x, mask, gamma, beta, epsilon, plan):
-    lay = layout.Layout(x, plan.axes)
-    rows = [i for i in range(x.ndim) if i not in plan.axes]
-    shift = x.detach().mean(rows, keepdim=True)
-    gamma, beta = lay.parameter(gamma, 1.0, x.dtype), lay.parameter(beta, 0.0, x.dtype)
-    y, rest, variance = Normalized.apply(x - shift, gamma, beta, epsilon, rows)
-    count = torch.as_tensor(x.numel() // shift.numel())
-    mean, variance = lay.statistic(shift + rest), lay.statistic(variance)
-    return y, Moments(count, mean, variance)
-
-
-def _fused(x, mask, gamma, beta, epsilon, plan):
+def _fused(x, gamma, beta, epsilon, axis):
     """PyTorch's op on the input less a shift near its mean, which is added back.
 
     The op multiplies the input before it subtracts the mean, and so would lose digits
     where means are large. It takes memory in any order, so `movedim` copies nothing.
     """
-    (axis,) = plan.axes
-    image = x.movedim(axis, 1)
-    rows = [i for i in range(x.ndim) if i != 1]
+    channels = x.shape[axis]
+    sequence = x.ndim == 3 and axis == 2
+    image = x.reshape(-1, channels) if sequence else x.movedim(axis, 1)
+    rows = [i for i in range(image.ndim) if i != 1]
     each = math.prod(image.shape[2:])
     few = image.detach()[: -(-layout.SHIFT_ROWS // each)]
     shift = few.mean(rows, keepdim=True)
     gamma, beta = (v if v is None else v.to(x.dtype) for v in (gamma, beta))
-    mean, variance = x.new_zeros(2, x.shape[axis])
+    mean, variance = x.new_zeros(2, channels)
     y = torch.batch_norm(
         image - shift,
         gamma,
@@ -59,9 +50,9 @@ def _fused(x, mask, gamma, beta, epsilon, plan):
         cudnn_enabled=torch.backends.cudnn.enabled,
     )
     n = image.shape[0] * each
-    population = variance * ((n - 1) / n)
-    moments = Moments(torch.as_tensor(n), mean + shift.reshape(-1), population)
-    return y.movedim(1, axis), moments
+    # The op gives the unbiased variance, and keeps what it gave.
+    moments = Moments(n, mean + shift.reshape(-1), variance * ((n - 1) / n))
+    return y.reshape(x.shape) if sequence else y.movedim(1, axis), moments
 
 
 def _formulas(x, mask, gamma, beta, epsilon, plan):
@@ -78,4 +69,9 @@ def _formulas(x, mask, gamma, beta, epsilon, plan):
         layout=lay,
         total=replicas.total if plan.synchronized else None,
     )
-    return y, Moments(*(lay.statistic(value) for value in moments))
+    return y, Moments(*(lay.statistic(value).detach() for value in moments))
+
+
+def standardize(x, mean, scale, beta):
+    """`scale * (x - mean) + beta`; see the contract of the kernels."""
+    return torch.addcmul(beta, x - mean, scale)

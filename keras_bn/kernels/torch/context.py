@@ -17,13 +17,9 @@ def make_plan(x, mask, settings) -> Plan:
     shared = settings.synchronized and replicas.active()
     special = mask is not None or settings.group_size is not None or shared
     rows = math.prod(n for i, n in enumerate(x.shape) if i not in settings.axes)
-    if special or rows == 0:
-        kernel = "plain"
-    elif x.is_cuda and len(settings.axes) == 1 and rows > 1:
-        # The op gives the unbiased variance, which one row has not.
-        kernel = "fused"
-    else:
-        kernel = "centred"
+    # The op gives the unbiased variance, which one row has not.
+    fits = not special and len(settings.axes) == 1 and rows > 1
+    kernel = "fused" if fits else "plain"
     return Plan(kernel, settings.axes, settings.group_size, shared)
 
 
