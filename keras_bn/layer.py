@@ -5,7 +5,7 @@ from typing import Any
 import keras
 from keras import constraints, initializers, ops, regularizers
 
-from keras_bn import arguments, kernels, moving, renorm, step
+from keras_bn import arguments, kernels, moving, noted, renorm, step
 from keras_bn.frozen import Freezable
 from keras_bn.moments import wide
 from keras_bn.stored import Checked
@@ -241,7 +241,13 @@ class BatchNormalization(Freezable, Checked):
 
         def infer():
             state = self._state
-            y = step.infer(x, None, *self._affine, state, settings=self._settings)
+            if (note := noted.of(inputs, self._axes) if self._fused else None) is None:
+                y = step.infer(x, None, *self._affine, state, settings=self._settings)
+            else:
+                gamma, beta = self._affine
+                dtype = wide(x.dtype)
+                how = step.scale_and_offset(gamma, beta, state, self.epsilon, dtype)
+                y = noted.follow(note, *how)
             return ops.cast(y, self.compute_dtype), state
 
         if ops.is_tensor(training):

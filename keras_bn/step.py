@@ -125,12 +125,20 @@ def infer(
     Two operations of full size, in the order of Keras's layer.
     """
     dtype = wide(x.dtype)
+    scale, offset = scale_and_offset(gamma, beta, state, settings.epsilon, dtype)
+    return ops.cast(affine(ops.cast(x, dtype), scale, offset, settings.axes), x.dtype)
+
+
+def scale_and_offset(
+    gamma: Tensor, beta: Tensor, state: State, epsilon: float, dtype: str
+) -> tuple[Tensor, Tensor]:
+    """What the moving statistics make of the input: `x * scale + offset`."""
     mean = ops.cast(state.mean, dtype)
-    scale = ops.rsqrt(ops.cast(state.variance, dtype) + settings.epsilon)
+    scale = ops.rsqrt(ops.cast(state.variance, dtype) + epsilon)
     if gamma is not None:
         scale = scale * ops.cast(gamma, dtype)
     offset = -mean * scale if beta is None else ops.cast(beta, dtype) - mean * scale
-    return ops.cast(affine(ops.cast(x, dtype), scale, offset, settings.axes), x.dtype)
+    return scale, offset
 
 
 def affine(x: Tensor, scale: Tensor, offset: Tensor, axes: tuple[int, ...]) -> Tensor:

@@ -18,7 +18,7 @@ ORDER = [
     {"moments"},
     {"kernels", "moving"},
     {"renorm"},
-    {"step", "arguments", "frozen", "stored"},
+    {"step", "arguments", "frozen", "noted", "stored"},
     {"layer"},
     {"tools", "proof", "bench"},
     {"diagnosis"},
