@@ -48,13 +48,12 @@ class Noting:
         layer = self.layer
         for_kernel, for_bias = self._shapes
         with AutocastScope(None):  # the product is rounded, not its factors
-            kernel = ops.multiply(
-                getattr(layer, self._last), ops.reshape(scale, for_kernel)
-            )
+            kernel = ops.cast(getattr(layer, self._last), scale.dtype)
+            kernel = kernel * ops.reshape(scale, for_kernel)
             bias = ops.reshape(offset, for_bias)
             if layer.bias is not None:
-                own = ops.multiply(layer.bias, ops.reshape(scale, for_bias))
-                bias = ops.add(own, bias)
+                own = ops.cast(layer.bias, scale.dtype)
+                bias = own * ops.reshape(scale, for_bias) + bias
         weights = {self._last: kernel, "bias": bias}
         weights = {n: ops.cast(w, layer.compute_dtype) for n, w in weights.items()}
         other = _Instead(layer, use_bias=True, **weights)
