@@ -17,6 +17,8 @@ class Freezable(keras.layers.Layer):
 
     _freeze_statistics = False
     _freeze_affine: bool | str = False
+    # Whether to follow the notes of linear layers: `keras_bn.freeze(model, fuse=True)`.
+    _fused = False
 
     @property
     def freeze_statistics(self) -> bool:
@@ -49,13 +51,18 @@ class Freezable(keras.layers.Layer):
         self._hold_affine()
 
     def set_frozen(
-        self, statistics: bool | None = None, affine: bool | str | None = None
+        self,
+        statistics: bool | None = None,
+        affine: bool | str | None = None,
+        fused: bool | None = None,
     ) -> bool:
         """Freeze or unfreeze. The caller has to call `forget_traces`.
 
         Args:
             statistics, affine: the new `freeze_statistics` and `freeze_affine`; None
                 to leave them as they are.
+            fused: whether to be computed as one with the linear layer before it, for
+                as long as the statistics are frozen; None as above.
 
         Returns:
             Whether anything changed.
@@ -68,11 +75,14 @@ class Freezable(keras.layers.Layer):
             self._hold_affine()
         if statistics is not None:
             self._freeze_statistics = bool(statistics)
+        if fused is not None:
+            self._fused = fused
+        self._fused = self._fused and self._freeze_statistics
         return before != self._frozen()
 
     def _frozen(self):
         flags = [parameter.trainable for _, parameter in self._affine_parameters()]
-        return self._freeze_statistics, self._freeze_affine, flags
+        return self._freeze_statistics, self._freeze_affine, self._fused, flags
 
     def _hold_affine(self):
         """Make frozen parameters not trainable."""

@@ -6,7 +6,7 @@ from typing import Any
 import keras
 from keras import constraints, initializers, ops, regularizers
 
-from keras_bn import arguments, kernels, moving, renorm, step
+from keras_bn import arguments, kernels, moving, noted, renorm, step
 from keras_bn.arguments import Shape
 from keras_bn.frozen import Freezable
 from keras_bn.moments import Moments, Tensor, wide
@@ -212,7 +212,7 @@ class BatchNormalization(Freezable, Checked):
             "moving_variance", self.moving_variance_initializer, **state
         )
         if self.renorm:
-            stddev_initializer = _root_of(self.moving_variance_initializer)
+            stddev_initializer = renorm.root_of(self.moving_variance_initializer)
             self.moving_stddev = add("moving_stddev", stddev_initializer, **state)
             self.renorm_mean = add("renorm_mean", self.moving_mean_initializer, **state)
             self.renorm_stddev = add("renorm_stddev", stddev_initializer, **state)
@@ -251,7 +251,11 @@ class BatchNormalization(Freezable, Checked):
 
         def infer():
             state = self._state
-            y = step.infer(x, None, *self._affine, state, settings=self._settings)
+            if (note := noted.of(inputs, self._axes) if self._fused else None) is None:
+                y = step.infer(x, None, *self._affine, state, settings=self._settings)
+            else:
+                how: Any = state, self.epsilon, wide(x.dtype)
+                y = noted.follow(note, *step.scale_and_offset(*self._affine, *how))
             return ops.cast(y, self.compute_dtype), state
 
         if ops.is_tensor(training):
@@ -384,7 +388,7 @@ class BatchNormalization(Freezable, Checked):
         return step.State(*(None if v is None else v.value for v in self._moving))
 
     @property
-    def _affine(self):
+    def _affine(self) -> Any:
         return [None if w is None else w.value for w in (self.gamma, self.beta)]
 
     @property
@@ -394,12 +398,3 @@ class BatchNormalization(Freezable, Checked):
             return None
         updates = None if self.updates is None else self.updates.value
         return renorm.bounds(self.renorm_clipping, updates, self.moving_mean.dtype)
-
-
-def _root_of(initializer):
-    """An initializer that gives the square root of what `initializer` gives."""
-
-    def draw(shape, dtype=None):
-        return ops.sqrt(initializer(shape, dtype=dtype))
-
-    return draw

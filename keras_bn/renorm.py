@@ -226,3 +226,12 @@ def renorm_ramp(
         "rmin": LinearRamp(1.0, rmax, begin, rmax_end, inverse=True),
         "dmax": LinearRamp(0.0, dmax, begin, dmax_end),
     }
+
+
+def root_of(initializer):
+    """An initializer that gives the square root of what `initializer` gives."""
+
+    def draw(shape, dtype=None):
+        return ops.sqrt(initializer(shape, dtype=dtype))
+
+    return draw

@@ -122,14 +122,29 @@ def infer(
     $$y = s\,(x - \mu) + \beta, \qquad s = \frac{\gamma}{\sqrt{\sigma^2 + \epsilon}}$$
     """
     given, dtype = x.dtype, wide(x.dtype)
+    scale = _scale(gamma, state, settings.epsilon, dtype)
     mean = ops.cast(state.mean, dtype)
-    scale = ops.rsqrt(ops.cast(state.variance, dtype) + settings.epsilon)
-    if gamma is not None:
-        scale = scale * ops.cast(gamma, dtype)
     beta = ops.zeros_like(mean) if beta is None else ops.cast(beta, dtype)
     x, statistics = ops.cast(x, dtype), (mean, scale, beta)
     spread = (kernels.broadcast(v, x.shape, settings.axes) for v in statistics)
     return ops.cast(kernels.standardize(x, *spread), given)
+
+
+def scale_and_offset(
+    gamma: Tensor, beta: Tensor, state: State, epsilon: float, dtype: str
+) -> tuple[Tensor, Tensor]:
+    """What the moving statistics make of the input: `x * scale + offset`."""
+    scale = _scale(gamma, state, epsilon, dtype)
+    mean = ops.cast(state.mean, dtype)
+    offset = -mean * scale if beta is None else ops.cast(beta, dtype) - mean * scale
+    return scale, offset
+
+
+def _scale(gamma: Tensor, state: State, epsilon: float, dtype: str) -> Tensor:
+    scale = ops.rsqrt(ops.cast(state.variance, dtype) + epsilon)
+    if gamma is not None:
+        scale = scale * ops.cast(gamma, dtype)
+    return scale
 
 
 def affine(x: Tensor, scale: Tensor, offset: Tensor, axes: tuple[int, ...]) -> Tensor:

@@ -39,6 +39,9 @@ A backend gives:
     Whether this code runs as one of several replicas in step, whose statistics differ.
 `agree(old, new, taken) -> list`
     Averages the replicas' steps (`merging.agree`); only called if `replicated()`.
+`pruned(x) -> bool`
+    Whether what is computed from `x`, and then not used, costs nothing, for `x` belongs
+    to a graph that is compiled before it runs.
 `retrack(layer)`
     Notes anew which variables a Keras layer has, where the backend keeps a list of them
     that Keras's trackers do not know.
@@ -88,6 +91,7 @@ cond = _backend.cond
 forward: Callable[..., tuple[Tensor, Moments]] = _backend.forward
 make_plan = _backend.make_plan
 modes = _backend.modes
+pruned = _backend.pruned
 replicated = _backend.replicated
 retrack = _backend.retrack
 standardize = _backend.standardize
@@ -103,6 +107,7 @@ __all__ = [
     "forward",
     "make_plan",
     "modes",
+    "pruned",
     "replicated",
     "retrack",
     "standardize",

@@ -16,6 +16,7 @@ from keras_bn.tools.exchange import (
     rekey,
     replace,
 )
+from keras_bn.tools.fuse import separate
 from keras_bn.tools.graph import holders, scope, walk
 from keras_bn.tools.norms import check_layer, computes_otherwise, is_keras, is_ours
 
@@ -133,6 +134,8 @@ def _convert(model, wanted, kind, in_place, compiled):
         return remade(copy_model(model)[0], kind)
     if not in_place:
         model, _ = copy_model(model, compiled)
+    if kind is not BatchNormalization:
+        separate(model)  # layers of Keras follow no notes
     layers = [layer for _, layer in walk(model) if wanted(layer)]
     with scope(model):
         pairs = [(layer, remade(layer, kind)) for layer in layers]

@@ -7,6 +7,7 @@ import keras
 from keras_bn.tools.convert import remade
 from keras_bn.tools.copying import copy_model
 from keras_bn.tools.exchange import bypass, exchange
+from keras_bn.tools.fuse import has_own_call, separate
 from keras_bn.tools.graph import (
     graph_of,
     graphs,
@@ -20,6 +21,7 @@ from keras_bn.tools.linear import (
     Linear,
     Normalization,
     UnfoldableError,
+    is_activated,
     is_linear,
     linear,
 )
@@ -27,6 +29,7 @@ from keras_bn.tools.norms import (
     check_built,
     computes_otherwise,
     is_normalization,
+    is_ours,
     plain,
 )
 
@@ -110,17 +113,38 @@ def fold(model: keras.Model) -> keras.Model:
     return Plan(model).folded_model()
 
 
+class Fused(NamedTuple):
+    """A normalization that is computed as one with the linear layer before it.
+
+    Args:
+        norm: the normalization.
+        linear: the `Linear` of the layer before it.
+        axes: the channel axes between them.
+    """
+
+    norm: keras.layers.Layer
+    linear: Linear
+    axes: tuple[int, ...]
+
+
 class Plan:
     """Which normalization goes into which layer, graph by graph in calling order.
 
     `plan_fold` returns `folds`; `fold` returns `folded_model()`. `folded` holds the
     layers to remove, `edits` the `Linear` of each layer that changes, both by the `id`
     of the layer.
+
+    Args:
+        model: a built model.
+        fusing: whether to plan for `freeze(model, fuse=True)` instead: normalizations
+            of ours alone, and only into a linear layer before them. `fused` then holds
+            a `Fused` for each.
     """
 
-    def __init__(self, model):
+    def __init__(self, model, fusing=False):
         check_built(model)
-        self._model = model
+        self._model, self._fusing = model, fusing
+        self.fused: list[Fused] = []
         self.folded: dict[int, keras.layers.Layer] = {}
         self.edits: dict[int, Linear] = {}
         self._paths = {id(layer): path for path, layer in walk(model)}
@@ -130,18 +154,23 @@ class Plan:
         for graph in drawn:
             for node in graph.nodes:
                 norm = node.operation
-                if is_normalization(norm) and id(norm) not in found:
+                if self._concerns(norm) and id(norm) not in found:
                     found[id(norm)] = self._place(graph, node)
         self.folds = []
         for path, layer in walk(model):
             if computes_otherwise(layer):
-                self.folds.append(Fold(path, None, _OTHERWISE))
-            elif is_normalization(layer):
-                self.folds.append(found.get(id(layer)) or Fold(path, None, _OUTSIDE))
+                self.folds.append(Fold(path or layer.name, None, _OTHERWISE))
+            elif self._concerns(layer):
+                outside = Fold(path or layer.name, None, _OUTSIDE)
+                self.folds.append(found.get(id(layer)) or outside)
+
+    def _concerns(self, layer):
+        return is_ours(layer) if self._fusing else is_normalization(layer)
 
     def folded_model(self):
         """A new model as planned."""
         copy, of = copy_model(self._model, compiled=False)
+        separate(copy)
         pairs = []
         with scope(copy):
             for edit in self.edits.values():
@@ -167,7 +196,7 @@ class Plan:
         except UnfoldableError as reason:
             return Fold(path, None, f"it {reason}")
         reasons = []
-        for place in self._before, self._after:
+        for place in (self._before,) if self._fusing else (self._before, self._after):
             try:
                 target = place(graph, node, self.edits.get(id(norm), inner))
             except UnfoldableError as reason:
@@ -175,6 +204,8 @@ class Plan:
                 continue
             self.edits.pop(id(norm), None)
             self.folded[id(norm)] = norm
+            if self._fusing:
+                self.fused.append(Fused(norm, self.edits[id(target)], inner.axes))
             graph.bypass(node)
             return Fold(path, self._paths[id(target)])
         return Fold(path, None, "; ".join(reasons))
@@ -188,7 +219,7 @@ class Plan:
         target = producer.operation
         self._check_target(target, norm, "before")
         self._check_alone(target, f"'{target.name}' ")
-        if getattr(target, "activation", None) not in (None, keras.activations.linear):
+        if is_activated(target):
             name = getattr(target.activation, "__name__", target.activation)
             raise UnfoldableError(
                 f"'{target.name}' before it has the activation {name}"
@@ -225,6 +256,10 @@ class Plan:
         name = f"'{target.name}'"
         if not is_linear(target):
             raise UnfoldableError(f"{name} {where} it is not linear")
+        if self._fusing and is_normalization(target):
+            raise UnfoldableError(f"{name} {where} it is a batch normalization")
+        if self._fusing and has_own_call(target):
+            raise UnfoldableError(f"{name} {where} it has a `call` set on it")
         if target.quantization_mode is not None or getattr(
             target, "lora_enabled", False
         ):

@@ -11,7 +11,7 @@ import string
 from typing import NamedTuple
 
 import numpy as np
-from keras import layers
+from keras import activations, layers
 
 from keras_bn.tools.arrays import axes as axes_of
 from keras_bn.tools.arrays import float64
@@ -27,28 +27,6 @@ class Affine(NamedTuple):
 
 class UnfoldableError(Exception):
     """A reason why an affine map cannot be folded into a layer."""
-
-
-def scale_output(kernel, bias, affine, axis=-1):
-    """The kernel and bias of an affine map after a linear one.
-
-    Args:
-        kernel: array with the output channels along `axis`.
-        bias: array of shape `(channels,)`.
-        affine: an `Affine` per output channel.
-        axis: of the kernel.
-
-    Returns:
-        `(kernel, bias)`.
-
-    >>> kernel, bias = np.array([[1.0, 2.0]]), np.zeros(2)
-    >>> scale_output(kernel, bias, Affine(np.array([2.0, 3.0]), np.array([1.0, 1.0])))
-    (array([[2., 6.]]), array([1., 1.]))
-    """
-    shape = [1] * kernel.ndim
-    shape[axis] = -1
-    scale, shift = affine
-    return kernel * scale.reshape(shape), bias * scale + shift
 
 
 def scale_convolution_input(kernel, bias, affine, groups=1):
@@ -89,15 +67,15 @@ def scale_depthwise_input(kernel, affine):
     return kernel * affine.scale[:, None], addend.reshape(-1)
 
 
-def scale_einsum_output(kernel, bias, affine, equation, axis):
-    """The kernel and bias of an affine map after `einsum(equation, x, kernel) + bias`.
+def scale_einsum_input(kernel, bias, affine, equation, axis):
+    """The kernel and bias of an affine map before `einsum(equation, x, kernel) + bias`.
 
     Args:
         kernel: array.
         bias: array that broadcasts against the output.
-        affine: an `Affine` along `axis` of the output.
+        affine: an `Affine` along `axis` of the input.
         equation: without an ellipsis, as `"abc,cd->abd"`.
-        axis: of the output, not negative.
+        axis: of the input, not negative.
 
     Returns:
         `(kernel, bias, labels)`, where `labels` are the letters of the output axes
@@ -105,21 +83,6 @@ def scale_einsum_output(kernel, bias, affine, equation, axis):
 
     Raises:
         UnfoldableError: if the kernel has no such axis.
-    """
-    _, of_kernel, of_output = _parts(equation)
-    label = of_output[axis]
-    if label not in of_kernel:
-        raise UnfoldableError(f"has no weights along axis {axis} of its output")
-    shape = [-1, *[1] * (len(of_output) - 1 - axis)]
-    scale, shift = (values.reshape(shape) for values in affine)
-    along = [-1 if other == label else 1 for other in of_kernel]
-    return kernel * affine.scale.reshape(along), bias * scale + shift, {label}
-
-
-def scale_einsum_input(kernel, bias, affine, equation, axis):
-    """The kernel and bias of an affine map before `einsum(equation, x, kernel) + bias`.
-
-    As `scale_einsum_output`, for an `Affine` along `axis` of the input.
     """
     of_input, of_kernel, of_output = _parts(equation)
     label = of_input[axis]
@@ -153,6 +116,8 @@ class Linear:
     """
 
     names: tuple[str, ...] = ("kernel",)
+    # The one of them that scales the output.
+    last = "kernel"
 
     def __init__(self, layer, rank):
         self.layer, self.rank = layer, rank
@@ -161,9 +126,28 @@ class Linear:
         self.arrays = {name: float64(w) for name, w in weights.items() if w is not None}
         self.arrays.setdefault("bias", np.zeros(()))
 
+    def along_output(self, axes):
+        """The shapes in which values per output channel broadcast to the weights.
+
+        Args:
+            axes: the channel axes of the output.
+
+        Returns:
+            `(for the last kernel, for the bias)`.
+
+        Raises:
+            UnfoldableError: if the weights have no such axes.
+        """
+        raise NotImplementedError
+
     def fold_output(self, affine, axes):
         """Take in an `Affine` along the given axes of the output."""
-        raise NotImplementedError
+        for_kernel, for_bias = self.along_output(axes)
+        self.arrays[self.last] = self.arrays[self.last] * affine.scale.reshape(
+            for_kernel
+        )
+        scale, shift = (values.reshape(for_bias) for values in affine)
+        self.arrays["bias"] = self.arrays["bias"] * scale + shift
 
     def fold_input(self, affine, axes):
         """Take in an `Affine` along the given axes of the input."""
@@ -190,24 +174,29 @@ class _Einsum(Linear):
         self._equation = equation.replace("...", elided)
         self._labels = labels
 
+    def along_output(self, axes):
+        _, of_kernel, of_output = _parts(self._equation)
+        axis = _only(axes)
+        label = of_output[axis]
+        if label not in of_kernel:
+            raise UnfoldableError(f"has no weights along axis {axis} of its output")
+        along = [-1 if other == label else 1 for other in of_kernel]
+        return along, [-1, *[1] * (len(of_output) - 1 - axis)]
+
     def fold_output(self, affine, axes):
-        self._fold(scale_einsum_output, affine, axes)
+        super().fold_output(affine, axes)
+        self._labels |= {_parts(self._equation)[-1][_only(axes)]}
 
     def fold_input(self, affine, axes):
-        self._fold(scale_einsum_input, affine, axes)
-
-    def _fold(self, scale, affine, axes):
-        kernel, bias, labels = scale(
+        kernel, bias, labels = scale_einsum_input(
             self.arrays["kernel"],
             self.arrays["bias"],
             affine,
             self._equation,
             _only(axes),
         )
-        self.arrays, self._labels = (
-            {"kernel": kernel, "bias": bias},
-            (self._labels | labels),
-        )
+        self.arrays = {"kernel": kernel, "bias": bias}
+        self._labels |= labels
 
     def write(self, layer):
         super().write(layer)
@@ -219,13 +208,11 @@ class _Einsum(Linear):
 class _Convolution(Linear):
     """Convolutions of any rank, with groups."""
 
-    output_axis = -1
+    _for_kernel: tuple[int, ...] = (-1,)
 
-    def fold_output(self, affine, axes):
+    def along_output(self, axes):
         self._check_channels(axes)
-        self.arrays["kernel"], self.arrays["bias"] = scale_output(
-            self.arrays["kernel"], self.arrays["bias"], affine, self.output_axis
-        )
+        return self._for_kernel, (-1,)
 
     def fold_input(self, affine, axes):
         self._check_channels(axes)
@@ -250,19 +237,16 @@ class _Convolution(Linear):
 
 
 class _Transpose(_Convolution):
-    output_axis = -2
+    _for_kernel = (-1, 1)
 
     def fold_input(self, affine, axes):
         raise UnfoldableError("sums over fewer inputs at its borders")
 
 
 class _Depthwise(_Convolution):
-    def fold_output(self, affine, axes):
+    def along_output(self, axes):
         self._check_channels(axes)
-        kernel, bias = self.arrays["kernel"], self.arrays["bias"]
-        flat = kernel.reshape(*kernel.shape[:-2], -1)
-        flat, self.arrays["bias"] = scale_output(flat, bias, affine)
-        self.arrays["kernel"] = flat.reshape(kernel.shape)
+        return self.arrays["kernel"].shape[-2:], (-1,)
 
     def fold_input(self, affine, axes):
         self._check_channels(axes)
@@ -273,12 +257,7 @@ class _Depthwise(_Convolution):
 
 class _Separable(_Convolution):
     names = ("depthwise_kernel", "pointwise_kernel")
-
-    def fold_output(self, affine, axes):
-        self._check_channels(axes)
-        self.arrays["pointwise_kernel"], self.arrays["bias"] = scale_output(
-            self.arrays["pointwise_kernel"], self.arrays["bias"], affine
-        )
+    last = "pointwise_kernel"
 
     def fold_input(self, affine, axes):
         self._check_channels(axes)
@@ -394,6 +373,11 @@ def linear(layer, rank):
         return Normalization(layer, rank)
     family = _FAMILIES.get(type(layer))
     return None if family is None else family(layer, rank)
+
+
+def is_activated(layer):
+    """Whether a linear layer applies an activation to what it computes."""
+    return getattr(layer, "activation", None) not in (None, activations.linear)
 
 
 def is_linear(layer):

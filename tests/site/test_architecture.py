@@ -1,4 +1,4 @@
-"""The seams: what imports what, what TensorFlow's name may touch, what is public."""
+"""The seams: what imports what, where a backend is named, what is public."""
 
 import ast
 import subprocess
@@ -11,6 +11,7 @@ import keras_bn
 
 PACKAGE = Path(keras_bn.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
+BACKENDS = ("tensorflow", "torch", "jax")
 
 # Each layer of the house may import those below it.
 ORDER = [
@@ -18,7 +19,7 @@ ORDER = [
     {"moments"},
     {"kernels", "moving"},
     {"renorm"},
-    {"step", "arguments", "frozen", "stored"},
+    {"step", "arguments", "frozen", "noted", "stored"},
     {"layer"},
     {"tools", "proof", "bench"},
     {"diagnosis", "int8"},
@@ -51,8 +52,9 @@ def upward(name, source):
                 yield imported
 
 
-def names_tensorflow(source):
-    return any(name.split(".")[0] == "tensorflow" for name in imports(source))
+def named(source):
+    """The backends that a module imports."""
+    return {name.split(".")[0] for name in imports(source)} & set(BACKENDS)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
@@ -71,27 +73,31 @@ def at_the_top(source):
     return ast.unparse(tree)
 
 
-# TensorFlow's converter, interpreter and fake quantization, imported in functions.
-INT8 = {PACKAGE / "int8" / "tflite.py", PACKAGE / "int8" / "fake.py"}
+# TensorFlow's converter, interpreter and fake quantization, and the layers of PyTorch,
+# imported in functions: they are what these files are about.
+ABOUT = {
+    PACKAGE / "int8" / "tflite.py": "tensorflow",
+    PACKAGE / "int8" / "fake.py": "tensorflow",
+    PACKAGE / "tools" / "pytorch.py": "torch",
+}
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
-def test_tensorflow_by_name_is_in_its_own_folder_only(path):
-    own = PACKAGE / "kernels" / "tensorflow"
+def test_a_backend_is_named_in_its_own_folder_only(path):
+    own = {b for b in BACKENDS if PACKAGE / "kernels" / b in path.parents}
     source = path.read_text()
-    if path in INT8:
-        source = at_the_top(source)
-    assert own in path.parents or not names_tensorflow(source)
+    assert named(at_the_top(source)) <= own
+    assert named(source) - own <= {ABOUT.get(path)}
 
 
 def test_these_guards_can_fail():
     assert list(upward("moments", "from keras_bn.layer import BatchNormalization"))
     assert list(upward("kernels", "from keras_bn import cli"))
     assert not list(upward("layer", "from keras_bn import kernels"))
-    assert names_tensorflow("import tensorflow as tf")
-    assert names_tensorflow(at_the_top("import tensorflow as tf"))
-    assert not names_tensorflow(at_the_top("def f():\n    import tensorflow as tf"))
-    assert names_tensorflow("from tensorflow.python import ops")
+    assert named("import tensorflow as tf") == {"tensorflow"}
+    assert named(at_the_top("import jax.numpy as jnp")) == {"jax"}
+    assert not named(at_the_top("def f():\n    import tensorflow as tf"))
+    assert named("from tensorflow.python import ops") == {"tensorflow"}
 
 
 def in_a_process(code):
@@ -110,15 +116,25 @@ def test_importing_imports_nothing_optional():
     assert result.stdout.strip() == "[]", result.stderr[-2000:]
 
 
-def test_another_backend_is_refused_in_words():
-    pytest.importorskip("torch", reason="the other backend of this test")
+def test_a_backend_without_kernels_is_refused_in_words():
     code = (
-        "import os; os.environ['KERAS_BACKEND'] = 'torch'\n"
+        "import os; os.environ['KERAS_BACKEND'] = 'numpy'\n"
         "try:\n    import keras_bn\nexcept ImportError as error:\n    print(error)"
     )
     result = in_a_process(code)
-    assert "keras_bn runs on Keras's TensorFlow backend" in result.stdout
-    assert "'torch'" in result.stdout
+    assert "keras_bn runs on Keras's backends tensorflow, torch, jax" in result.stdout
+    assert "'numpy'" in result.stdout
+
+
+@pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "tensorflow"])
+def test_another_backend_needs_no_tensorflow(backend):
+    pytest.importorskip(backend, reason="the other backend of this test")
+    result = in_a_process(
+        f"import os; os.environ['KERAS_BACKEND'] = {backend!r}\n"
+        "import sys, keras; before = set(sys.modules); import keras_bn\n"
+        "print('tensorflow' in set(sys.modules) - before)"
+    )
+    assert result.stdout.strip() == "False", result.stderr[-2000:]
 
 
 @pytest.mark.parametrize("name", [n for n in keras_bn.__all__ if n != "__version__"])

@@ -9,6 +9,7 @@ from keras_bn.kernels.jax.context import (
     compiled,
     cond,
     make_plan,
+    pruned,
     replicated,
     retrack,
 )
@@ -22,6 +23,7 @@ __all__ = [
     "forward",
     "make_plan",
     "modes",
+    "pruned",
     "replicated",
     "retrack",
     "standardize",

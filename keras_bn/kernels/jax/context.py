@@ -52,5 +52,10 @@ def agree(old, new, taken):
     return new
 
 
+def pruned(x) -> bool:
+    """Whether what nothing uses is left out: of what is traced, it is."""
+    return isinstance(x, jax.core.Tracer)
+
+
 def retrack(layer):
     """Nothing: JAX knows no layers."""

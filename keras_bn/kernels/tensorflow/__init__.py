@@ -3,7 +3,7 @@
 from keras_bn.kernels.tensorflow import modes
 from keras_bn.kernels.tensorflow.batch import checked, forward, standardize
 from keras_bn.kernels.tensorflow.compiled import compiled
-from keras_bn.kernels.tensorflow.context import make_plan, retrack
+from keras_bn.kernels.tensorflow.context import make_plan, pruned, retrack
 from keras_bn.kernels.tensorflow.events import Events
 from keras_bn.kernels.tensorflow.synced import active as replicated
 from keras_bn.kernels.tensorflow.synced import agree, cond
@@ -17,6 +17,7 @@ __all__ = [
     "forward",
     "make_plan",
     "modes",
+    "pruned",
     "replicated",
     "retrack",
     "standardize",

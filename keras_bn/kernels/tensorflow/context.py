@@ -35,6 +35,11 @@ def make_plan(x, mask, settings) -> Plan:
     )
 
 
+def pruned(x) -> bool:
+    """Whether what nothing uses is left out: of graphs, it is."""
+    return not tf.executing_eagerly()
+
+
 def retrack(layer):
     """Nothing: TensorFlow finds variables in the attributes of a layer."""
 

@@ -3,7 +3,14 @@
 from keras_bn.kernels.events import Events
 from keras_bn.kernels.torch import modes
 from keras_bn.kernels.torch.batch import forward, standardize
-from keras_bn.kernels.torch.context import checked, compiled, cond, make_plan, retrack
+from keras_bn.kernels.torch.context import (
+    checked,
+    compiled,
+    cond,
+    make_plan,
+    pruned,
+    retrack,
+)
 from keras_bn.kernels.torch.replicas import agree
 from keras_bn.kernels.torch.replicas import in_step as replicated
 
@@ -16,6 +23,7 @@ __all__ = [
     "forward",
     "make_plan",
     "modes",
+    "pruned",
     "replicated",
     "retrack",
     "standardize",

@@ -1,0 +1,103 @@
+"""Linear layers that take in the frozen normalization behind them, call by call.
+
+`Noting` stands in the place of the `call` of a linear layer. It gives the layer's own
+output, with a note (`keras_bn.noted`) that a frozen normalization follows. The layer
+has the same class, config and variables as before, so nothing of this is saved.
+"""
+
+import functools
+
+import keras
+from keras import ops
+from keras.src.backend import AutocastScope
+
+from keras_bn import kernels, noted
+from keras_bn.kernels.plan import elements
+from keras_bn.tools.graph import walk
+from keras_bn.tools.linear import is_activated
+
+# Scaling a kernel costs as much per element as scaling an output: where the output has
+# fewer than this many times the elements of the kernel, it is scaled itself.
+WORTH = 4
+
+
+class Noting:
+    """The `call` of a linear layer, which notes how its output comes about.
+
+    Args:
+        linear: the `Linear` of the layer.
+        axes: the channel axes of its output.
+    """
+
+    def __init__(self, linear, axes):
+        self.layer, self.axes = linear.layer, tuple(axes)
+        self._last = linear.last
+        self._shapes = linear.along_output(axes)
+
+    def __call__(self, inputs, **options):
+        layer = self.layer
+        y = type(layer).call(layer, inputs, **options)
+        worth = elements(y.shape) >= WORTH * elements(getattr(layer, self._last).shape)
+        if kernels.pruned(y) and worth and not is_activated(layer):
+            again = functools.partial(self._again, inputs, options)
+            noted.leave(y, noted.Note(self.axes, again))
+        return y
+
+    def _again(self, inputs, options, scale, offset):
+        """The output, scaled and shifted, by the layer's own class on other weights."""
+        layer = self.layer
+        for_kernel, for_bias = self._shapes
+        with AutocastScope(None):  # the product is rounded, not its factors
+            kernel = ops.cast(getattr(layer, self._last), scale.dtype)
+            kernel = kernel * ops.reshape(scale, for_kernel)
+            bias = ops.reshape(offset, for_bias)
+            if layer.bias is not None:
+                own = ops.cast(layer.bias, scale.dtype)
+                bias = own * ops.reshape(scale, for_bias) + bias
+        weights = {self._last: kernel, "bias": bias}
+        weights = {n: ops.cast(w, layer.compute_dtype) for n, w in weights.items()}
+        other = _Instead(layer, use_bias=True, **weights)
+        return type(layer).call(other, inputs, **options)
+
+
+class _Instead:
+    """A layer with other values of some attributes."""
+
+    def __init__(self, layer, **others):
+        vars(self).update(others, _layer=layer)
+
+    def __getattr__(self, name):
+        return getattr(self._layer, name)
+
+
+def note(linear, axes):
+    """Let a linear layer note how its output comes about.
+
+    Args:
+        linear: the `Linear` of the layer.
+        axes: the channel axes of its output.
+
+    Returns:
+        The layer, or None if it did so already.
+    """
+    layer, new = linear.layer, Noting(linear, axes)
+    present = vars(layer).get("call")
+    vars(layer)["call"] = new
+    return None if isinstance(present, Noting) else layer
+
+
+def separate(model):
+    """Let the linear layers of a model compute as their classes do.
+
+    Returns:
+        The layers that this has changed.
+    """
+    changed = [la for _, la in walk(model) if isinstance(vars(la).get("call"), Noting)]
+    for layer in changed:
+        del vars(layer)["call"]
+    return changed
+
+
+def has_own_call(layer: keras.layers.Layer) -> bool:
+    """Whether someone else has replaced the `call` of this one layer."""
+    return "call" in vars(layer) and not isinstance(vars(layer)["call"], Noting)

@@ -1,0 +1,604 @@
+"""freeze(model, fuse=True): one computation, and everything else as it was."""
+
+import collections
+import contextlib
+import copy
+import pickle
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from keras import layers
+from support.distributed import strategy_of
+from support.training import Loop
+from support.zoo import inputs_of, nested, randomized, several, wrapped
+
+import keras_bn
+from keras_bn.tools import fuse
+from keras_bn.tools.copying import copy_model
+
+OURS = keras_bn.BatchNormalization
+
+
+@pytest.fixture(autouse=True)
+def every_size(monkeypatch):
+    """Fuse small layers too."""
+    monkeypatch.setattr(fuse, "WORTH", 0)
+
+
+# The linear layers, each with the shape of its input and the channel axis after it.
+KINDS = {
+    "Dense": (lambda: layers.Dense(4), (3,), -1),
+    "Dense without bias": (lambda: layers.Dense(4, use_bias=False), (5, 3), -1),
+    "EinsumDense": (
+        lambda: layers.EinsumDense("abc,cd->abd", (None, 4), bias_axes="d"),
+        (5, 3),
+        -1,
+    ),
+    "EinsumDense, heads": (
+        lambda: layers.EinsumDense("abc,chd->abhd", (None, 2, 4), bias_axes="hd"),
+        (5, 3),
+        2,
+    ),
+    "EinsumDense, ellipsis": (
+        lambda: layers.EinsumDense("...c,cd->...d", (4,)),
+        (5, 3),
+        -1,
+    ),
+    "Conv1D, causal": (
+        lambda: layers.Conv1D(4, 3, padding="causal", dilation_rate=2),
+        (9, 3),
+        -1,
+    ),
+    "Conv2D": (
+        lambda: layers.Conv2D(4, 3, strides=2, padding="same", use_bias=False),
+        (7, 7, 3),
+        -1,
+    ),
+    "Conv3D": (lambda: layers.Conv3D(4, 2), (4, 4, 4, 2), -1),
+    "Conv1DTranspose": (lambda: layers.Conv1DTranspose(4, 3, 2), (5, 3), -1),
+    "Conv2DTranspose": (
+        lambda: layers.Conv2DTranspose(4, 3, 2, padding="same"),
+        (5, 5, 3),
+        -1,
+    ),
+    "Conv3DTranspose": (
+        lambda: layers.Conv3DTranspose(3, 2, use_bias=False),
+        (3, 3, 3, 2),
+        -1,
+    ),
+    "DepthwiseConv1D": (
+        lambda: layers.DepthwiseConv1D(3, depth_multiplier=2),
+        (7, 3),
+        -1,
+    ),
+    "DepthwiseConv2D": (
+        lambda: layers.DepthwiseConv2D(3, depth_multiplier=2, use_bias=False),
+        (7, 7, 3),
+        -1,
+    ),
+    "SeparableConv1D": (lambda: layers.SeparableConv1D(4, 3), (7, 3), -1),
+    "SeparableConv2D": (
+        lambda: layers.SeparableConv2D(4, 3, padding="same", use_bias=False),
+        (7, 7, 3),
+        -1,
+    ),
+}
+
+
+def model_of(kind, **options):
+    """A linear layer and a normalization, with weights as if trained."""
+    make, shape, axis = KINDS[kind]
+    keras.utils.set_random_seed(0)
+    x = keras.Input(shape)
+    y = OURS(axis, name="bn", **options)(make()(x))
+    return randomized(keras.Model(x, layers.Flatten()(y)))
+
+
+def pair_of(model, **options):
+    """Two copies of a model, one frozen, the other fused as well."""
+    frozen, fused = copy_model(model)[0], copy_model(model)[0]
+    keras_bn.freeze(frozen)
+    return frozen, fused, keras_bn.freeze(fused, fuse=True, **options)
+
+
+@contextlib.contextmanager
+def policy(name):
+    """Layers made meanwhile have this dtype policy."""
+    before = keras.config.dtype_policy(), keras.config.floatx()
+    keras.config.set_dtype_policy(name)
+    keras.config.set_floatx("float64" if name == "float64" else "float32")
+    yield
+    keras.config.set_dtype_policy(before[0])
+    keras.config.set_floatx(before[1])
+
+
+@pytest.fixture
+def float64():
+    with policy("float64"):
+        yield
+
+
+def gradients(model, x, upstream, training=True, **how):
+    """The output, and the gradients of the input and of every variable that trains."""
+    weights = [v.value for v in model.trainable_variables]
+
+    @tf.function(autograph=False, **how)
+    def run(x):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y = model(x, training=training)
+        return y, tape.gradient(y, [x, *weights], output_gradients=upstream)
+
+    y, found = run(tf.constant(x))
+    return [np.asarray(value) for value in (y, *found)]
+
+
+def upstream_of(model, x):
+    return np.random.default_rng(3).normal(size=model(x).shape)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_outputs_and_gradients_are_those_of_the_unfused_layers(kind, float64):
+    model = model_of(kind)
+    x = inputs_of(model)
+    upstream = upstream_of(model, x)
+    frozen, fused, (told,) = pair_of(model)
+    assert told.into == model.layers[1].name
+    asked = []
+    again = fuse.Noting._again
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fuse.Noting, "_again", lambda *a: asked.append(a) or again(*a))
+        for training in (True, False):
+            expected = gradients(frozen, x, upstream, training)
+            found = gradients(fused, x, upstream, training)
+            assert len(found) == len(expected)
+            for a, b in zip(found, expected, strict=True):
+                np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-10)
+    assert len(asked) == 2
+
+
+def chain():
+    """Convolutions with every neighbour that matters, and their data."""
+    keras.utils.set_random_seed(1)
+    x = image = keras.Input((8, 8, 3))
+    x = layers.Conv2D(4, 3, use_bias=False, name="conv")(x)
+    x = OURS(name="bn")(x)
+    x = layers.ReLU()(x)
+    x = layers.DepthwiseConv2D(3, padding="same", name="depthwise")(x)
+    x = OURS(name="bn_depthwise", momentum=0.9)(x)
+    x = OURS(name="bn_again", scale=False)(x)
+    x = layers.ReLU(name="relu")(x)
+    x = OURS(name="bn_alone")(x)
+    x = layers.GlobalAveragePooling2D()(x)
+    x = layers.Dense(3, name="dense")(x)
+    model = randomized(keras.Model(image, OURS(name="bn_dense")(x)))
+    rng = np.random.default_rng(2)
+    return model, (rng.normal(size=(16, 8, 8, 3)), rng.normal(size=(16, 3)))
+
+
+TOLD = [
+    "bn -> conv",
+    "bn_depthwise -> depthwise",
+    "bn_again -> depthwise",
+    "bn_alone stays: 'relu' before it is not linear",
+    "bn_dense -> dense",
+]
+
+
+def test_it_tells_what_plan_fold_tells():
+    model, _ = chain()
+    assert [str(each) for each in keras_bn.freeze(model, fuse=True)] == TOLD
+    assert all(la.freeze_statistics for la in model.layers if isinstance(la, OURS))
+    again = keras_bn.freeze(model, fuse=True)
+    assert [str(each) for each in again] == TOLD
+
+
+def trained(model, data, steps=20, **options):
+    """The weights after some steps with an optimizer that has state."""
+    model.compile(keras.optimizers.Adam(0.01), "mse", **options)
+    batch = len(data[0]) // 2
+    model.fit(*data, batch, epochs=steps // 2, shuffle=False, verbose=0)
+    return [v.numpy() for v in (*model.weights, *model.optimizer.variables)]
+
+
+@pytest.mark.parametrize(
+    ("make", "options"),
+    [
+        (lambda: chain(), {}),
+        (lambda: (small(), (ROWS, TARGETS)), {"jit_compile": True}),
+        (lambda: (small(), (ROWS, TARGETS)), {"run_eagerly": True}),
+        (lambda: (small(), (ROWS, TARGETS)), {"steps_per_execution": 2}),
+    ],
+)
+def test_twenty_steps_end_at_the_same_weights(make, options, float64):
+    model, data = make()
+    frozen, fused, _ = pair_of(model)
+    expected = trained(frozen, data, **options)
+    for a, b in zip(trained(fused, data, **options), expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-9)
+    np.testing.assert_allclose(
+        fused.evaluate(*data, verbose=0), frozen.evaluate(*data, verbose=0), rtol=1e-9
+    )
+
+
+def test_it_computes_one_convolution_and_no_product_of_full_size():
+    model, (x, _) = chain()
+    frozen, fused, _ = pair_of(model)
+    counts = [reachable_ops(each, x) for each in (frozen, fused)]
+    for each in counts:
+        assert (each["Conv2D"], each["DepthwiseConv2dNative"]) == (1, 1)
+    # Each normalization multiplies the images; the one that stays still does.
+    assert [each["Mul of images"] for each in counts] == [4, 1]
+
+
+def reachable_ops(model, x):
+    """How often each kind of op is computed for the output in inference."""
+    x = tf.constant(x, "float32")
+    graph = tf.function(model, autograph=False).get_concrete_function(x)
+    waiting, seen, counts = [t.op for t in graph.outputs], set(), collections.Counter()
+    while waiting:
+        op = waiting.pop()
+        if op.name in seen:
+            continue
+        seen.add(op.name)
+        images = op.outputs and op.outputs[0].shape.rank == 4
+        full = images and op.type == "Mul" and op.outputs[0].shape[0] == len(x)
+        counts["Mul of images" if full else op.type] += 1
+        waiting += [t.op for t in op.inputs]
+    return counts
+
+
+@pytest.mark.parametrize("name", ["mixed_float16", "mixed_bfloat16", "float16"])
+def test_half_precision(name):
+    with policy(name):
+        model, (x, _) = chain()
+    frozen, fused, told = pair_of(model)
+    assert sum(each.into is not None for each in told) == 4
+    frozen_y, fused_y = (each.predict(x, verbose=0) for each in (frozen, fused))
+    tolerance = 0.05 if "bfloat16" in name else 0.01
+    np.testing.assert_allclose(fused_y, frozen_y, rtol=tolerance, atol=tolerance)
+    assert fused_y.dtype == frozen_y.dtype
+
+
+def test_factors_are_rounded_once_in_half_precision():
+    layer = layers.Dense(64, use_bias=False, dtype="mixed_float16")
+    x = keras.Input((64,), dtype="float16")
+    model = keras.Model(x, OURS(dtype="mixed_float16")(layer(x)))
+    randomized(model)
+    keras_bn.freeze(model, fuse=True)
+    found = model.predict(np.eye(64, dtype="float16"), verbose=0)
+    norm = model.layers[-1]
+    gamma, beta, mean, variance = (v.numpy() for v in norm.weights)
+    scale = gamma / np.sqrt(variance + norm.epsilon)
+    kernel = (layer.kernel.numpy() * scale).astype("float16")
+    expected = kernel + (beta - mean * scale).astype("float16")
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_replicas(float64):
+    strategy = strategy_of("mirrored 2")
+    ends = []
+    for fuse_too in (False, True):
+        with strategy.scope():
+            model = small()
+            model.compile(keras.optimizers.SGD(0.05, momentum=0.9))
+        keras_bn.freeze(model, fuse=fuse_too)
+        loop = Loop(strategy, model, (3, 5))
+        for number in range(4):
+            loop.step(number)
+        ends.append([v.numpy() for v in model.weights])
+    for a, b in zip(*ends, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12)
+
+
+def small():
+    """Dense, normalization, Dense for the rows of `support.training`."""
+    keras.utils.set_random_seed(0)
+    parts = [keras.Input((6,)), layers.Dense(5, name="dense"), OURS(name="bn")]
+    return randomized(keras.Sequential([*parts, layers.Dense(1, name="head")]))
+
+
+def asked(model, x):
+    """The names of the linear layers that `predict` computes with other weights."""
+    names = []
+    again = fuse.Noting._again
+
+    def spy(self, *args):
+        names.append(self.layer.name)
+        return again(self, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fuse.Noting, "_again", spy)
+        if isinstance(model, keras.Model):
+            model.make_predict_function(force=True)
+        model.predict(x, verbose=0)
+    return names
+
+
+ROWS = np.random.default_rng(0).normal(size=(8, 6))
+TARGETS = np.random.default_rng(1).normal(size=(8, 1))
+
+
+def test_variables_files_and_optimizer_are_those_of_the_unfused_model(tmp_path):
+    model = small()
+    frozen, fused, _ = pair_of(model)
+    y = np.ones((8, 1))
+    for each in (frozen, fused):
+        each.compile(keras.optimizers.Adam(name="adam"), "mse")
+        each.fit(ROWS, y, verbose=0)
+    for attribute in ("variables", "trainable_variables"):
+        a, b = (getattr(each, attribute) for each in (frozen, fused))
+        assert [v.path for v in a] == [v.path for v in b]
+    paths = [[v.path for v in each.optimizer.variables] for each in (frozen, fused)]
+    assert paths[0] == paths[1]
+    assert frozen.get_config() == fused.get_config()
+    assert frozen.get_compile_config() == fused.get_compile_config()
+    expected = fused.predict(ROWS, verbose=0)
+    for ending in ("keras", "weights.h5", "h5"):
+        path = tmp_path / f"model.{ending}"
+        if ending == "weights.h5":
+            fused.save_weights(path)
+            again = small()
+            again.load_weights(path)
+            keras_bn.freeze(again)
+        else:
+            fused.save(path)
+            again = keras.saving.load_model(path, compile=False)
+        assert keras_bn.freeze(again) == []
+        assert asked(again, ROWS) == []
+        np.testing.assert_allclose(again.predict(ROWS, verbose=0), expected, 1e-5)
+    assert asked(fused, ROWS) == ["dense"]
+
+
+@pytest.mark.parametrize(
+    "way",
+    [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), keras.models.clone_model],
+)
+def test_copies_by_config_are_frozen_and_not_fused(way):
+    model = small()
+    keras_bn.freeze(model, fuse=True)
+    again = way(model)
+    assert keras_bn.freeze(again) == []
+    assert asked(again, ROWS) == []
+    assert asked(model, ROWS) == ["dense"]
+
+
+def test_copies_of_live_objects_are_fused_by_themselves():
+    model = small()
+    keras_bn.freeze(model, fuse=True)
+    for again in copy_model(model)[0], keras_bn.from_keras(model):
+        assert asked(again, ROWS) == ["dense"]
+        before = model.predict(ROWS, verbose=0)
+        again.get_layer("dense").kernel.assign(np.zeros((6, 5)))
+        assert np.ptp(again.predict(ROWS, verbose=0)) == 0
+        np.testing.assert_array_equal(model.predict(ROWS, verbose=0), before)
+
+
+def test_what_is_assigned_to_a_variable_counts():
+    model = small()
+    keras_bn.freeze(model, fuse=True)
+    assert asked(model, ROWS) == ["dense"]
+    rng = np.random.default_rng(5)
+    for variable in model.variables:
+        variable.assign(rng.uniform(0.5, 2.0, variable.shape))
+        np.testing.assert_allclose(
+            model.predict(ROWS, verbose=0), model(ROWS, training=False), 1e-5, 1e-5
+        )
+
+
+def test_unfreeze_goes_back():
+    model = small()
+    reference = copy_model(model)[0]
+    assert keras_bn.freeze(model, fuse=True)[0].into == "dense"
+    assert asked(model, ROWS) == ["dense"]
+    assert keras_bn.unfreeze(model) == ["bn"]
+    assert asked(model, ROWS) == []
+    assert all("call" not in vars(layer) for layer in model.layers)
+    for each in (model, reference):
+        each.compile("sgd", "mse")
+        each.fit(ROWS, np.ones((8, 1)), verbose=0)
+    for a, b in zip(model.weights, reference.weights, strict=True):
+        np.testing.assert_array_equal(a.numpy(), b.numpy())
+    keras_bn.freeze(model)
+    assert asked(model, ROWS) == []
+
+
+@pytest.mark.parametrize("by_tool", [True, False])
+def test_one_layer_of_them_is_unfrozen_during_fit(by_tool):
+    model, data = chain()
+    keras_bn.freeze(model, fuse=True)
+    norm = model.get_layer("bn")
+    model.compile("sgd", "mse")
+    before = {la.name: la.moving_mean.numpy() for la in model.layers if "bn" in la.name}
+
+    class Unfreeze(keras.callbacks.Callback):
+        def on_epoch_begin(self, epoch, logs=None):
+            if epoch == 1 and by_tool:
+                assert keras_bn.unfreeze(norm) == ["bn"]
+            elif epoch == 1:
+                norm.freeze_statistics = False
+
+    model.fit(*data, epochs=2, verbose=0, callbacks=[Unfreeze()])
+    moved = {
+        name
+        for name, value in before.items()
+        if not np.array_equal(value, model.get_layer(name).moving_mean.numpy())
+    }
+    assert moved == {"bn"}
+    assert asked(model, data[0]) == ["depthwise", "depthwise", "dense"]
+    norm.freeze_statistics = True
+    assert "conv" not in asked(model, data[0])
+    keras_bn.freeze(model, fuse=True)
+    assert "conv" in asked(model, data[0])
+
+
+def test_tools_work_on_a_fused_model():
+    model, data = chain()
+    frozen, fused, _ = pair_of(model)
+    folded = keras_bn.fold(fused)
+    assert not any("call" in vars(layer) for layer in folded.layers)
+    np.testing.assert_allclose(
+        folded.predict(data[0], verbose=0),
+        frozen.predict(data[0], verbose=0),
+        rtol=1e-4,
+        atol=1e-4,
+    )
+    moments = [
+        keras_bn.recalibrate(each, data[0], include_frozen=True, verbose=0, prior=3)
+        for each in (frozen, fused)
+    ]
+    assert moments[0].keys() == moments[1].keys()
+    for a, b in zip(frozen.weights, fused.weights, strict=True):
+        np.testing.assert_array_equal(a.numpy(), b.numpy())
+    reports = [keras_bn.diagnose(each, data[0]).to_dict() for each in (frozen, fused)]
+    assert reports[0] == reports[1]
+    assert asked(fused, data[0]) == ["conv", "depthwise", "depthwise", "dense"]
+    np.testing.assert_allclose(
+        fused.predict(data[0], verbose=0),
+        frozen.predict(data[0], verbose=0),
+        rtol=1e-4,
+        atol=1e-4,
+    )
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_keras_gets_layers_as_its_classes_make_them(in_place):
+    model = small()
+    keras_bn.freeze(model, fuse=True)
+    expected = model.predict(ROWS, verbose=0)
+    with pytest.raises(ValueError, match="no equivalent of freeze_statistics=True"):
+        keras_bn.to_keras(model, in_place=in_place)
+    assert asked(model, ROWS) == ["dense"]
+    # A layer that is unfrozen by its attribute leaves the layer before it noting.
+    model.get_layer("bn").freeze_statistics = False
+    theirs = keras_bn.to_keras(model, in_place=in_place)
+    assert not any("call" in vars(layer) for layer in theirs.layers)
+    np.testing.assert_allclose(theirs.predict(ROWS, verbose=0), expected, 1e-5)
+
+
+@pytest.mark.parametrize("make", [nested, several, wrapped])
+@pytest.mark.filterwarnings("ignore:.*are layers of Keras")
+def test_whole_models_are_as_right_as_frozen(make):
+    model = randomized(make(OURS))
+    frozen, fused, _ = pair_of(model)
+    x = inputs_of(model)
+    for a, b in zip(
+        *(keras.tree.flatten(each.predict(x, verbose=0)) for each in (frozen, fused)),
+        strict=True,
+    ):
+        np.testing.assert_allclose(a, b, 1e-4, 1e-5)
+
+
+def test_layers_used_elsewhere_give_their_own_output():
+    model, data = chain()
+    frozen, fused, _ = pair_of(model)
+    outputs = []
+    for each in (frozen, fused):
+        inner = [each.get_layer(name).output for name in ("conv", "bn", "relu")]
+        features = keras.Model(each.input, inner)
+        other = keras.Input((8, 8, 3))
+        alone = keras.Model(other, each.get_layer("conv")(other))
+        norm_alone = keras.Sequential([keras.Input((6, 6, 4)), each.get_layer("bn")])
+        outputs.append(
+            [
+                *features.predict(data[0], verbose=0),
+                alone.predict(data[0], verbose=0),
+                norm_alone.predict(
+                    data[0][..., :1].repeat(4, -1)[:, 2:, 2:], verbose=0
+                ),
+            ]
+        )
+    for a, b in zip(*outputs, strict=True):
+        np.testing.assert_allclose(a, b, 1e-4, 1e-5)
+
+
+def test_a_normalization_along_other_axes_does_not_follow():
+    conv = layers.Conv1D(4, 1, name="conv")
+    x = keras.Input((4, 3))
+    fused = keras.Model(x, OURS(name="bn")(conv(x)))
+    y = keras.Input((4, 3))
+    other = keras.Model(y, OURS(axis=1, name="other")(conv(y)))
+    for each in (fused, other):
+        randomized(each)
+        keras_bn.freeze(each)
+    data = np.random.default_rng(0).normal(size=(2, 4, 3))
+    expected = other.predict(data, verbose=0)
+    keras_bn.freeze(fused, fuse=True)
+    other.get_layer("other").set_frozen(fused=True)
+    assert asked(other, data) == []
+    np.testing.assert_allclose(other.predict(data, verbose=0), expected, 1e-5)
+
+
+def test_an_activation_set_later_is_heeded():
+    model = small()
+    frozen, fused, _ = pair_of(model)
+    for each in (frozen, fused):
+        each.get_layer("dense").activation = keras.activations.relu
+    assert asked(fused, ROWS) == []
+    np.testing.assert_allclose(
+        fused.predict(ROWS, verbose=0), frozen.predict(ROWS, verbose=0), 1e-5
+    )
+
+
+def test_lora_and_quantization_that_come_later():
+    for change in (
+        lambda layer: layer.enable_lora(2),
+        lambda layer: layer.quantize("int8"),
+    ):
+        model = small()
+        frozen, fused, _ = pair_of(model)
+        for each in (frozen, fused):
+            layer = each.get_layer("dense")
+            change(layer)
+            if layer.lora_enabled:
+                layer.lora_kernel_b.assign(np.ones((2, 5)))
+                layer.lora_kernel_a.assign(np.ones((6, 2)))
+        np.testing.assert_allclose(
+            fused.predict(ROWS, verbose=0), frozen.predict(ROWS, verbose=0), 1e-4
+        )
+        assert keras_bn.freeze(fused, fuse=True)[0].into is None
+
+
+def test_a_kernel_that_is_large_beside_the_output_is_left_alone(monkeypatch):
+    monkeypatch.undo()  # of `every_size`
+    for rows, names in ((8, ["conv"]), (2, [])):
+        x = keras.Input((rows, rows, 8))
+        conv = layers.Conv2D(8, 2, padding="same", name="conv")
+        model = randomized(keras.Model(x, OURS()(conv(x))))
+        data = inputs_of(model)
+        frozen, fused, told = pair_of(model)
+        assert told[0].into == "conv"
+        assert asked(fused, data) == names
+        np.testing.assert_allclose(
+            fused.predict(data, verbose=0), frozen.predict(data, verbose=0), 1e-4, 1e-4
+        )
+
+
+def test_what_is_refused_changes_nothing():
+    model = keras.Sequential([layers.Dense(3), OURS(name="bn")])
+    with pytest.raises(ValueError, match="not built"):
+        keras_bn.freeze(model, fuse=True)
+    assert not model.layers[1].freeze_statistics
+    mixed = keras.Sequential(
+        [
+            keras.Input((3,)),
+            layers.Dense(3, name="dense"),
+            layers.BatchNormalization(name="theirs"),
+            OURS(name="ours"),
+        ]
+    )
+    with pytest.warns(UserWarning, match="'theirs' are layers of Keras"):
+        (told,) = keras_bn.freeze(mixed, fuse=True)
+    assert str(told) == "ours stays: 'theirs' before it is a batch normalization"
+
+
+def test_a_call_set_on_a_layer_is_kept():
+    model = small()
+    layer = model.get_layer("dense")
+    vars(layer)["call"] = lambda *a, **k: 2.0 * layers.Dense.call(layer, *a, **k)
+    (told,) = keras_bn.freeze(model, fuse=True)
+    assert told.reason == "'dense' before it has a `call` set on it"
+    expected = model(ROWS).numpy()
+    np.testing.assert_allclose(model.predict(ROWS, verbose=0), expected, 1e-5)
