@@ -1,6 +1,7 @@
-"""Batch normalization for Keras 3 on TensorFlow."""
+"""Batch normalization for Keras 3."""
 
-from keras_bn import quiet  # noqa: F401  # before TensorFlow
+from keras_bn import quiet  # noqa: F401, I001  # before TensorFlow
+from keras_bn import backend  # noqa: F401  # before all that imports Keras
 from keras_bn.diagnosis.logger import StatisticsLogger
 from keras_bn.diagnosis.report import diagnose
 from keras_bn.int8.aware import quantize_aware

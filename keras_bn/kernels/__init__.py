@@ -48,7 +48,8 @@ A backend gives:
 `modes`
     The ways to run a function, for `verify` and `bench`. `MODES`: their names, of
     "eager", "graph" and "xla"; `USUAL`: the one that `fit` uses; `VERSION`: of the
-    backend.
+    backend; `SUMS_IN_ORDER`: whether its fastest op adds up one row after another, and
+    so loses digits in long sums.
     `in_mode(function, variables, mode, signature=None)`: a function of tensors, run in
     one of the modes. `variables` are all Keras variables that it reads or assigns.
     `signature` lists `(shape, dtype)` of its arguments, with None for sizes that are

@@ -16,11 +16,12 @@ with large means, Keras's layer has errors of any size. Keras's error counts as 
 
 - the machine epsilon for quantities in float32, and half of it for those in half
   precision, which are computed in float32 and rounded once: smaller errors are luck;
-- with inputs in half precision, $\sqrt n$ float32 epsilons for sums over the $n$
-  elements of a channel (gradients of gamma and beta, moving statistics). This is the
-  expected rounding error of a sum (Higham and Mary, "A New Approach to Probabilistic
-  Rounding Error Analysis", 2019). With so few bits in the inputs, a sum may also be
-  exact, depending on the order of its terms.
+- with inputs in half precision, or where the backend's op adds up one row after another
+  (PyTorch), $\sqrt n$ float32 epsilons for sums over the $n$ elements of a channel
+  (gradients of gamma and beta, moving statistics). This is the expected rounding error
+  of a sum (Higham and Mary, "A New Approach to Probabilistic Rounding Error Analysis",
+  2019). With few bits in the inputs, a sum may also be exact, depending on the order
+  of its terms.
 """
 
 import math
@@ -292,7 +293,7 @@ def _limits(case, quantity, keras_error):
         exact = keras_error <= FLOAT64_LIMIT
         return FLOAT64_LIMIT, FLOAT64_LIMIT if exact else math.inf
     least = LEAST_ERROR[dtype]
-    if dtype != "float32" and quantity in SUMS:
+    if quantity in SUMS and (dtype != "float32" or modes.SUMS_IN_ORDER):
         n = math.prod(case.shape) / case.shape[case.axis]
         least = math.sqrt(n) * LEAST_ERROR["float32"]
     limit = 3 * max(keras_error, least)

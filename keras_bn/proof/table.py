@@ -21,8 +21,8 @@ PASS: in float64, our result differs from NumPy's by at most {float64:.0e}, and
 from Keras's where that is as exact. In other dtypes, our error is at most three
 times Keras's, and in training at most {largest:.0e}. Keras's counts as at least
 {float32:.1e} (float32), {float16:.1e} (float16), {bfloat16:.1e} (bfloat16); for
-sums of half-precision inputs over the n elements of a channel, as at least
-{float32:.1e} √n.
+sums over the n elements of a channel, as at least {float32:.1e} √n if the inputs
+have half precision or the backend's op adds up one row after another (PyTorch).
 """.format(
     draws=DRAWS, mean=MEAN, float64=FLOAT64_LIMIT, largest=LARGEST_ERROR, **LEAST_ERROR
 )

@@ -15,7 +15,7 @@ BACKENDS = ("tensorflow", "torch", "jax")
 
 # Each layer of the house may import those below it.
 ORDER = [
-    {"version", "quiet"},
+    {"version", "quiet", "backend"},
     {"moments"},
     {"kernels", "moving"},
     {"renorm"},
@@ -118,12 +118,23 @@ def test_importing_imports_nothing_optional():
 
 def test_a_backend_without_kernels_is_refused_in_words():
     code = (
-        "import os; os.environ['KERAS_BACKEND'] = 'numpy'\n"
+        "import keras; keras.backend.backend = lambda: 'numpy'\n"
         "try:\n    import keras_bn\nexcept ImportError as error:\n    print(error)"
     )
     result = in_a_process(code)
     assert "keras_bn runs on Keras's backends tensorflow, torch, jax" in result.stdout
     assert "'numpy'" in result.stdout
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_missing_backend_says_what_to_do(backend):
+    result = in_a_process(
+        f"import os, sys; os.environ['KERAS_BACKEND'] = {backend!r}\n"
+        f"sys.modules[{backend!r}] = None\n"
+        "try:\n    import keras_bn\nexcept ImportError as error:\n    print(error)"
+    )
+    assert f"`pip install {backend}`" in result.stdout, result.stderr[-2000:]
+    assert "KERAS_BACKEND" in result.stdout
 
 
 @pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "tensorflow"])

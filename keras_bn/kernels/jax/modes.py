@@ -5,6 +5,7 @@ import keras
 
 MODES = ("eager", "xla")
 USUAL = "xla"
+SUMS_IN_ORDER = False
 VERSION = jax.__version__
 
 

@@ -4,6 +4,7 @@ import tensorflow as tf
 
 MODES = ("eager", "graph", "xla")
 USUAL = "graph"
+SUMS_IN_ORDER = False
 VERSION = tf.__version__
 
 

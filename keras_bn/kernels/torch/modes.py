@@ -5,6 +5,7 @@ from keras import ops
 
 MODES = ("eager",)
 USUAL = "eager"
+SUMS_IN_ORDER = True
 VERSION = torch.__version__
 
 

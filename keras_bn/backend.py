@@ -1,0 +1,17 @@
+"""Importing Keras, with a sentence where its backend is not installed."""
+
+import os
+
+_BACKENDS = ("tensorflow", "torch", "jax")
+
+try:
+    import keras  # noqa: F401
+except ModuleNotFoundError as error:
+    if error.name not in _BACKENDS:
+        raise
+    raise ImportError(
+        f"Keras's backend is {error.name!r}, which is not installed: `pip install "
+        f"{error.name}`, or set KERAS_BACKEND to another of {', '.join(_BACKENDS)} "
+        "before Keras is imported. Received: "
+        f"KERAS_BACKEND={os.environ.get('KERAS_BACKEND')!r}"
+    ) from error
