@@ -33,7 +33,7 @@ def step(kind, jit=False):
     unknown = (None, *SHAPE[1:])
     forward, variables = bench.in_line(cls, unknown, length=LAYERS)
     x, upstream = tf.random.normal(SHAPE), tf.random.normal(SHAPE)
-    weights = [variable.value for variable in variables]
+    weights = [variable.value for variable in variables if variable.trainable]
 
     def train(x):
         with tf.GradientTape() as tape:
@@ -42,7 +42,7 @@ def step(kind, jit=False):
         return tape.gradient(y, [x, *weights], output_gradients=upstream)[1:]
 
     mode = "xla" if jit else "graph"
-    train = modes.in_mode(train, mode, [(unknown, "float32")])
+    train = modes.in_mode(train, variables, mode, [(unknown, "float32")])
     forget_peak()
     before = resident()
     for _ in range(2):

@@ -38,7 +38,7 @@ def chain(strategy, make, shape):
         A function of no arguments.
     """
     with strategy.scope():
-        forward, weights = bench.in_line(make, shape)
+        forward, variables = bench.in_line(make, shape)
     rng = np.random.default_rng(0)
     arguments = [
         strategy.experimental_distribute_values_from_function(
@@ -46,7 +46,7 @@ def chain(strategy, make, shape):
         )
         for _ in range(2)
     ]
-    step = modes.with_gradients(forward, weights, "eager")
+    step = modes.with_gradients(forward, variables, "eager")
     # A partial, or TensorFlow takes every new chain for a retrace of one function.
     run = tf.function(functools.partial(strategy.run, step), autograph=False)
     return lambda: run(arguments)

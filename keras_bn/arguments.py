@@ -9,7 +9,7 @@ import keras
 from keras import ops
 
 from keras_bn import kernels, renorm
-from keras_bn.moments import Tensor
+from keras_bn.moments import Tensor, wide
 
 Axis = int | list[int]
 Shape = Sequence[int | None]
@@ -140,7 +140,7 @@ def to_float(inputs: Tensor, compute_dtype: str) -> Tensor:
     if keras.backend.is_float_dtype(dtype):
         return inputs
     if "int" in dtype or dtype == "bool":
-        return ops.cast(inputs, keras.backend.result_type(compute_dtype, "float32"))
+        return ops.cast(inputs, wide(compute_dtype))
     raise TypeError(f"Inputs must be real numbers. Received: inputs of dtype {dtype}")
 
 

@@ -9,7 +9,7 @@ from keras import constraints, initializers, ops, regularizers
 from keras_bn import arguments, kernels, moving, renorm, step
 from keras_bn.arguments import Shape
 from keras_bn.frozen import Freezable
-from keras_bn.moments import Moments, Tensor
+from keras_bn.moments import Moments, Tensor, wide
 from keras_bn.stored import Checked
 
 # An initializer, regularizer or constraint: itself, its name or its config.
@@ -181,12 +181,11 @@ class BatchNormalization(Freezable, Checked):
         def add(name, initializer, **options):
             # At least float32: in half precision, small steps of a moving statistic
             # or of gamma round to nothing.
-            dtype = keras.backend.result_type(self.variable_dtype, "float32")
             return self.add_weight(
                 shape=shape,
                 name=name,
                 initializer=initializer,
-                dtype=dtype,
+                dtype=wide(self.variable_dtype),
                 autocast=False,
                 **options,
             )

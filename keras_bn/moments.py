@@ -2,10 +2,23 @@
 
 from typing import Any, NamedTuple
 
+import keras
 from keras import ops
 
 # A tensor of the backend, a Keras variable, or an array.
 Tensor = Any
+
+
+def wide(dtype: Any) -> str:
+    """The dtype in which a value of a float dtype is computed: at least float32.
+
+    Keras's `result_type` gives float32 for float64 on PyTorch and JAX.
+
+    >>> wide("bfloat16"), wide("float64")
+    ('float32', 'float64')
+    """
+    double = keras.backend.standardize_dtype(dtype) == "float64"
+    return "float64" if double else "float32"
 
 
 class Moments(NamedTuple):
@@ -66,23 +79,7 @@ class Moments(NamedTuple):
         >>> print(empty.merge(one).mean.numpy())
         [3.]
         """
-        count_a = ops.cast(self.count, self.mean.dtype)
-        count_b = ops.cast(other.count, self.mean.dtype)
-        count = count_a + count_b
-        share = count_b / ops.where(count > 0, count, ops.ones_like(count))
-        has_a, has_b = count_a > 0, count_b > 0
-        both = ops.logical_and(has_a, has_b)
-        # An empty side usually holds NaN: replace it by 0 before any arithmetic.
-        mean_a, variance_a = _where(has_a, self.mean), _where(has_a, self.variance)
-        mean_b, variance_b = _where(has_b, other.mean), _where(has_b, other.variance)
-        delta = _where(both, mean_b - mean_a)
-        mean = ops.where(has_a, mean_a + delta * share, mean_b)
-        variance = (
-            variance_a * (1.0 - share)
-            + variance_b * share
-            + delta * delta * (share * (1.0 - share))
-        )
-        return Moments(count, mean, variance)
+        return merged(self, other, ops)
 
     def unbiased(self) -> "Moments":
         """The same moments with the unbiased variance, `variance * n / (n - 1)`.
@@ -97,11 +94,41 @@ class Moments(NamedTuple):
         >>> print(moments.unbiased().variance.numpy())
         [3.]
         """
-        count = ops.cast(self.count, self.mean.dtype)
-        rest = ops.where(count > 1, count - 1.0, float("nan"))
-        return Moments(count, self.mean, self.variance * (count / rest))
+        return corrected(self, ops)
 
 
-def _where(condition: Tensor, value: Tensor) -> Tensor:
+def merged(one: Moments, other: Moments, xp: Any) -> Moments:
+    """`one.merge(other)`, computed by `keras.ops` or by `numpy`."""
+    count_a, count_b = (_like(m.count, one.mean, xp) for m in (one, other))
+    count = count_a + count_b
+    share = count_b / xp.where(count > 0, count, xp.ones_like(count))
+    has_a, has_b = count_a > 0, count_b > 0
+    both = xp.logical_and(has_a, has_b)
+    # An empty side usually holds NaN: replace it by 0 before any arithmetic.
+    mean_a, variance_a = (_where(has_a, v, xp) for v in one[1:])
+    mean_b, variance_b = (_where(has_b, v, xp) for v in other[1:])
+    delta = _where(both, mean_b - mean_a, xp)
+    mean = xp.where(has_a, mean_a + delta * share, mean_b)
+    variance = (
+        variance_a * (1.0 - share)
+        + variance_b * share
+        + delta * delta * (share * (1.0 - share))
+    )
+    return Moments(count, mean, variance)
+
+
+def corrected(moments: Moments, xp: Any) -> Moments:
+    """`moments.unbiased()`, computed by `keras.ops` or by `numpy`."""
+    count = _like(moments.count, moments.mean, xp)
+    rest = xp.where(count > 1, count - 1.0, xp.full_like(count, float("nan")))
+    return Moments(count, moments.mean, moments.variance * (count / rest))
+
+
+def _like(count: Tensor, mean: Tensor, xp: Any) -> Tensor:
+    """The count in the dtype of the mean."""
+    return ops.cast(count, mean.dtype) if xp is ops else xp.asarray(count, mean.dtype)
+
+
+def _where(condition: Tensor, value: Tensor, xp: Any) -> Tensor:
     """`value` where `condition` holds, else 0 (a product would keep NaN)."""
-    return ops.where(condition, value, ops.zeros_like(value))
+    return xp.where(condition, value, xp.zeros_like(value))

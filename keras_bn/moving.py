@@ -152,7 +152,8 @@ def advance(
 
     if rule.counts:
         before = ops.cast(updates, dtype)
-        whole = _geometric_sum(momentum, ops.maximum(before + total, 1))
+        after = before + total
+        whole = _geometric_sum(momentum, ops.where(after > 1, after, 1.0))
         newest = 1.0 / whole
         kept = _geometric_sum(momentum, before) / whole
     else:
@@ -176,7 +177,7 @@ def _geometric_sum(momentum: float, t: Tensor) -> Tensor:
     if momentum == 1.0:
         return t
     if momentum == 0.0:
-        return ops.minimum(t, 1)
+        return ops.where(t < 1, t, 1.0)
     log = ops.convert_to_tensor(math.log(momentum), t.dtype)
     return ops.expm1(log * t) / ops.expm1(log)
 

@@ -68,10 +68,12 @@ def correction(
     """
     stddev = ops.sqrt(batch.variance + epsilon)
     floor = ops.sqrt(ops.convert_to_tensor(epsilon, stddev.dtype))
-    reference = ops.maximum(ops.cast(old.renorm_stddev, stddev.dtype), floor)
+    reference = ops.cast(old.renorm_stddev, stddev.dtype)
+    # Keras's `maximum` gives float32 for float64 on PyTorch.
+    reference = ops.where(reference > floor, reference, floor)
     r = stddev / reference
     d = (batch.mean - ops.cast(old.renorm_mean, stddev.dtype)) / reference
-    r = ops.minimum(ops.maximum(r, limits.rmin), limits.rmax)
+    r = ops.clip(r, limits.rmin, limits.rmax)
     d = ops.clip(d, -limits.dmax, limits.dmax)
     return ops.stop_gradient(r), ops.stop_gradient(d)
 

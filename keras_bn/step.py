@@ -2,11 +2,10 @@
 
 from typing import NamedTuple
 
-import keras
 from keras import ops
 
 from keras_bn import kernels, moving, renorm
-from keras_bn.moments import Moments, Tensor
+from keras_bn.moments import Moments, Tensor, wide
 from keras_bn.moving import State as State
 
 
@@ -58,7 +57,7 @@ def train(
     """
     if bounds is not None:
         # The correction is computed on the output: not in half precision.
-        x = ops.cast(x, keras.backend.result_type(x.dtype, "float32"))
+        x = ops.cast(x, wide(x.dtype))
     epsilon, rule = settings.epsilon, settings.rule
     y, batch = kernels.forward(x, mask, gamma, beta, epsilon=epsilon, plan=plan)
     if bounds is None:
@@ -125,7 +124,7 @@ def infer(
 
     Two operations of full size, in the order of Keras's layer.
     """
-    dtype = keras.backend.result_type(x.dtype, "float32")
+    dtype = wide(x.dtype)
     mean = ops.cast(state.mean, dtype)
     scale = ops.rsqrt(ops.cast(state.variance, dtype) + settings.epsilon)
     if gamma is not None:

@@ -27,7 +27,7 @@ def depth(shape) -> int:
 def chain(
     make: Callable[[], keras.Layer],
     shape: tuple[int, ...],
-    mode: str = "graph",
+    mode: str = modes.USUAL,
     training: bool = True,
     dtype: str = "float32",
     backward: bool = True,
@@ -54,12 +54,12 @@ def chain(
         for _ in range(2)
     )
     spec = (shape if known else (None, *shape[1:]), dtype)
-    forward, weights = in_line(make, spec[0], training, depth(shape))
+    forward, variables = in_line(make, spec[0], training, depth(shape))
     if not (training and backward):
-        run = modes.in_mode(forward, mode, [spec])
-        return lambda: run(x)
-    step = modes.with_gradients(forward, weights, mode, [spec, spec])
-    return lambda: step(x, upstream)
+        run = modes.in_mode(forward, variables, mode, [spec])
+        return lambda: modes.wait(run(x))
+    step = modes.with_gradients(forward, variables, mode, [spec, spec])
+    return lambda: modes.wait(step(x, upstream))
 
 
 def in_line(make, shape, training=True, length=None):
@@ -70,8 +70,8 @@ def in_line(make, shape, training=True, length=None):
         length: how many; `depth(shape)` by default.
 
     Returns:
-        `(forward, weights)`: a function of one tensor that returns one, and the
-        trainable variables.
+        `(forward, variables)`: a function of one tensor that returns one, and the
+        variables of the layers.
     """
     layers = [make() for _ in range(length or depth(shape))]
     for layer in layers:
@@ -82,10 +82,10 @@ def in_line(make, shape, training=True, length=None):
             x = layer(x, training=training)
         return x
 
-    return forward, [w for layer in layers for w in layer.trainable_variables]
+    return forward, [w for layer in layers for w in layer.variables]
 
 
-def compare(shape, mode="graph", training=True, seconds=5.0, **options):
+def compare(shape, mode=modes.USUAL, training=True, seconds=5.0, **options):
     """Milliseconds per layer, ours and Keras's.
 
     Args:
@@ -155,5 +155,5 @@ def _by_plan(how, shape):
             )
         return x
 
-    step = modes.with_gradients(forward, [gamma, beta], "graph")
-    return lambda: step(x, upstream)
+    step = modes.with_gradients(forward, [gamma, beta], modes.USUAL)
+    return lambda: modes.wait(step(x, upstream))

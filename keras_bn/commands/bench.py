@@ -33,7 +33,10 @@ def add(commands):
     )
     parser.add_argument("--axis", type=int, default=-1, help="channel axis (-1)")
     parser.add_argument(
-        "--mode", choices=modes.MODES, default="graph", help="how to run it (graph)"
+        "--mode",
+        choices=modes.MODES,
+        default=modes.USUAL,
+        help=f"how to run it ({modes.USUAL})",
     )
     parser.add_argument(
         "--inference", action="store_true", help="inference instead of training"

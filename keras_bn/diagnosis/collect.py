@@ -14,7 +14,7 @@ from keras.src.losses.loss import unscale_loss_for_distribution
 from keras.src.trainers.trainer import Trainer
 
 from keras_bn.arguments import align_mask
-from keras_bn.moments import Moments
+from keras_bn.moments import Moments, merged
 from keras_bn.tools.arrays import axes, float64, is_initial, moving
 from keras_bn.tools.graph import graph_of, input_of, nodes, walk
 from keras_bn.tools.linear import is_linear
@@ -190,7 +190,7 @@ class _Gap:
         if training.size:
             self._squares += float(np.square(training - inference).sum())
             new = Moments(float(training.size), training.mean(), training.var())
-            self._training = Moments(*map(float64, self._training.merge(new)))
+            self._training = merged(self._training, new, np)
 
     @property
     def value(self):

@@ -170,7 +170,8 @@ class Grouped(Layout):
         super().__init__(x, axes)
         self._inner = [d if i in axes else 1 for i, d in enumerate(x.shape)]
         batch = ops.shape(x)[0]
-        self._groups = ops.maximum(batch // size, 1)
+        known = isinstance(batch, int)
+        self._groups = max(batch // size, 1) if known else ops.maximum(batch // size, 1)
         self._group = ops.minimum(ops.arange(batch) // size, self._groups - 1)
 
     def count(self, x, mask):

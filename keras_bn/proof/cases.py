@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from itertools import product
 
 import keras
-import numpy as np
 from keras import ops
 
 from keras_bn.kernels import modes
@@ -92,7 +91,7 @@ def draw(case, rng):
 
     def rounded(arrays, dtype):
         return {
-            name: np.asarray(ops.cast(a, dtype)).astype("float64")
+            name: ops.convert_to_numpy(ops.cast(a, dtype)).astype("float64")
             for name, a in arrays.items()
         }
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import keras
 
+from keras_bn import kernels
 from keras_bn.frozen import forget_traces
 from keras_bn.layer import BatchNormalization
 from keras_bn.tools.copying import copy_model
@@ -185,6 +186,7 @@ def remade(layer, kind, **changes):
     vars(new)["add_weight"] = add_weight
     new.build_from_config(layer.get_build_config())
     del vars(new)["add_weight"]
+    kernels.retrack(new)
     if present:
         raise ValueError(
             f"Cannot convert '{layer.name}': {type(layer).__name__} has the weights "

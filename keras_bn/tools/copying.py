@@ -19,6 +19,7 @@ from keras.src.saving.keras_saveable import KerasSaveable
 from keras.src.trainers.trainer import Trainer
 from keras.src.utils.tracking import Tracker
 
+from keras_bn import kernels
 from keras_bn.tools.exchange import is_wrapped, note_nodes, rekey, retrack
 from keras_bn.tools.graph import holders, scope
 
@@ -248,6 +249,8 @@ class _Copier:
             note_nodes(new)
         elif hasattr(new, "_var_key"):
             self._rekey(original, new)
+        if isinstance(new, keras.layers.Layer):
+            kernels.retrack(new)
 
     def _rekey(self, original, new):
         """Give a copied optimizer the keys of the copied variables."""

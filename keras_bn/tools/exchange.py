@@ -12,6 +12,7 @@ from keras.src.ops.function import make_node_key, map_graph
 from keras.src.ops.node import KerasHistory
 from keras.src.optimizers.base_optimizer import BaseOptimizer
 
+from keras_bn import kernels
 from keras_bn.tools.graph import graphs, holders, input_of, nodes, walk
 
 
@@ -150,6 +151,8 @@ def replace(holder, others):
         retrack(tracker)
     if hasattr(holder, "_nodes_by_depth"):
         note_nodes(holder)
+    if isinstance(holder, keras.layers.Layer):
+        kernels.retrack(holder)
 
 
 class GONE:

@@ -20,7 +20,7 @@ from keras.src.trainers.data_adapters.tf_dataset_adapter import TFDatasetAdapter
 from keras.src.trainers.epoch_iterator import EpochIterator
 
 from keras_bn.layer import BatchNormalization
-from keras_bn.moments import Moments
+from keras_bn.moments import Moments, merged
 from keras_bn.tools.arrays import float64
 from keras_bn.tools.convert import remade
 from keras_bn.tools.copying import copy_model
@@ -304,4 +304,5 @@ def observed(path, twin, inputs, mask):
 
 def pooled(first, second):
     """The merged moments, in float64; the first may be None."""
-    return second if first is None else Moments(*map(float64, first.merge(second)))
+    # Not by `keras.ops`: JAX has no float64.
+    return second if first is None else merged(first, second, np)

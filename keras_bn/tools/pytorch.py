@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from keras import ops
 
 from keras_bn import arguments
 from keras_bn.layer import BatchNormalization
@@ -169,16 +170,18 @@ def to_torch(layer: BatchNormalization) -> Any:
     if layer.updates is None:
         batches = getattr(layer, "torch_batches", 0)
     else:
-        batches = layer.updates.numpy().max()
+        batches = ops.convert_to_numpy(layer.updates).max()
     state = {"num_batches_tracked": np.asarray(batches)}
     for ours, theirs in _STATISTICS.items():
-        state[theirs] = getattr(layer, ours).numpy()
+        state[theirs] = ops.convert_to_numpy(getattr(layer, ours))
     if module.affine:
         # PyTorch has both or none: fix the missing one at 1 or 0.
         for (ours, theirs), fixed in zip(_AFFINE.items(), (1.0, 0.0), strict=True):
             variable = getattr(layer, ours)
             present = variable is not None
-            state[theirs] = variable.numpy() if present else np.full(channels, fixed)
+            state[theirs] = np.full(channels, fixed)
+            if present:
+                state[theirs] = ops.convert_to_numpy(variable)
             getattr(module, theirs).requires_grad_(present and variable.trainable)
     with torch.no_grad():
         target = module.state_dict()

@@ -6,7 +6,7 @@ from typing import Any, Literal
 import keras
 import numpy as np
 
-from keras_bn.moments import Moments
+from keras_bn.moments import Moments, corrected, merged
 from keras_bn.tools.arrays import float64, moving
 from keras_bn.tools.norms import is_frozen, normalizations, warn_of_others
 from keras_bn.tools.observe import (
@@ -205,7 +205,7 @@ def _with_prior(layer, moments, prior, samples):
     known = np.isfinite(mean) & np.isfinite(variance)
     elements = prior * moments.count / samples
     present = Moments(np.where(known, elements, 0.0), mean, variance)
-    return Moments(*map(float64, present.merge(moments)))
+    return merged(present, moments, np)
 
 
 def _assignments(layer, moments):
@@ -213,7 +213,7 @@ def _assignments(layer, moments):
     known = known_variance = moments.count > 0
     if getattr(layer, "unbiased", False):
         known_variance = moments.count > 1
-        moments = Moments(*map(float64, moments.unbiased()))
+        moments = corrected(moments, np)
     with np.errstate(invalid="ignore"):
         stddev = np.sqrt(moments.variance + layer.epsilon)
     new = {
@@ -348,10 +348,7 @@ class Recalibrate(DataCallback):
 
     def _recalibrate(self):
         """Recalibrate, unless the statistics already belong to these weights."""
-        weights = [
-            float(keras.ops.sum(keras.ops.cast(v, "float64")))
-            for v in self._target.trainable_variables
-        ]
+        weights = [float64(v).sum() for v in self._target.trainable_variables]
         if weights != self._weights:
             recalibrate(self._target, self._data, **self._options)
             self._weights = weights

@@ -302,4 +302,4 @@ def test_no_records_prove_nothing():
 @pytest.mark.parametrize("mode", ["tf.function", "jit_compile", None])
 def test_unknown_modes_are_refused(mode):
     with pytest.raises(ValueError, match="mode="):
-        modes.in_mode(ops.abs, mode)
+        modes.in_mode(ops.abs, [], mode)

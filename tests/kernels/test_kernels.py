@@ -310,8 +310,8 @@ def test_xla_computes_nothing_anew_for_each_layer(shape):
 
     def instructions(depth):
         make = keras_bn.BatchNormalization
-        forward, weights = bench.in_line(make, shape, length=depth)
-        run = modes.with_gradients(forward, weights, "xla")
+        forward, variables = bench.in_line(make, shape, length=depth)
+        run = modes.with_gradients(forward, variables, "xla")
         x = tf.zeros(shape)
         text = run.experimental_get_compiler_ir(x, x)(stage="optimized_hlo")
         return text.count(" = f32[")

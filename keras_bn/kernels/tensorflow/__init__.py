@@ -1,1 +1,22 @@
-"""The kernels on TensorFlow: the only place that names it."""
+"""TensorFlow: its fused op, or the formulas with a gradient of our own."""
+
+from keras_bn.kernels.tensorflow import modes
+from keras_bn.kernels.tensorflow.batch import checked, forward
+from keras_bn.kernels.tensorflow.compiled import compiled
+from keras_bn.kernels.tensorflow.context import make_plan, retrack
+from keras_bn.kernels.tensorflow.events import Events
+from keras_bn.kernels.tensorflow.synced import active as replicated
+from keras_bn.kernels.tensorflow.synced import agree, cond
+
+__all__ = [
+    "Events",
+    "agree",
+    "checked",
+    "compiled",
+    "cond",
+    "forward",
+    "make_plan",
+    "modes",
+    "replicated",
+    "retrack",
+]

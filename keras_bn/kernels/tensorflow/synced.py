@@ -6,11 +6,12 @@ be called.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import tensorflow as tf
 
+from keras_bn.kernels import merging
 from keras_bn.moments import Moments, Tensor
 
 
@@ -71,34 +72,9 @@ def merge(local: Moments, shift):
     return merged, common
 
 
-def agree(
-    old: Sequence[Tensor], new: Sequence[Tensor], taken: Sequence[Tensor]
-) -> list[Tensor]:
-    """Average the replicas' steps, so that all end with the same state.
-
-    A replica that did not update (a bad batch, or an empty share) is left out of the
-    mean. Where no replica updated, the old value stays, to the bit.
-
-    Args:
-        old: tensors that are equal on every replica, a float first; None for no tensor.
-        new: their values after this replica's step.
-        taken: bools of the same shapes, true where this replica updated.
-
-    Returns:
-        List of tensors like `old`, equal on every replica.
-    """
-    dtype = old[0].dtype
-    present = [i for i, value in enumerate(old) if value is not None]
-    steps = [tf.cast(new[i] - old[i], dtype) for i in present]
-    sums = total(*steps, *(tf.cast(taken[i], dtype) for i in present))
-    agreed = [None] * len(old)
-    pairs = zip(sums[: len(steps)], sums[len(steps) :], strict=True)
-    for i, (step, count) in zip(present, pairs, strict=True):
-        step /= tf.maximum(count, 1)
-        if old[i].dtype.is_integer:
-            step = tf.round(step)
-        agreed[i] = old[i] + tf.cast(step, old[i].dtype)
-    return agreed
+def agree(old, new, taken):
+    """Average the replicas' steps; see `merging.agree`."""
+    return merging.agree(old, new, taken, total)
 
 
 def total(*values):

@@ -1,0 +1,27 @@
+"""JAX: formulas, differentiated and compiled by itself."""
+
+from keras_bn.kernels.events import Events
+from keras_bn.kernels.jax import modes
+from keras_bn.kernels.jax.batch import forward
+from keras_bn.kernels.jax.context import (
+    agree,
+    checked,
+    compiled,
+    cond,
+    make_plan,
+    replicated,
+    retrack,
+)
+
+__all__ = [
+    "Events",
+    "agree",
+    "checked",
+    "compiled",
+    "cond",
+    "forward",
+    "make_plan",
+    "modes",
+    "replicated",
+    "retrack",
+]

@@ -1,0 +1,56 @@
+"""How JAX runs a step.
+
+Under `keras.distribution` a batch is one array, whichever devices hold it: statistics
+are those of the whole batch, and replicas have nothing to agree on.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from keras import ops
+
+from keras_bn.kernels.plan import Plan
+from keras_bn.moments import Tensor
+
+
+def make_plan(x, mask, settings) -> Plan:
+    """The plan for an input; see the contract of the kernels."""
+    return Plan("plain", settings.axes, settings.group_size)
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` with the plan for its input, jitted; see the contract."""
+    jitted = jax.jit(function, static_argnames=("settings", "plan"))
+
+    @functools.wraps(function)
+    def call(x, mask, *arguments, settings):
+        plan = make_plan(x, mask, settings)
+        return jitted(x, mask, *arguments, settings=settings, plan=plan)
+
+    return call
+
+
+def cond(condition: Tensor, first: Callable[[], Any], second: Callable[[], Any]) -> Any:
+    """`first()` where the condition holds, else `second()`."""
+    return jax.lax.cond(ops.reshape(condition, ()), first, second)
+
+
+def checked(mask: Tensor, x: Tensor, along: Sequence[int]) -> Tensor:
+    """The mask: sizes are always known here, and have been compared."""
+    return mask
+
+
+def replicated() -> bool:
+    """Whether this code runs as one of several replicas: never."""
+    return False
+
+
+def agree(old, new, taken):
+    """The new state, which is the same everywhere."""
+    return new
+
+
+def retrack(layer):
+    """Nothing: JAX knows no layers."""

@@ -1,0 +1,21 @@
+"""PyTorch: its own op, differentiated by itself."""
+
+from keras_bn.kernels.events import Events
+from keras_bn.kernels.torch import modes
+from keras_bn.kernels.torch.batch import forward
+from keras_bn.kernels.torch.context import checked, compiled, cond, make_plan, retrack
+from keras_bn.kernels.torch.replicas import agree
+from keras_bn.kernels.torch.replicas import in_step as replicated
+
+__all__ = [
+    "Events",
+    "agree",
+    "checked",
+    "compiled",
+    "cond",
+    "forward",
+    "make_plan",
+    "modes",
+    "replicated",
+    "retrack",
+]

@@ -1,0 +1,55 @@
+"""What PyTorch knows of a batch, and how it runs a step."""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from keras import ops
+
+from keras_bn.kernels.plan import Plan
+from keras_bn.kernels.torch import replicas
+from keras_bn.moments import Tensor
+
+
+def make_plan(x, mask, settings) -> Plan:
+    """The plan for an input; see the contract of the kernels."""
+    shared = settings.synchronized and replicas.active()
+    special = mask is not None or settings.group_size is not None or shared
+    rows = math.prod(n for i, n in enumerate(x.shape) if i not in settings.axes)
+    if special or rows == 0:
+        kernel = "plain"
+    elif x.is_cuda and len(settings.axes) == 1 and rows > 1:
+        # The op gives the unbiased variance, which one row has not.
+        kernel = "fused"
+    else:
+        kernel = "centred"
+    return Plan(kernel, settings.axes, settings.group_size, shared)
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` with the plan for its input; see the contract of the kernels."""
+
+    @functools.wraps(function)
+    def call(x, mask, *arguments, settings):
+        x = ops.convert_to_tensor(x)
+        plan = make_plan(x, mask, settings)
+        return function(x, mask, *arguments, settings=settings, plan=plan)
+
+    return call
+
+
+def cond(condition: Tensor, first: Callable[[], Any], second: Callable[[], Any]) -> Any:
+    """`first()` where the condition holds, else `second()`."""
+    return ops.cond(condition, first, second)
+
+
+def checked(mask: Tensor, x: Tensor, along: Sequence[int]) -> Tensor:
+    """The mask: sizes are always known here, and have been compared."""
+    return mask
+
+
+def retrack(layer):
+    """Tell the PyTorch module that a Keras layer is which parameters it has."""
+    if "_torch_params" in vars(layer).get("_modules", {}):
+        layer._track_variables()
