@@ -66,8 +66,8 @@ def check(name, folder, printed, short):
     return results
 
 
-# The others take minutes together: `.ci/run` and `make test-all` run them.
-IN_EVERY_RUN = ("convolution", "placement", "weight_averaging")
+# The others take minutes together: `.ci/run` and `make test-all` run them all.
+IN_EVERY_RUN = ("convolution",)
 
 
 @pytest.mark.parametrize(
