@@ -6,12 +6,14 @@ in float64. Shows how far apart they are after every epoch, saves both, loads th
 again, and ends with a verdict; the exit status is 0 if they are equivalent.
 """
 
-import equivalence  # isort: skip (before Keras: it sets TensorFlow's logging)
+import digits  # isort: skip (before Keras: it sets TensorFlow's logging)
 
 import sys
 
+import equivalence
 import keras
 import numpy as np
+import report
 
 import keras_bn
 
@@ -56,7 +58,7 @@ def main(argv=None, ours=keras_bn.BatchNormalization):
     Returns:
         The exit status.
     """
-    given, data = equivalence.parse(__doc__, "out/dense_equivalence", argv)
+    given, data = digits.parse(__doc__, "out/dense_equivalence", argv)
     keras.utils.set_random_seed(given.seed)
     weights = build(keras.layers.BatchNormalization).get_weights()
 
@@ -72,7 +74,7 @@ def main(argv=None, ours=keras_bn.BatchNormalization):
         return Side(name, model)
 
     runs = []
-    with equivalence.Report() as shown:
+    with report.Report() as shown:
         for dtype in ("float32", "float64"):
             with equivalence.precision(dtype):
                 run, *sides = equivalence.side_by_side(
@@ -85,8 +87,8 @@ def main(argv=None, ours=keras_bn.BatchNormalization):
             runs.append(run)
         shown.hardest(runs[0], data)
         shown.judgement(runs)
-        equivalence.save_table(given.out / "table.json", runs, given)
-        equivalence.save_curves(given.out / "curves.png", runs)
+        report.save_table(given.out / "table.json", runs, given)
+        report.save_curves(given.out / "curves.png", runs)
         return shown.verdict(
             all(run.equivalent() for run in runs),
             "Table, curves and models",

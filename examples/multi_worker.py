@@ -9,7 +9,7 @@ ends with a verdict; the exit status is 0 if they are equivalent.
 Where TF_CONFIG is set, it is one worker of that cluster and nothing more.
 """
 
-import equivalence  # isort: skip (before Keras: it sets TensorFlow's logging)
+import digits  # isort: skip (before Keras: it sets TensorFlow's logging)
 
 import functools
 import os
@@ -18,11 +18,14 @@ import shutil
 import sys
 import time
 
+import equivalence
 import keras
 import numpy as np
+import report
 import tensorflow as tf
 from dense_equivalence import TITLE, build
 from rich.text import Text
+from studies.common.terminal import bad, good
 from workers import WorkerError, cluster
 
 import keras_bn
@@ -292,7 +295,7 @@ def compare(command, given, data):
     for left in ("checkpoints", "snapshots"):
         shutil.rmtree(given.out / left, ignore_errors=True)
     compared = equivalence.Run(TITLE, "float64", "alone", ours="together")
-    with equivalence.Report() as shown:
+    with report.Report() as shown:
         shown.say(
             "Alone: one process. Together: two workers, each with its half of every "
             "batch.",
@@ -311,10 +314,10 @@ def compare(command, given, data):
             return 2
         shown.finish()
         shown.judgement([compared])
-        said = equivalence.good("yes") if demo.identical else equivalence.bad("NO")
+        said = good("yes") if demo.identical else bad("NO")
         shown.say(Text.assemble("Both workers have the same bits: ", said))
         equivalent = compared.equivalent() and demo.identical
-        equivalence.save_table(
+        report.save_table(
             given.out / "table.json",
             [compared],
             given,
@@ -345,7 +348,7 @@ def main(argv=None):
         The exit status.
     """
     argv = sys.argv[1:] if argv is None else argv
-    given, data = equivalence.parse(__doc__, "out/multi_worker", argv, options)
+    given, data = digits.parse(__doc__, "out/multi_worker", argv, options)
     with equivalence.precision("float64"):
         if "TF_CONFIG" in os.environ:
             return worker(given, data)

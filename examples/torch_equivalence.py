@@ -12,14 +12,16 @@ with contextlib.suppress(ImportError):
     # PyTorch may bring triton, whose import after TensorFlow ends the process.
     import triton  # noqa: F401
 
-import equivalence  # isort: skip (before Keras: it sets TensorFlow's logging)
+import digits  # isort: skip (before Keras: it sets TensorFlow's logging)
 
 import itertools
 import sys
 import warnings
 
+import equivalence
 import keras
 import numpy as np
+import report
 
 import keras_bn
 
@@ -194,16 +196,16 @@ def main(argv=None, ours=keras_bn.BatchNormalization):
     Returns:
         The exit status.
     """
-    given, data = equivalence.parse(__doc__, "out/torch_equivalence", argv)
+    given, data = digits.parse(__doc__, "out/torch_equivalence", argv)
     keras.utils.set_random_seed(given.seed)
     everything = []
-    with equivalence.Report() as shown:
+    with report.Report() as shown:
         for number, (title, (widths, softmax)) in enumerate(MODELS.items(), start=1):
             runs = compare(title, widths, softmax, ours, data, given, shown)
-            equivalence.save_curves(given.out / f"curves_{number}.png", runs)
+            report.save_curves(given.out / f"curves_{number}.png", runs)
             shown.judgement(runs)
             everything += runs
-        equivalence.save_table(given.out / "table.json", everything, given)
+        report.save_table(given.out / "table.json", everything, given)
         shown.say("Both sides take the unbiased variance into their moving one.")
         return shown.verdict(
             all(run.equivalent() for run in everything), "Table and curves", given.out

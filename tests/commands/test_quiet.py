@@ -47,8 +47,8 @@ def test_stderr_is_empty(model, tmp_path, form, suffix):
     assert "1 converted" in done.stdout
 
 
-def test_a_step_under_xla_prints_nothing_either():
-    options = ["--shape", "8,4", "--mode", "xla", "--seconds", "0"]
+def test_compiling_by_xla_prints_nothing_either():
+    options = ["--shape", "8,4", "--mode", "xla", "--inference", "--seconds", "0"]
     done = process("-m", "keras_bn", "bench", *options)
     assert (done.returncode, done.stderr) == (0, "")
 

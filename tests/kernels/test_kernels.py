@@ -76,6 +76,7 @@ def draw(shape, axes, mean=0.5, seed=0):
     return x, upstream, gamma, rng.normal(size=along).astype("float32")
 
 
+@functools.lru_cache(maxsize=16)  # tests that differ in the numbers alone share it
 def stepper(way, axes, shape=None):
     """A function that gives output, moments and gradients by one kernel in one mode.
 

@@ -56,8 +56,9 @@ def read_table(folder, reference, epochs, runs):
     return table
 
 
-def test_dense_equivalence_as_make_demo_runs_it(tmp_path):
-    result = run("dense_equivalence.py", "--out", tmp_path)
+def test_dense_equivalence(tmp_path):
+    # `.ci/run` runs all five epochs, by `make demo`.
+    result = run("dense_equivalence.py", "--epochs", 2, "--out", tmp_path)
     assert result.returncode == 0, result.stderr
     assert error_lines(result) == []
     lines = result.stdout.splitlines()
@@ -67,7 +68,7 @@ def test_dense_equivalence_as_make_demo_runs_it(tmp_path):
     assert max(len(line) for line in lines if line != where) <= 80
     title = "Dense(64), batch normalization, ReLU, Dense(10), softmax"
     runs = [(title, "float32"), (title, "float64")]
-    for one in read_table(tmp_path, "Keras", 5, runs)["runs"]:
+    for one in read_table(tmp_path, "Keras", 2, runs)["runs"]:
         assert one["reloaded_identical"] == {"Keras": True, "keras_bn": True}
         for side in ("Keras", "keras_bn"):
             assert (tmp_path / f"{side.lower()}_{one['dtype']}.keras").exists()
@@ -100,7 +101,7 @@ def test_triton_comes_before_tensorflow_where_pytorch_does(tmp_path):
     stand_in = "import sys\nprint('tensorflow' in sys.modules)\n"
     (tmp_path / "triton.py").write_text(stand_in)
     # What the example imports next, and what brings TensorFlow, ends the process here.
-    (tmp_path / "equivalence.py").write_text("raise SystemExit\n")
+    (tmp_path / "digits.py").write_text("raise SystemExit\n")
     folders = map(str, (tmp_path, ROOT / "examples", ROOT))
     result = subprocess.run(
         [sys.executable, "-c", "import torch_equivalence"],
@@ -189,7 +190,7 @@ def write_mnist(path, **changes):
 def test_mnist_from_a_file(example, tmp_path):
     write_mnist(path := tmp_path / "mnist.npz")
     given = ["--data", "mnist", "--mnist-file", str(path)]
-    _, data = example("equivalence").parse("", "out", given)
+    _, data = example("digits").parse("", "out", given)
     with np.load(path) as arrays:
         for ours, theirs in (("train", "train"), ("val", "test")):
             x, y = getattr(data, f"x_{ours}"), getattr(data, f"y_{ours}")
@@ -200,7 +201,7 @@ def test_mnist_from_a_file(example, tmp_path):
 
 
 def test_digits_are_split_and_enlarged_the_same_way_each_time(example):
-    data, again = (example("equivalence").small_digits() for _ in range(2))
+    data, again = (example("digits").enlarged_digits() for _ in range(2))
     for name, value in vars(data).items():
         np.testing.assert_array_equal(value, getattr(again, name))
     assert (data.x_train.shape, data.x_val.shape) == ((1440, 784), (357, 784))
@@ -321,7 +322,7 @@ def test_both_sides_get_the_same_batches(example):
     equivalence = example("equivalence")
     rows = np.arange(23)
     x = np.repeat(rows[:, None], 784, axis=1).astype(float)
-    data = equivalence.Data(x, rows, x[:4], rows[:4] * 0)
+    data = example("digits").data.Data(x, rows, x[:4], rows[:4] * 0)
     arguments = argparse.Namespace(epochs=3, batch_size=5, seed=1)
     made = {"float32": [], "float64": []}
 

@@ -66,8 +66,8 @@ def check(name, folder, printed, short):
     return results
 
 
-# The others take minutes together: `.ci/run` and `make test-all` run them.
-IN_EVERY_RUN = ("convolution", "placement", "weight_averaging")
+# The others take minutes together: `.ci/run` and `make test-all` run them all.
+IN_EVERY_RUN = ("convolution",)
 
 
 @pytest.mark.parametrize(
@@ -165,7 +165,7 @@ def test_seeds(example, given, seeds):
 
 def test_small_digits_are_the_enlarged_ones(example):
     small = example("common.data").small_digits()
-    large = example("equivalence").small_digits()
+    large = example("digits").enlarged_digits()
     assert small.x_train.shape == (1440, 8, 8, 1)
     image = large.x_val[5].reshape(28, 28)[2:-2:3, 2:-2:3]
     assert (small.x_val[5, ..., 0] == image).all()

@@ -27,6 +27,7 @@ def kinds(model):
 def test_files_of_keras_3(make, suffix, tmp_path):
     model = randomized(make())
     model.compile("adam", "mse")
+    model.run_eagerly = True  # one step is no reason to trace; the file says nothing
     x = inputs_of(model)
     model.train_on_batch(x, model(x))
     model.save(tmp_path / f"model{suffix}")
@@ -210,7 +211,13 @@ def saved(make, path):
     model = randomized_2(make(require("tf_keras")))
     model.save(path)
     x = input_for(model)
-    return model, x, model.predict(x, verbose=0)
+    return model, x, predicted(model, x)
+
+
+def predicted(model, x):
+    """The outputs of a model of Keras 2 or 3, without tracing it for one batch."""
+    model.run_eagerly = True
+    return model.predict(x, verbose=0)
 
 
 @pytest.mark.parametrize("suffix", [".keras", ".h5"])
@@ -222,7 +229,7 @@ def test_whatever_keras_2_writes(make, suffix, tmp_path):
     loaded = keras_bn.load_model(path)
     wanted = sum("Normalization" in type(m).__name__ for m in model.submodules)
     assert kinds(loaded) == (0, wanted)
-    got = loaded.predict(x, verbose=0)
+    got = predicted(loaded, x)
     np.testing.assert_allclose(got, expected, rtol=2e-3, atol=1e-5)
     assert np.std(expected) > 1e-2
     assert loaded.input_shape == model.input_shape
@@ -281,6 +288,7 @@ def test_what_keras_2_has_compiled(compilation, suffix, tmp_path):
         ]
     )
     model.compile(**{"loss": "mse", **COMPILATIONS[compilation](tf_keras)})
+    model.run_eagerly = True  # one batch is no reason to trace; the file says nothing
     x = np.random.default_rng(0).normal(size=(16, 4)).astype("float32")
     y = np.eye(2)[np.arange(16) % 2]
     model.fit(x, y, verbose=0)
@@ -288,6 +296,8 @@ def test_what_keras_2_has_compiled(compilation, suffix, tmp_path):
     loaded = keras_bn.load_model(tmp_path / f"model{suffix}")
     optimizer = getattr(loaded.optimizer, "inner_optimizer", loaded.optimizer)
     assert np.isclose(optimizer.learning_rate, 0.02)
+    assert not loaded.run_eagerly
+    loaded.run_eagerly = True
     theirs, ours = (m.evaluate(x, y, verbose=0) for m in (model, loaded))
     np.testing.assert_allclose(ours, theirs, rtol=1e-4)
     before = loaded.layers[0].kernel.numpy()
@@ -392,7 +402,7 @@ def test_files_of_tensorflow_1(make, name, tmp_path):
     rewritten(path, as_of_tensorflow_1(name))
     loaded = keras_bn.load_model(path)
     assert kinds(loaded)[0] == 0
-    np.testing.assert_allclose(loaded.predict(x, verbose=0), expected, atol=1e-5)
+    np.testing.assert_allclose(predicted(loaded, x), expected, atol=1e-5)
 
 
 def test_a_config_without_names_of_models(tmp_path):
@@ -408,7 +418,7 @@ def test_a_config_without_names_of_models(tmp_path):
 
     rewritten(path, everywhere(change))
     loaded = keras_bn.load_model(path)
-    np.testing.assert_allclose(loaded.predict(x, verbose=0), expected, atol=1e-6)
+    np.testing.assert_allclose(predicted(loaded, x), expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("package", ["tf_keras", "keras_core", "tensorflow.keras"])
@@ -428,7 +438,7 @@ def test_files_of_other_packages(make, package, tmp_path):
     rewritten(path, everywhere(change))
     loaded = keras_bn.load_model(path)
     assert kinds(loaded)[0] == 0
-    np.testing.assert_allclose(loaded.predict(x, verbose=0), expected, atol=1e-5)
+    np.testing.assert_allclose(predicted(loaded, x), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize(

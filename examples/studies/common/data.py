@@ -1,4 +1,4 @@
-"""scikit-learn's handwritten digits, with a channel axis: what convolutions take."""
+"""scikit-learn's handwritten digits."""
 
 import dataclasses
 
@@ -8,7 +8,7 @@ from sklearn.datasets import load_digits
 
 @dataclasses.dataclass
 class Data:
-    """Float32 images of shape (images, 8, 8, 1) in [0, 1], and their classes."""
+    """Images in [0, 1] and their classes, to train on and to validate with."""
 
     x_train: np.ndarray
     y_train: np.ndarray
@@ -17,7 +17,11 @@ class Data:
 
 
 def small_digits(training=1440):
-    """The digits, of which `training` are for training; the same split every time."""
+    """The digits, of which `training` are for training; the same split every time.
+
+    Images are float32, of shape (images, 8, 8, 1): with the channel axis that
+    convolutions take.
+    """
     images, classes = load_digits(return_X_y=True)
     images = images.reshape(-1, 8, 8, 1).astype("float32") / 16
     order = np.random.default_rng(0).permutation(len(images))
