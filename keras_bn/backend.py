@@ -7,11 +7,12 @@ _BACKENDS = ("tensorflow", "torch", "jax")
 try:
     import keras  # noqa: F401
 except ModuleNotFoundError as error:
-    if error.name not in _BACKENDS:
+    missing = (error.name or "").split(".")[0]
+    if missing not in _BACKENDS:
         raise
     raise ImportError(
-        f"Keras's backend is {error.name!r}, which is not installed: `pip install "
-        f"{error.name}`, or set KERAS_BACKEND to another of {', '.join(_BACKENDS)} "
+        f"Keras's backend is {missing!r}, which is not installed: `pip install "
+        f"{missing}`, or set KERAS_BACKEND to another of {', '.join(_BACKENDS)} "
         "before Keras is imported. Received: "
         f"KERAS_BACKEND={os.environ.get('KERAS_BACKEND')!r}"
     ) from error

@@ -15,7 +15,8 @@ BACKENDS = ("tensorflow", "torch", "jax")
 
 # Each layer of the house may import those below it.
 ORDER = [
-    {"version", "quiet", "backend"},
+    {"version", "backend"},
+    {"quiet"},
     {"moments"},
     {"kernels", "moving"},
     {"renorm"},
