@@ -26,8 +26,9 @@ class Plan(NamedTuple):
     """How a batch is to be normalized.
 
     Args:
-        kernel: `"plain"`, `"fused"`, or `"either"`, which chooses between them at run
-            time, by the size of the batch.
+        kernel: `"plain"`: the formulas; `"fused"`: the op of TensorFlow or PyTorch;
+            `"either"`: these two, chosen at run time by the size of the batch;
+            `"closed"`: the formulas with a gradient of their own, on JAX.
         axes: the channel axes, non-negative and ascending.
         group_size: size of the groups that the batch is cut into, or None.
         synchronized: whether the statistics are those of all replicas together.

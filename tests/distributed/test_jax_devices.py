@@ -7,13 +7,13 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from conftest import require
+import pytest
 
 SCRIPT = str(Path(__file__).parents[1] / "support" / "jax_devices.py")
 
 
 def test_eight_devices_train_as_one(tmp_path):
-    require("jax")
+    pytest.importorskip("jax", reason="`.ci/backends` has it")
     rng = np.random.default_rng(0)
     np.savez(
         tmp_path / "data.npz",

@@ -17,7 +17,8 @@ from keras_bn.moments import Tensor
 
 def make_plan(x, mask, settings) -> Plan:
     """The plan for an input; see the contract of the kernels."""
-    return Plan("plain", settings.axes, settings.group_size)
+    special = mask is not None or settings.group_size is not None or 0 in x.shape
+    return Plan("plain" if special else "closed", settings.axes, settings.group_size)
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
