@@ -4,7 +4,7 @@ import re
 
 import numpy as np
 import pytest
-import tensorflow as tf
+from support import backend
 
 from keras_bn import BatchNormalization
 

@@ -6,7 +6,6 @@ import warnings
 import keras
 import numpy as np
 import pytest
-import tensorflow as tf
 from conftest import require
 from support.forms import conv_model, examples, randomize
 from support.steps import relative_error

@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-import tensorflow as tf
 from support.alone import run_alone
 from support.forms import FORMS, conv_model, examples, model_of
 from support.reloaded import (

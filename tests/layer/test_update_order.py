@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-import tensorflow as tf
+from support import backend
 from support.forms import examples
 
 import keras_bn
