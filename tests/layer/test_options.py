@@ -210,9 +210,7 @@ def test_no_retrace_while_the_ramp_moves():
 
     run = in_mode(run, COMPILED, layer.variables)
     x = next(batches(1, dtype="float32"))
-    outputs = [
-        array(run(tensor(x if count < 44 else x + 1))) for count in range(45)
-    ]
+    outputs = [array(run(tensor(x if count < 44 else x + 1))) for count in range(45)]
     assert len(traces) == (45 if COMPILED == "eager" else 1)
     assert np.abs(np.mean(outputs[0])) < 1e-6
     assert np.mean(outputs[44]) > 0.1  # d has room now: the shift shows
@@ -603,6 +601,7 @@ def test_gradients_of_options_against_differences(arguments, mode):
             renorm.bounds({}, None, "float64"),
             layer.epsilon,
         )
+        r, d = array(r), array(d)
         gamma, beta = initial[0] * r, initial[1] + initial[0] * d
 
         def loss(x):
@@ -638,6 +637,9 @@ def test_a_bad_moving_variance_in_a_file_is_refused(bad, trainable, tmp_path):
         np.testing.assert_array_equal(now, was)
 
 
+@pytest.mark.skipif(
+    backend.NAME == "jax", reason="on JAX no layer can be updated in a checkpoint"
+)
 @pytest.mark.parametrize(
     "bn", [keras.layers.BatchNormalization, keras_bn.BatchNormalization]
 )
@@ -653,5 +655,8 @@ def test_rematerialized_it_updates_twice_at_the_root_of_the_momentum(bn):
         return layer.moving_mean.numpy(), layer.moving_variance.numpy()
 
     once = moved(0.9, lambda function: function)
-    np.testing.assert_allclose(once, moved(0.9**0.5, keras.remat), rtol=1e-5)
-    assert not np.allclose(once, moved(0.9, keras.remat), rtol=1e-2)
+    # PyTorch computes again what is saved, and ours updates after that.
+    twice = backend.NAME != "torch" or bn is keras.layers.BatchNormalization
+    momentum, other = (0.9**0.5, 0.9) if twice else (0.9, 0.9**0.5)
+    np.testing.assert_allclose(once, moved(momentum, keras.remat), rtol=1e-5)
+    assert not np.allclose(once, moved(other, keras.remat), rtol=1e-2)

@@ -7,6 +7,8 @@ from support.forms import examples
 
 import keras_bn
 
+tf = backend.tensorflow("it reads and writes in one graph")
+
 
 @pytest.mark.parametrize("arguments", [{}, {"renorm": True}])
 @pytest.mark.parametrize("shape", [(4,), (32, 32, 16)])

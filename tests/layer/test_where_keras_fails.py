@@ -56,9 +56,9 @@ def masked_nan(cls):
         y = layer(inputs, training=True, mask=tensor(mask))
         return keras.ops.sum(keras.ops.where(mask[..., None], y, 0) ** 3)
 
-    one = tensor(1.0)
-    step = backend.training_step(loss, layer.non_trainable_variables, "eager")
-    _, (dx, *_) = step(tensor(x), one)
+    layer.build(x.shape)
+    step = backend.training_step(loss, layer.variables, "eager")
+    _, (dx, *_) = step(tensor(x), tensor(1.0, "float32"))
     assert np.isfinite(array(dx)[:, :4]).all()
     np.testing.assert_allclose(layer.moving_mean, X[:, :4].mean((0, 1)), rtol=1e-5)
 
@@ -257,7 +257,7 @@ if backend.NAME == "tensorflow":
 KERAS_HOLDS = {
     "tensorflow": set(),
     "torch": {"training as a tensor", "XLA, a constant column of 1e8"},
-    "jax": set(),
+    "jax": {"integer input, 70000 and 70002"},
 }[backend.NAME]
 
 

@@ -19,6 +19,7 @@ It takes nothing from the package, whose kernels have their own ways.
 """
 
 import functools
+import importlib
 
 import keras
 import numpy as np
@@ -36,17 +37,16 @@ def eagerly_too(modes):
     return tuple(mode for mode in modes if NAME != "jax" or mode != "eager")
 
 
-
 def only(backend, reason):
     """A mark for what cannot apply on other backends."""
     return pytest.mark.skipif(backend != NAME, reason=f"{backend} only: {reason}")
 
 
-def module(backend, name, reason):
-    """A module of the backend; on others, the whole file of tests is skipped."""
-    if backend != NAME:
-        pytest.skip(f"{backend} only: {reason}", allow_module_level=True)
-    return pytest.importorskip(name)
+def tensorflow(reason):
+    """The module; on other backends the test, or the file of tests, is skipped."""
+    if NAME != "tensorflow":
+        pytest.skip(f"tensorflow only: {reason}", allow_module_level=True)
+    return importlib.import_module("tensorflow")
 
 
 def tensor(x, dtype=None):

@@ -62,9 +62,7 @@ class Step:
 
 def oracle_step(layer, x, upstream, axes, gamma, beta, mask=None):
     """What `Step` must give."""
-    x, upstream = (
-        array(backend.tensor(t, layer.compute_dtype)) for t in (x, upstream)
-    )
+    x, upstream = (array(backend.tensor(t, layer.compute_dtype)) for t in (x, upstream))
     gamma = gamma if layer.scale else np.ones_like(gamma)
     beta = beta if layer.center else np.zeros_like(beta)
     _, mean, variance = oracle.moments(x, axes, mask)
