@@ -121,7 +121,14 @@ def corrected(moments: Moments, xp: Any) -> Moments:
     """`moments.unbiased()`, computed by `keras.ops` or by `numpy`."""
     count = _like(moments.count, moments.mean, xp)
     rest = xp.where(count > 1, count - 1.0, xp.full_like(count, float("nan")))
+    moments = of_tensors(moments) if xp is ops else moments
     return Moments(count, moments.mean, moments.variance * (count / rest))
+
+
+def of_tensors(moments: Moments) -> Moments:
+    """The same with tensors for arrays, which PyTorch's tensors don't go with."""
+    mean, variance = map(ops.convert_to_tensor, moments[1:])
+    return Moments(moments.count, mean, variance)
 
 
 def _like(count: Tensor, mean: Tensor, xp: Any) -> Tensor:

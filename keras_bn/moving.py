@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from keras import ops
 
-from keras_bn.moments import Moments, Tensor
+from keras_bn.moments import Moments, Tensor, of_tensors
 
 
 class Rule(NamedTuple):
@@ -91,6 +91,7 @@ def update(
     >>> print(new.mean.numpy(), new.variance.numpy())
     [0.5 0. ] [2.5 1. ]
     """
+    batch = of_tensors(batch)
     usable, known = usable_parts(batch, rule)
     batch = batch.unbiased() if rule.unbiased else batch
     updates = (None, None) if old.updates is None else old.updates
@@ -138,6 +139,7 @@ def advance(
     Returns:
         `(values, updates)`, of the shapes and dtypes of `old` and `updates`.
     """
+    old = ops.convert_to_tensor(old)
     dtype = old.dtype
     # In the plain mean all values have the same weight, as with a momentum of 1.
     momentum = 1.0 if rule.momentum is None else rule.momentum
@@ -167,6 +169,7 @@ def advance(
     else:
         value = old * (kept * momentum) + newest * new
     if updates is not None:
+        updates = ops.convert_to_tensor(updates)
         updates = updates + ops.cast(total, updates.dtype)
     return ops.where(total > 0, value, old), updates
 

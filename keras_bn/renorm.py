@@ -7,7 +7,7 @@ from keras import ops
 from keras.optimizers.schedules import LearningRateSchedule
 
 from keras_bn import moving
-from keras_bn.moments import Moments, Tensor
+from keras_bn.moments import Moments, Tensor, of_tensors
 from keras_bn.moving import State
 
 KEYS = ("rmax", "rmin", "dmax")
@@ -66,6 +66,7 @@ def correction(
     Source: Ioffe, "Batch Renormalization: Towards Reducing Minibatch Dependence in
     Batch-Normalized Models", 2017; Keras's definition of the standard deviations.
     """
+    batch = of_tensors(batch)
     stddev = ops.sqrt(batch.variance + epsilon)
     floor = ops.sqrt(ops.convert_to_tensor(epsilon, stddev.dtype))
     reference = ops.cast(old.renorm_stddev, stddev.dtype)

@@ -13,15 +13,40 @@ if "tensorflow" not in sys.modules:
         import triton  # noqa: F401
 
 import keras
+import numpy as np
 import pytest
-import tensorflow as tf
 
-# Devices to distribute over; only before TensorFlow starts can they be made.
 REPLICAS = 4
-tf.config.set_logical_device_configuration(
-    tf.config.list_physical_devices("CPU")[0],
-    [tf.config.LogicalDeviceConfiguration()] * REPLICAS,
-)
+BACKEND = keras.backend.backend()
+if BACKEND == "tensorflow":
+    import tensorflow as tf
+
+    # Devices to distribute over; only before TensorFlow starts can they be made.
+    tf.config.set_logical_device_configuration(
+        tf.config.list_physical_devices("CPU")[0],
+        [tf.config.LogicalDeviceConfiguration()] * REPLICAS,
+    )
+elif BACKEND == "jax":
+    import jax
+
+    # Without it JAX computes float64 in float32; tests/layer/test_backends.py does.
+    jax.config.update("jax_enable_x64", True)
+else:
+
+    def _of_tensors(compare):
+        """A comparison that takes what a layer gives, though it has gradients."""
+
+        def run(got, want, *args, **kwargs):
+            got, want = (
+                keras.ops.convert_to_numpy(v) if keras.ops.is_tensor(v) else v
+                for v in (got, want)
+            )
+            return compare(got, want, *args, **kwargs)
+
+        return run
+
+    for _name in ("assert_allclose", "assert_array_equal"):
+        setattr(np.testing, _name, _of_tensors(getattr(np.testing, _name)))
 
 
 def in_ci():
@@ -112,6 +137,7 @@ def pytest_terminal_summary(terminalreporter):
 
 def pytest_ignore_collect(collection_path, config):
     """Scripts beside the tests hold no doctests, and some do things when imported."""
-    if collection_path.suffix == ".py" and not collection_path.name.startswith("test_"):
+    is_test = collection_path.name.startswith("test_")
+    if collection_path.suffix == ".py" and not is_test:
         return True
     return None

@@ -171,6 +171,7 @@ class Grouped(Layout):
         self._inner = [d if i in axes else 1 for i, d in enumerate(x.shape)]
         batch = ops.shape(x)[0]
         known = isinstance(batch, int)
+        self._size = size if known else None
         self._groups = max(batch // size, 1) if known else ops.maximum(batch // size, 1)
         self._group = ops.minimum(ops.arange(batch) // size, self._groups - 1)
 
@@ -190,7 +191,13 @@ class Grouped(Layout):
     def sum(self, x):
         """The sum over what belongs to one channel of one group."""
         samples = ops.sum(x, self._rows[1:], keepdims=True)
-        return ops.segment_sum(samples, self._group, self._groups)
+        if self._size is None:
+            return ops.segment_sum(samples, self._group, self._groups)
+        # Keras's `segment_sum` adds up in float32 on PyTorch.
+        groups, rest = self._groups - 1, samples.shape[1:]
+        first, last = samples[: groups * self._size], samples[groups * self._size :]
+        first = ops.sum(ops.reshape(first, (groups, self._size, *rest)), 1)
+        return ops.concatenate([first, ops.sum(last, 0, keepdims=True)])
 
     def spread(self, value):
         """The statistics of each sample's own group."""

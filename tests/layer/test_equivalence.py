@@ -4,7 +4,9 @@ import functools
 
 import keras
 import numpy as np
+import oracle
 import pytest
+from support.backend import COMPILED, KERAS_IS_A_JUDGE, eagerly_too, tensor
 from support.errors import assert_not_worse
 from support.steps import (
     MODES,
@@ -71,8 +73,9 @@ def test_float64_is_keras_to_1e_12(shape, axis, mode):
     [(keras_step, our_step, want)] = both(shape, axis, "float64", mode)
     assert our_step.keys() == want.keys()
     for name in want:
-        assert relative_error(our_step[name], keras_step[name]) < 1e-12, name
         assert relative_error(our_step[name], want[name]) < 1e-12, name
+        if KERAS_IS_A_JUDGE:
+            assert relative_error(our_step[name], keras_step[name]) < 1e-12, name
 
 
 def errors_of(draws):
@@ -89,7 +92,7 @@ def errors_of(draws):
 
 
 @pytest.mark.parametrize("offset", [0.0, 3.0, 1e3, 1e5])
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", eagerly_too(MODES))
 @pytest.mark.parametrize(
     ("shape", "axis"), [*CASES, ((256, 3), -1), ((8, 16, 16, 4), 3)]
 )
@@ -98,7 +101,7 @@ def test_float32_error_is_within_the_budget(shape, axis, offset, mode):
     assert_not_worse(errors_of(draws), least=2**-23)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", eagerly_too(MODES))
 @pytest.mark.parametrize(
     "dtype", ["float16", "bfloat16", "mixed_float16", "mixed_bfloat16"]
 )
@@ -112,7 +115,7 @@ def test_half_precision_error_is_within_the_budget(shape, axis, dtype, mode):
 @pytest.mark.parametrize("center", [False, True])
 def test_without_scale_or_center(scale, center):
     [(keras_step, our_step, want)] = both(
-        (9, 4), -1, "float64", "graph", scale=scale, center=center
+        (9, 4), -1, "float64", COMPILED, scale=scale, center=center
     )
     assert our_step.keys() == keras_step.keys() == want.keys()
     for name in want:
@@ -126,8 +129,9 @@ def test_momentum_and_epsilon(momentum, epsilon):
         (9, 4), -1, "float64", "eager", momentum=momentum, epsilon=epsilon
     )
     for name in want:
-        assert relative_error(our_step[name], keras_step[name]) < 1e-12, name
         assert relative_error(our_step[name], want[name]) < 1e-12, name
+        if KERAS_IS_A_JUDGE:
+            assert relative_error(our_step[name], keras_step[name]) < 1e-12, name
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "mixed_float16"])
@@ -141,8 +145,17 @@ def test_inference_is_keras(shape, axis, dtype):
         layer.build(shape)
         layer.set_weights(weights)
         outputs.append(array(layer(x.astype(layer.compute_dtype), training=False)))
-    # To the bit: the same operations in the same order.
-    np.testing.assert_array_equal(outputs[1], outputs[0])
+    if KERAS_IS_A_JUDGE:
+        # To the bit: the same operations in the same order.
+        np.testing.assert_array_equal(outputs[1], outputs[0])
+    else:
+        gamma, beta, mean, variance = (w.astype(layer.variable_dtype) for w in weights)
+        x = array(tensor(x, layer.compute_dtype))
+        want = oracle.normalize(
+            x, mean, variance, gamma, beta, (axis % len(shape),), layer.epsilon
+        )
+        roundings = {"float64": 1e-13, "float32": 1e-5}.get(layer.compute_dtype, 2e-2)
+        assert relative_error(outputs[1], want) < roundings
     assert len(layer.weights) == 4
     for weight, value in zip(layer.weights, weights, strict=True):
         np.testing.assert_array_equal(weight.numpy(), value.astype(weight.dtype))
@@ -159,8 +172,9 @@ def test_modes_of_call(training, trainable):
         outputs.append(array(layer(x, training=training)))
         outputs.append(array(layer.moving_mean.value))
         outputs.append(array(layer.moving_variance.value))
+    tolerance = 1e-12 if KERAS_IS_A_JUDGE else 1e-5
     for theirs, ours in zip(outputs[:3], outputs[3:], strict=True):
-        np.testing.assert_allclose(ours, theirs, rtol=1e-12, atol=1e-15)
+        np.testing.assert_allclose(ours, theirs, rtol=tolerance, atol=tolerance / 1e3)
 
 
 def test_trainable_flag_as_a_constructor_argument_and_on_a_model():
@@ -212,7 +226,8 @@ def test_training_a_model_follows_keras():
         keras.utils.set_random_seed(3)
         model = keras.Sequential(
             [
-                keras.layers.Dense(8, dtype="float64"),
+                # The gradient of this bias is nothing but rounding.
+                keras.layers.Dense(8, dtype="float64", use_bias=KERAS_IS_A_JUDGE),
                 cls(dtype="float64"),
                 keras.layers.ReLU(dtype="float64"),
                 keras.layers.Dense(3, activation="softmax", dtype="float64"),
@@ -223,6 +238,8 @@ def test_training_a_model_follows_keras():
         histories.append(fitted.history["loss"])
         weights.append(model.get_weights())
     # The loss is reported in float32.
-    np.testing.assert_allclose(histories[1], histories[0], rtol=1e-6)
+    tolerance = 1e-6 if KERAS_IS_A_JUDGE else 1e-4
+    np.testing.assert_allclose(histories[1], histories[0], rtol=tolerance)
+    tolerance = 1e-9 if KERAS_IS_A_JUDGE else 1e-3
     for ours, theirs in zip(*weights, strict=True):
-        np.testing.assert_allclose(ours, theirs, rtol=1e-9, atol=1e-11)
+        np.testing.assert_allclose(ours, theirs, rtol=tolerance, atol=tolerance / 100)

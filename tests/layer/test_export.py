@@ -6,12 +6,14 @@ import warnings
 import keras
 import numpy as np
 import pytest
-import tensorflow as tf
 from conftest import require
+from support import backend
 from support.forms import conv_model, examples, randomize
 from support.steps import relative_error
 
 import keras_bn
+
+tf = backend.tensorflow("TFLite and ONNX files are made by it")
 
 
 def conv_bn_relu():

@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 import pytest
-import tensorflow as tf
+from support import backend
 from support.steps import (
     MODES,
     Step,
@@ -88,8 +88,10 @@ def test_sizes_of_one_broadcast(mode):
     layer, _, _ = ours((8, 5, 3), -1)
     narrow = Step(layer, mode, mask)(x, upstream)
     wide = Step(layer, mode, np.repeat(mask, 5, axis=1))(x, upstream)
+    # On JAX the order of a sum is not known.
+    tolerance = {"rtol": 1e-13, "atol": 1e-13} if backend.NAME == "jax" else {"rtol": 0}
     for name in wide:
-        np.testing.assert_array_equal(narrow[name], wide[name])
+        np.testing.assert_allclose(narrow[name], wide[name], **tolerance)
 
 
 @pytest.mark.parametrize("dtype", ["bool", "int32", "float32"])
@@ -102,7 +104,7 @@ def test_masks_of_any_dtype(dtype):
     np.testing.assert_array_equal(layer.moving_mean.numpy(), other.moving_mean.numpy())
 
 
-@pytest.mark.parametrize("training", [True, tf.constant(True)])
+@pytest.mark.parametrize("training", [True, backend.tensor(True)])
 def test_keras_hands_the_mask_on(training):
     """From a Masking layer, through ours, to the next; `training` may be a tensor."""
     x = np.random.default_rng(0).normal(3, 1, (4, 6, 2)).astype("float32")
@@ -132,18 +134,20 @@ def test_inference_does_not_look_at_the_mask():
     np.testing.assert_array_equal(layer(x, mask=mask), layer(x))
 
 
-def spec(*shape, dtype=tf.float64):
-    return tf.TensorSpec(shape, dtype)
+def of_unknown_sizes(function, *specs):
+    tf = backend.tensorflow("sizes are always known elsewhere")
+    return tf.function(function, [tf.TensorSpec(*spec) for spec in specs])
 
 
 def test_unknown_sizes():
     """What is known of them says that the mask goes without the channel axis."""
     layer, _, _ = ours((8, 3, 5), 1)
 
-    @tf.function(input_signature=[spec(None, 3, None), spec(None, 5, dtype=tf.bool)])
-    def run(x, mask):
-        return layer(x, training=True, mask=mask)
-
+    run = of_unknown_sizes(
+        lambda x, mask: layer(x, training=True, mask=mask),
+        ((None, 3, None), "float64"),
+        ((None, 5), "bool"),
+    )
     x, _, mask = draw((8, 3, 5), 1)
     other, _, _ = ours((8, 3, 5), 1)
     np.testing.assert_allclose(run(x, mask), other(x, training=True, mask=mask))
@@ -188,9 +192,10 @@ def test_a_mask_of_the_leading_axes_is_keras(shape, axis):
     theirs.build(shape)
     set_parameters(theirs, gamma, beta)
     got = Step(layer, mask=mask)(x, upstream)
-    want = Step(theirs, mask=tf.constant(mask))(x, upstream)
+    want = Step(theirs, mask=backend.tensor(mask))(x, upstream)
+    tolerance = 1e-7 if backend.KERAS_IS_A_JUDGE else 1e-5
     for name in want:
-        assert relative_error(got[name], want[name]) < 1e-7, name
+        assert relative_error(got[name], want[name]) < tolerance, name
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -207,16 +212,18 @@ def test_a_channel_that_is_masked_whole_keeps_its_statistics(mode):
 def test_what_may_be_either_is_the_leading_axes_and_refused_in_words_if_not():
     layer, _, _ = ours((8, 3, 5), 1)
 
-    @tf.function(input_signature=[spec(None, 3, None), spec(None, None, dtype=tf.bool)])
-    def run(x, mask):
-        return layer(x, training=True, mask=mask)
-
+    run = of_unknown_sizes(
+        lambda x, mask: layer(x, training=True, mask=mask),
+        ((None, 3, None), "float64"),
+        ((None, None), "bool"),
+    )
     x, _, mask = leading((8, 3, 5))
     other, _, _ = ours((8, 3, 5), 1)
     np.testing.assert_allclose(run(x, mask), other(x, training=True, mask=mask))
     before = layer.get_weights()
-    with pytest.raises(tf.errors.InvalidArgumentError, match="The mask must have the"):
+    with pytest.raises(Exception, match="The mask must have the") as raised:
         run(x, np.ones((8, 5), bool))
+    assert type(raised.value).__name__ == "InvalidArgumentError"
     for was, now in zip(before, layer.get_weights(), strict=True):
         np.testing.assert_array_equal(now, was)
 

@@ -8,7 +8,8 @@ import keras
 import numpy as np
 import oracle
 import pytest
-import tensorflow as tf
+from support import backend
+from support.backend import COMPILED, KERAS_IS_A_JUDGE, tensor
 from support.cases import groups
 from support.steps import MODES, Step, array, in_mode, relative_error, set_parameters
 
@@ -57,9 +58,9 @@ CLIPPINGS = [
     ("mode", "scale", "center"),
     [
         *((mode, True, True) for mode in MODES),
-        ("graph", False, True),
-        ("graph", True, False),
-        ("graph", False, False),
+        (COMPILED, False, True),
+        (COMPILED, True, False),
+        (COMPILED, False, False),
     ],
 )
 def test_renorm_is_keras(clipping, mode, scale, center):
@@ -76,26 +77,24 @@ def test_renorm_is_keras(clipping, mode, scale, center):
     assert [w.path.split("/")[-1] for w in ours.weights] == [
         w.path.split("/")[-1] for w in theirs.weights
     ]
-    upstream = np.random.default_rng(1).normal(size=(16, 3))
+    upstream = tensor(np.random.default_rng(1).normal(size=(16, 3)))
 
     def runner(layer):
-        weights = [w.value for w in layer.trainable_variables]
-
-        def run(x):
-            with tf.GradientTape() as tape:
-                tape.watch(x)
-                y = layer(x, training=True)
-            return y, *tape.gradient(y, [x, *weights], output_gradients=upstream)
-
-        return in_mode(run, mode)
+        return backend.training_step(
+            lambda x: layer(x, training=True), layer.variables, mode
+        )
 
     runs = [runner(layer) for layer in layers]
+    # Elsewhere Keras computes in float32.
+    slack = 1 if KERAS_IS_A_JUDGE else 1e5
     for x in batches(20):
-        for a, b in zip(*(run(tf.constant(x)) for run in runs), strict=True):
-            np.testing.assert_allclose(b, a, rtol=1e-9, atol=1e-11)
+        theirs_now, ours_now = (run(tensor(x), upstream) for run in runs)
+        got, want = ([y, *gradients] for y, gradients in (ours_now, theirs_now))
+        for a, b in zip(want, got, strict=True):
+            np.testing.assert_allclose(b, a, rtol=1e-9 * slack, atol=1e-11 * slack)
         for name, value in state(theirs).items():
-            np.testing.assert_allclose(state(ours)[name], value, rtol=1e-11)
-    np.testing.assert_allclose(ours(x), theirs(x), rtol=1e-10)
+            np.testing.assert_allclose(state(ours)[name], value, rtol=1e-11 * slack)
+    np.testing.assert_allclose(ours(x), theirs(x), rtol=1e-10 * slack)
 
 
 @beside_keras
@@ -205,14 +204,14 @@ def test_no_retrace_while_the_ramp_moves():
     layer = ramped_model().layers[0]
     traces = []
 
-    @tf.function
     def run(x):
-        traces.append(x)
+        traces.append(None)
         return layer(x, training=True)
 
+    run = in_mode(run, COMPILED, layer.variables)
     x = next(batches(1, dtype="float32"))
-    outputs = [run(x if count < 44 else x + 1) for count in range(45)]
-    assert len(traces) == 1
+    outputs = [array(run(tensor(x if count < 44 else x + 1))) for count in range(45)]
+    assert len(traces) == (45 if COMPILED == "eager" else 1)
     assert np.abs(np.mean(outputs[0])) < 1e-6
     assert np.mean(outputs[44]) > 0.1  # d has room now: the shift shows
     assert int(layer.updates[0, 0]) == 45
@@ -345,23 +344,19 @@ def test_a_weight_more_only_where_an_option_needs_one(arguments, weights):
 
 def test_freeze_statistics():
     """Inference statistics in training; gamma and beta train; a live switch."""
-    x = tf.constant(next(batches(1)))
+    x = next(batches(1))
     layer = keras_bn.BatchNormalization(freeze_statistics=True, dtype="float64")
     layer.build((None, 3))
     layer.moving_mean.assign([1.0, 2.0, 3.0])
     before = state(layer)
-    with tf.GradientTape() as tape:
-        tape.watch(x)
-        y = layer(x, training=True)
     upstream = np.random.default_rng(1).normal(size=x.shape)
-    dx, d_gamma, d_beta = tape.gradient(
-        y, [x, layer.gamma.value, layer.beta.value], output_gradients=upstream
+    step = backend.training_step(
+        lambda x: layer(x, training=True), layer.variables, "eager"
     )
+    y, (dx, d_gamma, d_beta) = step(tensor(x), tensor(upstream))
     np.testing.assert_array_equal(y, layer(x, training=False))
     normalized = (x - before["moving_mean"]) / np.sqrt(1 + layer.epsilon)
-    np.testing.assert_allclose(
-        d_gamma, (upstream * normalized).numpy().sum(0), rtol=1e-12
-    )
+    np.testing.assert_allclose(d_gamma, (upstream * normalized).sum(0), rtol=1e-12)
     np.testing.assert_allclose(d_beta, upstream.sum(0), rtol=1e-12)
     np.testing.assert_allclose(dx, upstream / np.sqrt(1 + layer.epsilon), rtol=1e-12)
     for name, value in state(layer).items():
@@ -556,9 +551,11 @@ def test_every_combination(arguments, tmp_path):
     for mode in MODES:
         layer = keras_bn.BatchNormalization(dtype="float64", **arguments)
         layer.build((None, 3))
-        step = in_mode(lambda x, layer=layer: layer(x, training=True), mode)
+        step = in_mode(
+            lambda x, layer=layer: layer(x, training=True), mode, layer.variables
+        )
         runs.append(
-            [array(step(tf.constant(x))) for x in data] + list(state(layer).values())
+            [array(step(tensor(x))) for x in data] + list(state(layer).values())
         )
     for run in runs[1:]:
         for a, b in zip(runs[0], run, strict=True):
@@ -604,6 +601,7 @@ def test_gradients_of_options_against_differences(arguments, mode):
             renorm.bounds({}, None, "float64"),
             layer.epsilon,
         )
+        r, d = array(r), array(d)
         gamma, beta = initial[0] * r, initial[1] + initial[0] * d
 
         def loss(x):
@@ -639,22 +637,26 @@ def test_a_bad_moving_variance_in_a_file_is_refused(bad, trainable, tmp_path):
         np.testing.assert_array_equal(now, was)
 
 
+@pytest.mark.skipif(
+    backend.NAME == "jax", reason="on JAX no layer can be updated in a checkpoint"
+)
 @pytest.mark.parametrize(
     "bn", [keras.layers.BatchNormalization, keras_bn.BatchNormalization]
 )
 def test_rematerialized_it_updates_twice_at_the_root_of_the_momentum(bn):
     """As Keras's layer does; docs/faq.md says what to do."""
-    x = tf.constant(np.random.default_rng(0).normal(3, 2, (8, 4)), tf.float32)
+    x = tensor(np.random.default_rng(0).normal(3, 2, (8, 4)), "float32")
 
     def moved(momentum, wrap):
         layer = bn(momentum=momentum)
         layer.build(x.shape)
-        with tf.GradientTape() as tape:
-            tape.watch(x)
-            y = wrap(lambda x: layer(x, training=True))(x)
-        tape.gradient(y, x, x)
+        function = wrap(lambda x: layer(x, training=True))
+        backend.training_step(function, layer.variables, "eager")(x, x)
         return layer.moving_mean.numpy(), layer.moving_variance.numpy()
 
     once = moved(0.9, lambda function: function)
-    np.testing.assert_allclose(once, moved(0.9**0.5, keras.remat), rtol=1e-5)
-    assert not np.allclose(once, moved(0.9, keras.remat), rtol=1e-2)
+    # PyTorch computes again what is saved, and ours updates after that.
+    twice = backend.NAME != "torch" or bn is keras.layers.BatchNormalization
+    momentum, other = (0.9**0.5, 0.9) if twice else (0.9, 0.9**0.5)
+    np.testing.assert_allclose(once, moved(momentum, keras.remat), rtol=1e-5)
+    assert not np.allclose(once, moved(other, keras.remat), rtol=1e-2)

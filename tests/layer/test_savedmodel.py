@@ -2,10 +2,13 @@
 
 import numpy as np
 import pytest
-import tensorflow as tf
+from support import backend
 from support.alone import run_alone
 from support.forms import FORMS, conv_model, examples, model_of
-from support.reloaded import (
+
+tf = backend.tensorflow("SavedModels are its own")
+
+from support.reloaded import (  # noqa: E402
     LOADERS,
     compare_exported,
     compare_trainer,

@@ -3,10 +3,12 @@
 import keras
 import numpy as np
 import pytest
-import tensorflow as tf
+from support import backend
 from support.steps import MODES, Step, oracle_step, relative_error, set_parameters
 
 import keras_bn
+
+tf = backend.tensorflow("sizes are always known elsewhere")
 
 # Shape, channel axes, and the kernel that serves it with only the channels known.
 CASES = [

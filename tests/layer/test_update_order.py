@@ -2,10 +2,12 @@
 
 import numpy as np
 import pytest
-import tensorflow as tf
+from support import backend
 from support.forms import examples
 
 import keras_bn
+
+tf = backend.tensorflow("it reads and writes in one graph")
 
 
 @pytest.mark.parametrize("arguments", [{}, {"renorm": True}])

@@ -136,7 +136,7 @@ def conv_model(
 
 def assert_same_bits(got, want):
     """Equal to the last bit, in values, shapes and dtypes, NaN equal to NaN."""
-    got, want = np.asarray(got), np.asarray(want)
+    got, want = map(keras.ops.convert_to_numpy, (got, want))
     assert got.dtype == want.dtype
     assert got.shape == want.shape
     assert got.tobytes() == want.tobytes(), np.max(np.abs(got - want))

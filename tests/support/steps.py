@@ -1,26 +1,20 @@
 """One training step of a layer, in any mode, as arrays; the oracle's beside it."""
 
-import functools
-
 import numpy as np
 import oracle
-import tensorflow as tf
 
-MODES = ("eager", "graph", "xla")
+from support import backend
+from support.backend import MODES, array, in_mode
 
-
-def in_mode(function, mode):
-    """`function` run eagerly, as a `tf.function`, or compiled by XLA."""
-    if mode == "eager":
-        return function
-    # A partial, or TensorFlow takes every new test for a retrace of one function.
-    function = functools.partial(function)
-    return tf.function(function, jit_compile=mode == "xla", autograph=False)
-
-
-def array(tensor):
-    """Anything tensor-like as a float64 array."""
-    return tf.cast(tf.convert_to_tensor(tensor), tf.float64).numpy()
+__all__ = [
+    "MODES",
+    "Step",
+    "array",
+    "in_mode",
+    "oracle_step",
+    "relative_error",
+    "set_parameters",
+]
 
 
 def set_parameters(layer, gamma, beta):
@@ -41,22 +35,22 @@ class Step:
     def __init__(self, layer, mode="eager", mask=None):
         self.layer = layer
         self.names = [n for n in ("gamma", "beta") if getattr(layer, n) is not None]
-        weights = [getattr(layer, n).value for n in self.names]
+        self.run = backend.training_step(
+            lambda x: layer(x, training=True, mask=mask), self.variables(), mode
+        )
 
-        def run(x, upstream):
-            with tf.GradientTape() as tape:
-                tape.watch(x)
-                y = layer(x, training=True, mask=mask)
-            return y, tape.gradient(y, [x, *weights], output_gradients=upstream)
-
-        self.run = in_mode(run, mode)
+    def variables(self):
+        """Those of the layer: first what has a gradient, in the order of the names."""
+        weights = [getattr(self.layer, name) for name in self.names]
+        known = {id(weight) for weight in weights}
+        return [*weights, *(v for v in self.layer.variables if id(v) not in known)]
 
     def __call__(self, x, upstream):
         layer = self.layer
         layer.moving_mean.assign(np.zeros(layer.moving_mean.shape))
         layer.moving_variance.assign(np.ones(layer.moving_variance.shape))
-        x = tf.constant(x, layer.compute_dtype)
-        y, (dx, *d_weights) = self.run(x, tf.constant(upstream, x.dtype))
+        x, upstream = (backend.tensor(t, layer.compute_dtype) for t in (x, upstream))
+        y, (dx, *d_weights) = self.run(x, upstream)
         return {
             "y": array(y),
             "dx": array(dx),
@@ -68,8 +62,7 @@ class Step:
 
 def oracle_step(layer, x, upstream, axes, gamma, beta, mask=None):
     """What `Step` must give."""
-    x = array(tf.constant(x, layer.compute_dtype))
-    upstream = array(tf.constant(upstream, layer.compute_dtype))
+    x, upstream = (array(backend.tensor(t, layer.compute_dtype)) for t in (x, upstream))
     gamma = gamma if layer.scale else np.ones_like(gamma)
     beta = beta if layer.center else np.zeros_like(beta)
     _, mean, variance = oracle.moments(x, axes, mask)
