@@ -54,10 +54,12 @@ class Noting:
             if layer.bias is not None:
                 own = ops.cast(layer.bias, scale.dtype)
                 bias = own * ops.reshape(scale, for_bias) + bias
-        weights = {self._last: kernel, "bias": bias}
-        weights = {n: ops.cast(w, layer.compute_dtype) for n, w in weights.items()}
-        other = _Instead(layer, use_bias=True, **weights)
-        return type(layer).call(other, inputs, **options)
+        kernel, bias = (ops.cast(w, layer.compute_dtype) for w in (kernel, bias))
+        weights = {self._last: kernel, "bias": None, "use_bias": False}
+        y = type(layer).call(_Instead(layer, **weights), inputs, **options)
+        if len(bias.shape) > 1:  # of EinsumDense: along more axes than the channels
+            return y + bias
+        return kernels.add_offset(y, bias, self.axes[0])
 
 
 class _Instead:
