@@ -11,7 +11,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import keras
 import tensorflow as tf
 
-from benchmarks import applications, first, layer, memory, models, sync
+from benchmarks import applications, first, frozen, layer, memory, models, sync
 from keras_bn.version import __version__
 
 HERE = Path(__file__).parent
@@ -24,6 +24,10 @@ First step: from `fit` to its end, in a fresh process, with a dataset whose batc
 is not known while tracing. Step: median over rounds of fits, in turn in one process.
 Share of the cost left: (ours - without) / (Keras - without), where "without" is the
 model without normalization; its median over the rounds, and its lowest and highest."""
+ABOUT_FROZEN = """\
+All statistics frozen by `keras_bn.freeze`, everything trainable; fused: by
+`keras_bn.freeze(model, fuse=True)`. Share of the cost left: (fused - without) /
+(frozen - without). Memory: what a step takes beyond what the process had before it."""
 ABOUT_LAYERS = """\
 Milliseconds per layer in a chain, medians of interleaved rounds, traced with the batch
 size unknown."""
@@ -98,6 +102,8 @@ def report(results):
     text = ["# Results", "", results["machine"] + ".", ""]
     text += ["## Whole models, `fit`", "", models.table(results["models"]), ""]
     text += [ABOUT_MODELS, ""]
+    text += ["## Fine-tuning with frozen statistics, `fit`", ""]
+    text += [frozen.table(results["frozen"]), "", ABOUT_FROZEN, ""]
     if results["first steps"]:
         text += ["## Other first steps", "", first.table(results["first steps"]), ""]
     for title, rows in results["layers"].items():
@@ -131,6 +137,9 @@ def main(argv=None):
     results = {
         "machine": where,
         "models": whole,
+        "frozen": [
+            frozen.measure(*model, rounds, fits) for model in applications.QUICK
+        ],
         "first steps": models.other_first_steps(rounds) if full else [],
         "layers": chains(full, seconds),
         "synchronization": sync.in_a_process(seconds),

@@ -13,6 +13,9 @@ USUAL = [*QUICK, ("EfficientNetB0", 64, 16), ("DenseNet121", 64, 16)]
 FULL = [*USUAL, ("MobileNetV2", 128, 32), ("ResNet50", 128, 32)]
 WITHOUT = "without"
 KINDS = (bench.PEER, bench.OURS, WITHOUT)
+# Ours with all statistics frozen: by themselves, and fused with the layers before them.
+FROZEN, FUSED = "frozen", "fused"
+FROZEN_KINDS = (FROZEN, FUSED, WITHOUT)
 CLASSES = 10
 
 
@@ -31,13 +34,15 @@ def build(application, size, kind, jit=False):
     Args:
         application: name of a model in `keras.applications`.
         size: side of its square images.
-        kind: one of `KINDS`.
+        kind: one of `KINDS` or `FROZEN_KINDS`.
         jit: whether XLA compiles its steps; if not, Keras decides as by default.
     """
     make = getattr(keras.applications, application)
     model = make(weights=None, input_shape=(size, size, 3), classes=CLASSES)
-    if kind == bench.OURS:
+    if kind in (bench.OURS, FROZEN, FUSED):
         model = keras_bn.from_keras(model)
+    if kind in (FROZEN, FUSED):
+        keras_bn.freeze(model, fuse=kind == FUSED)
     if kind == WITHOUT:
         model = keras.models.clone_model(model, clone_function=_without)
     jit_compile = True if jit else "auto"

@@ -31,16 +31,16 @@ def seconds(kind, application, size, batch, of="fit", jit=False):
     return time.perf_counter() - start
 
 
-def measure(application, size, batch, of="fit", jit=False, rounds=3):
-    """One row: medians over rounds of fresh processes, Keras and ours in turn.
+def measure(application, size, batch, of="fit", jit=False, rounds=3, kinds=KINDS):
+    """One row: medians over rounds of fresh processes, of two kinds in turn.
 
-    `ratio` is ours over Keras's, of the medians.
+    `ratio` is the second over the first, ours over Keras's, of the medians.
     """
     where = ["--application", application, "--size", size, "--batch", batch]
     how = ["--of", of, *(["--jit"] if jit else [])]
-    times = {kind: [] for kind in KINDS}
+    times = {kind: [] for kind in kinds}
     for _ in range(rounds):
-        for kind in KINDS:
+        for kind in kinds:
             taken = process.number("benchmarks.models", "--first", kind, *where, *how)
             times[kind].append(taken)
     medians = {kind: float(np.median(taken)) for kind, taken in times.items()}
@@ -52,13 +52,13 @@ def measure(application, size, batch, of="fit", jit=False, rounds=3):
         "jit": jit,
         "seconds": medians,
         "rounds": times,
-        "ratio": medians[bench.OURS] / medians[bench.PEER],
+        "ratio": medians[kinds[1]] / medians[kinds[0]],
     }
 
 
 def cells(row):
-    """Seconds of Keras and of ours, and the ratio, as text."""
-    both = [f"{row['seconds'][kind]:.1f}" for kind in KINDS]
+    """Seconds of both kinds, and the ratio, as text."""
+    both = [f"{seconds:.1f}" for seconds in row["seconds"].values()]
     return [*both, f"{row['ratio']:.2f}"]
 
 

@@ -4,15 +4,16 @@
     python -m benchmarks.models --full              and all else, 22 minutes
     python -m benchmarks.models --application ResNet50 --size 96
     python -m benchmarks.models --application ResNet50 --of predict
+    python -m benchmarks.models --frozen            frozen statistics, 6 minutes
 
-The last one measures first steps alone.
+`--of predict` measures first steps alone.
 """
 
 import argparse
 import json
 from pathlib import Path
 
-from benchmarks import applications, first, markdown, steps
+from benchmarks import applications, first, frozen, markdown, steps
 
 
 def measure(application, size, batch, rounds=3, fits=5):
@@ -65,7 +66,7 @@ def main(argv=None):
     )
     parser.add_argument(
         "--first",
-        choices=first.KINDS,
+        choices=(*first.KINDS, *applications.FROZEN_KINDS),
         metavar="KIND",
         help="take one first step here, and print its seconds alone",
     )
@@ -83,17 +84,34 @@ def main(argv=None):
         "--fits", type=int, default=5, help="rounds of `fit` for the steps after it"
     )
     parser.add_argument("--full", action="store_true", help="all models, all calls")
+    parser.add_argument(
+        "--frozen", action="store_true", help="fine-tuning with frozen statistics"
+    )
+    parser.add_argument(
+        "--memory",
+        choices=applications.FROZEN_KINDS,
+        metavar="KIND",
+        help="take a step here, and print its peak of memory in bytes",
+    )
     parser.add_argument("--json", metavar="FILE")
     a = parser.parse_args(argv)
-    if a.first and not a.application:
-        parser.error("--first needs --application")
+    if (a.first or a.memory) and not a.application:
+        parser.error("--first needs --application, and so does --memory")
+    if a.memory:
+        print(frozen.peak(a.memory, a.application, a.size, a.batch))
+        return
     if a.first:
         print(first.seconds(a.first, a.application, a.size, a.batch, a.of, a.jit))
         return
     chosen = applications.FULL if a.full else applications.USUAL
     if a.application:
         chosen = [(a.application, a.size, a.batch)]
-    if a.jit or a.of != "fit":
+    if a.frozen:
+        if not a.application and not a.full:
+            chosen = applications.QUICK
+        rows = [frozen.measure(*model, a.rounds, a.fits) for model in chosen]
+        print(frozen.table(rows))
+    elif a.jit or a.of != "fit":
         rows = [first.measure(*m, a.of, a.jit, a.rounds) for m in chosen]
         print(first.table(rows))
     else:

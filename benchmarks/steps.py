@@ -21,13 +21,13 @@ class StepTimes(keras.callbacks.Callback):
         self.times.append(time.perf_counter() - self.start)
 
 
-def measure(application, size, batch, rounds=5, steps=5):
+def measure(application, size, batch, rounds=5, steps=5, kinds=applications.KINDS):
     """What `summary` says of a model of each kind, fitted in turn in one process.
 
     A round before the others, which traces the models, isn't counted.
     """
     images = applications.data(size, batch)
-    models = {k: applications.build(application, size, k) for k in applications.KINDS}
+    models = {k: applications.build(application, size, k) for k in kinds}
     times = {kind: [] for kind in models}
     for _ in range(rounds + 1):
         for kind, model in models.items():
@@ -44,13 +44,15 @@ def measure(application, size, batch, rounds=5, steps=5):
 
 
 def summary(times):
-    """Medians of all steps, and the share of Keras's cost that is left with ours.
+    """Medians of all steps, and the share of the first kind's cost that is left.
 
-    The share is `(ours - without) / (Keras - without)`, of the medians of one round. On
-    a shared machine it is off by about 0.1 either way, so its range is told too.
+    For the usual kinds, the share is `(ours - without) / (Keras - without)`, of the
+    medians of one round. On a shared machine it is off by about 0.1 either way, so its
+    range is told too.
 
     Args:
-        times: by kind, for each round a list of the seconds of its steps.
+        times: by kind, for each round a list of the seconds of its steps; of three
+            kinds, in the order of `applications.KINDS` or `FROZEN_KINDS`.
 
     Returns:
         A dict: `ms` by kind, `share` (median over the rounds), `range` (lowest and
@@ -58,7 +60,7 @@ def summary(times):
     """
     ms = {kind: 1e3 * float(np.median(rounds)) for kind, rounds in times.items()}
     by_round = {kind: np.median(rounds, axis=1) for kind, rounds in times.items()}
-    theirs, ours, without = (by_round[kind] for kind in applications.KINDS)
+    theirs, ours, without = by_round.values()
     shares = ((ours - without) / (theirs - without)).tolist()
     return {
         "ms": ms,
@@ -69,7 +71,7 @@ def summary(times):
 
 
 def cells(row):
-    """Milliseconds of Keras, ours and without, and the share, as text."""
+    """Milliseconds of each kind, and the share, as text."""
     low, high = row["range"]
     share = f"{row['share']:.2f} ({low:.2f} to {high:.2f})"
-    return [*(f"{row['ms'][kind]:.0f}" for kind in applications.KINDS), share]
+    return [*(f"{ms:.0f}" for ms in row["ms"].values()), share]

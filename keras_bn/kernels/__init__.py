@@ -39,6 +39,9 @@ A backend gives:
     Whether this code runs as one of several replicas in step, whose statistics differ.
 `agree(old, new, taken) -> list`
     Averages the replicas' steps (`merging.agree`); only called if `replicated()`.
+`add_offset(x, offset, axis) -> y`
+    `x + offset`, with one value per channel, which lie along `axis`; as fast as the
+    backend does it behind a convolution, forward and backward.
 `pruned(x) -> bool`
     Whether what is computed from `x`, and then not used, costs nothing, for `x` belongs
     to a graph that is compiled before it runs.
@@ -85,6 +88,7 @@ if keras.backend.backend() not in _BACKENDS:
 _backend = importlib.import_module(f"keras_bn.kernels.{keras.backend.backend()}")
 
 Events = _backend.Events
+add_offset = _backend.add_offset
 agree = _backend.agree
 checked = _backend.checked
 compiled: Callable[[Callable[..., Any]], Callable[..., Any]] = _backend.compiled
@@ -100,6 +104,7 @@ standardize = _backend.standardize
 __all__ = [
     "Events",
     "Plan",
+    "add_offset",
     "agree",
     "broadcast",
     "checked",

@@ -49,15 +49,25 @@ class Noting:
         for_kernel, for_bias = self._shapes
         with AutocastScope(None):  # the product is rounded, not its factors
             kernel = ops.cast(getattr(layer, self._last), scale.dtype)
-            kernel = kernel * ops.reshape(scale, for_kernel)
-            bias = ops.reshape(offset, for_bias)
+            kernel = kernel * _spread(scale, for_kernel)
+            bias = _spread(offset, for_bias)
             if layer.bias is not None:
                 own = ops.cast(layer.bias, scale.dtype)
-                bias = own * ops.reshape(scale, for_bias) + bias
-        weights = {self._last: kernel, "bias": bias}
-        weights = {n: ops.cast(w, layer.compute_dtype) for n, w in weights.items()}
-        other = _Instead(layer, use_bias=True, **weights)
-        return type(layer).call(other, inputs, **options)
+                bias = own * _spread(scale, for_bias) + bias
+        kernel, bias = (ops.cast(w, layer.compute_dtype) for w in (kernel, bias))
+        convolution = type(layer) is keras.layers.Conv2D
+        weights = {
+            self._last: kernel,
+            "bias": None if convolution else bias,
+            "use_bias": not convolution,
+        }
+        y = type(layer).call(_Instead(layer, **weights), inputs, **options)
+        return kernels.add_offset(y, bias, self.axes[0]) if convolution else y
+
+
+def _spread(values, shape):
+    """Values per channel in a shape that broadcasts; without an op where they do."""
+    return values if len(shape) == 1 else ops.reshape(values, shape)
 
 
 class _Instead:

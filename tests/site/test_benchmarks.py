@@ -19,6 +19,7 @@ from benchmarks import __main__ as everything
 from benchmarks import (
     applications,
     first,
+    frozen,
     layer,
     markdown,
     memory,
@@ -275,6 +276,57 @@ def test_the_round_that_traces_is_not_counted(monkeypatch):
     assert row["shares"] == pytest.approx([0.5, 0.5])
 
 
+def test_frozen_models_differ_in_fusion_alone():
+    built = {
+        kind: applications.build("MobileNetV2", 32, kind)
+        for kind in applications.FROZEN_KINDS
+    }
+    for kind in ("frozen", "fused"):
+        norms = [
+            each
+            for each in built[kind].layers
+            if isinstance(each, keras_bn.BatchNormalization)
+        ]
+        assert len(norms) == 52
+        assert all(each.freeze_statistics for each in norms)
+        noting = ["call" in vars(each) for each in built[kind].layers]
+        assert sum(noting) == (52 if kind == "fused" else 0)
+
+
+def test_a_row_of_the_frozen_table(monkeypatch):
+    asked = processes(monkeypatch, 2.0**30, 2.0**29, 4.0, 3.0)
+
+    def measure(*where, rounds, kinds=()):
+        times = {"frozen": [[0.3]], "fused": [[0.12]], "without": [[0.1]]}
+        assert tuple(times) == kinds
+        return steps.summary(times)
+
+    monkeypatch.setattr(steps, "measure", measure)
+    row = frozen.measure("ResNet50", 96, 16, rounds=1)
+    assert [each[:2] for each in asked] == [
+        [option, kind]
+        for option in ("--memory", "--first")
+        for kind in ("frozen", "fused")
+    ]
+    assert frozen.table([row]).splitlines()[-1] == (
+        "| ResNet50, 96×96, batch 16 | 4.0 | 3.0 | 0.75 | 300 | 120 | 100 "
+        "| 0.10 (0.10 to 0.10) | 1024 | 512 | 0.50 |"
+    )
+    taken = []
+    monkeypatch.setattr(frozen, "peak", lambda *each: taken.append(each) or 7)
+    models.main(asked[1])
+    assert taken == [("fused", "ResNet50", 96, 16)]
+
+
+def test_the_peak_of_memory_is_that_of_a_step(monkeypatch):
+    inputs = keras.Input((4, 4, 3))
+    wide = keras.layers.Dense(2**15, "relu")(keras.layers.Flatten()(inputs))
+    model = keras.Model(inputs, keras.layers.Dense(10, "softmax")(wide))
+    model.compile("sgd", "sparse_categorical_crossentropy")
+    monkeypatch.setattr(applications, "build", lambda *_: model)
+    assert frozen.peak("fused", "any", 4, 512) > 512 * 2**15 * 4
+
+
 def a_model(monkeypatch):
     """A row of the table of models, of numbers that nobody measured."""
     processes(monkeypatch, 4.0, 3.0)
@@ -302,6 +354,7 @@ def test_what_users_run_is_the_first_table_of_the_report(monkeypatch):
             "machine": "here",
             "models": [whole],
             "first steps": [whole["first"]],
+            "frozen": [],
             "layers": {everything.GRAPH: [chain]},
             "synchronization": [],
             "memory": {"graph mode": bytes_},

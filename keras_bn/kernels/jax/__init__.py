@@ -4,6 +4,7 @@ from keras_bn.kernels.events import Events
 from keras_bn.kernels.jax import modes
 from keras_bn.kernels.jax.batch import forward, standardize
 from keras_bn.kernels.jax.context import (
+    add_offset,
     agree,
     checked,
     compiled,
@@ -16,6 +17,7 @@ from keras_bn.kernels.jax.context import (
 
 __all__ = [
     "Events",
+    "add_offset",
     "agree",
     "checked",
     "compiled",

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 from keras import ops
 
+from keras_bn.kernels import layout
 from keras_bn.kernels.plan import Plan
 from keras_bn.moments import Tensor
 
@@ -56,6 +57,11 @@ def agree(old, new, taken):
 def pruned(x) -> bool:
     """Whether what nothing uses is left out: of what is traced, it is."""
     return isinstance(x, jax.core.Tracer)
+
+
+def add_offset(x: Tensor, offset: Tensor, axis: int) -> Tensor:
+    """`x + offset`, with one value per channel."""
+    return x + layout.broadcast(offset, x.shape, (axis,))
 
 
 def retrack(layer):

@@ -5,11 +5,13 @@ from keras_bn.kernels.tensorflow.batch import checked, forward, standardize
 from keras_bn.kernels.tensorflow.compiled import compiled
 from keras_bn.kernels.tensorflow.context import make_plan, pruned, retrack
 from keras_bn.kernels.tensorflow.events import Events
+from keras_bn.kernels.tensorflow.offset import add_offset
 from keras_bn.kernels.tensorflow.synced import active as replicated
 from keras_bn.kernels.tensorflow.synced import agree, cond
 
 __all__ = [
     "Events",
+    "add_offset",
     "agree",
     "checked",
     "compiled",

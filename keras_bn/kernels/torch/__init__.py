@@ -4,6 +4,7 @@ from keras_bn.kernels.events import Events
 from keras_bn.kernels.torch import modes
 from keras_bn.kernels.torch.batch import forward, standardize
 from keras_bn.kernels.torch.context import (
+    add_offset,
     checked,
     compiled,
     cond,
@@ -16,6 +17,7 @@ from keras_bn.kernels.torch.replicas import in_step as replicated
 
 __all__ = [
     "Events",
+    "add_offset",
     "agree",
     "checked",
     "compiled",

@@ -7,6 +7,7 @@ from typing import Any
 
 from keras import ops
 
+from keras_bn.kernels import layout
 from keras_bn.kernels.plan import Plan
 from keras_bn.kernels.torch import replicas
 from keras_bn.moments import Tensor
@@ -48,6 +49,11 @@ def checked(mask: Tensor, x: Tensor, along: Sequence[int]) -> Tensor:
 def pruned(x) -> bool:
     """Whether what nothing uses is left out: no, each op runs as it comes."""
     return False
+
+
+def add_offset(x: Tensor, offset: Tensor, axis: int) -> Tensor:
+    """`x + offset`, with one value per channel."""
+    return x + layout.broadcast(offset, x.shape, (axis,))
 
 
 def retrack(layer):

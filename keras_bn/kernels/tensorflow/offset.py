@@ -1,0 +1,28 @@
+"""An offset per channel, and its gradient."""
+
+import tensorflow as tf
+from keras import ops
+
+from keras_bn.kernels.layout import broadcast
+from keras_bn.kernels.tensorflow.context import in_xla, on_gpu
+from keras_bn.kernels.tensorflow.gradients import with_gradients
+
+
+def add_offset(x, offset, axis):
+    """`x + offset`, with one value per channel; see the contract of the kernels.
+
+    On a CPU, TensorFlow computes the addition as one with a convolution before it and a
+    ReLU behind it. It would also compute `BiasAddGrad`, the gradient of the offset, as
+    one with the gradient of the kernel, and oneDNN takes longer for that than for both
+    (`benchmarks/NOTES.md`). It does not if the one takes another tensor than the other.
+    """
+    y = ops.add(x, broadcast(offset, x.shape, (axis,)))
+    image = len(x.shape) == 4 and axis == 3
+    if not image or in_xla() or on_gpu():
+        return y
+
+    def backward(upstream):
+        rows = tf.reshape(upstream, [-1, offset.shape[0]])
+        return upstream, tf.raw_ops.BiasAddGrad(out_backprop=rows)
+
+    return with_gradients(y, [x, offset], backward)
