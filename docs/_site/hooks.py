@@ -27,8 +27,8 @@ LINK = re.compile(r"\[([^\]]*)\]\((?!\w+:|#)([^)#\s]+)([^)\s]*)\)")
 
 NOTEBOOK = """\
 This page is also a notebook:
-[download it](tutorial.ipynb){: download="tutorial.ipynb" } and open it in Jupyter, or in
-[Colab](https://colab.research.google.com) under *File*, *Upload notebook*.
+[download it](tutorial.ipynb){: download="tutorial.ipynb" } and open it in Jupyter,
+or in [Colab](https://colab.research.google.com) under *File*, *Upload notebook*.
 """
 
 
