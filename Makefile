@@ -26,6 +26,7 @@ bench: .venv/test
 	$(BIN)/python -m benchmarks $(ARGS)
 
 docs: .venv/test
+	$(BIN)/python docs/_site/as_notebook.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict $(ARGS)
 
 clean:

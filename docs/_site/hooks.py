@@ -1,4 +1,4 @@
-"""The pages of the site that live elsewhere in the repository, and their links.
+"""The pages of the site that live elsewhere, their links, and the tutorial's notebook.
 
 The README is the home page, and so on. Their links are written for the repository;
 here they become those of the site.
@@ -8,6 +8,7 @@ import posixpath
 import re
 from pathlib import Path
 
+from as_notebook import of_the_site
 from mkdocs.structure.files import File
 
 ROOT = Path(__file__).parents[2]
@@ -24,6 +25,12 @@ SOURCES = {page: source for source, page in PAGES.items()}
 # Of a link within the repository: its text, its target, and the rest.
 LINK = re.compile(r"\[([^\]]*)\]\((?!\w+:|#)([^)#\s]+)([^)\s]*)\)")
 
+NOTEBOOK = """\
+This page is also a notebook:
+[download it](tutorial.ipynb){: download="tutorial.ipynb" } and open it in Jupyter,
+or in [Colab](https://colab.research.google.com) under *File*, *Upload notebook*.
+"""
+
 
 def target_of(link, source):
     """The path in the repository that a link on the page `source` leads to."""
@@ -31,7 +38,7 @@ def target_of(link, source):
 
 
 def on_files(files, config):
-    """Add the pages from elsewhere, and the pictures they show."""
+    """Add the pages from elsewhere, the pictures they show, and the notebook."""
     for source, page in PAGES.items():
         text = (ROOT / source).read_text(encoding="utf-8")
         files.append(File.generated(config, page, content=text))
@@ -39,6 +46,13 @@ def on_files(files, config):
             if target.endswith(".png") and not target.startswith("docs/"):
                 path = str(ROOT / target)
                 files.append(File.generated(config, target, abs_src_path=path))
+    # What `make docs` wrote may be of another text than the page has now.
+    written = files.get_file_from_path("tutorial.ipynb")
+    if written is not None:
+        files.remove(written)
+    tutorial = files.get_file_from_path("tutorial.md").content_string
+    notebook = of_the_site(tutorial)
+    files.append(File.generated(config, "tutorial.ipynb", content=notebook))
     return files
 
 
@@ -54,4 +68,7 @@ def on_page_markdown(markdown, page, config, files):
         target = PAGES.get(target, target.removeprefix("docs/"))
         return f"[{link[1]}]({target}{link[3]})"
 
-    return LINK.sub(rewritten, markdown)
+    markdown = LINK.sub(rewritten, markdown)
+    if uri == "tutorial.md":
+        markdown = markdown.replace("\n## ", f"\n{NOTEBOOK}\n## ", 1)
+    return markdown

@@ -26,6 +26,7 @@ def site(tmp_path_factory):
     require("mkdocs")
     require("material")
     require("mkdocstrings")
+    require("nbformat")
     folder = tmp_path_factory.mktemp("site")
     result = subprocess.run(
         [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", folder],
@@ -83,6 +84,16 @@ def test_nothing_is_fetched_from_elsewhere(site):
                 assert file.exists(), (path, target)
     # The home page has its picture.
     assert "pictures/recalibrated.png" in (site / "index.html").read_text()
+
+
+def test_the_tutorial_offers_its_notebook(site):
+    page = (site / "tutorial" / "index.html").read_text(encoding="utf-8")
+    assert re.search(r'<a [^>]*href="\.\./tutorial\.ipynb"', page)
+    notebook = json.loads((site / "tutorial.ipynb").read_text(encoding="utf-8"))
+    sources = ["".join(cell["source"]) for cell in notebook["cells"]]
+    assert sources[0].startswith("# Tutorial")
+    # The offer is the page's, not the notebook's.
+    assert not any("tutorial.ipynb" in source for source in sources)
 
 
 # Measures every frame once all are loaded, which is when a browser prints the page.
