@@ -7,8 +7,8 @@ follow the small batches), with the base frozen whole, with its statistics froze
 images and then frozen. All of this for the new digits as they are, and for a paler
 negative of them, where the statistics of the base are not those of the new images.
 
-Frozen statistics also save time, for each normalization is then computed as one with
-the convolution before it. The study reports how long a step takes.
+Fused, a normalization is computed as one with the convolution before it, which saves
+time in large networks. The study reports how long a step of this one takes.
 
 Source: the advice of Keras's guide "Transfer learning & fine-tuning" to keep batch
 normalization in inference mode; Li et al., "Revisiting Batch Normalization For
