@@ -17,6 +17,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import keras
 import numpy as np
 import oracle
+from support.backend import COMPILED
 from support.steps import MODES, Step
 
 import keras_bn
@@ -125,7 +126,7 @@ def measure(row, modes=MODES):
     """Mean errors over the draws: a dict from who to a dict by quantity."""
     dtype = dtype_of(row)
     kind = "float16" if dtype == "mixed_float16" else "float32"
-    runs = {"Keras": of_keras(keras.layers.BatchNormalization, dtype, "graph")}
+    runs = {"Keras": of_keras(keras.layers.BatchNormalization, dtype, COMPILED)}
     if pytorch := of_pytorch(dtype):
         runs["PyTorch"] = pytorch
     for mode in modes:
@@ -147,7 +148,8 @@ def measure(row, modes=MODES):
 
 
 def peers_best(errors, quantity):
-    return min(errors[who][quantity] for who in ("Keras", "PyTorch") if who in errors)
+    found = [errors[who][quantity] for who in ("Keras", "PyTorch") if who in errors]
+    return np.min([error if np.isfinite(error) else np.inf for error in found])
 
 
 def line(*cells):

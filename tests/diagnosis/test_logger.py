@@ -5,8 +5,8 @@ import csv
 import keras
 import numpy as np
 import pytest
-import tensorflow as tf
 from keras import layers
+from support.backend import tf
 
 import keras_bn
 from keras_bn.diagnosis.logger import DriftRow

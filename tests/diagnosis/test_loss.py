@@ -5,8 +5,8 @@ import inspect
 import keras
 import numpy as np
 import pytest
-import tensorflow as tf
 from keras import layers
+from support.backend import tf
 
 import keras_bn
 

@@ -2,6 +2,8 @@
 
 It takes nothing from the package, whose kernels have their own ways.
 
+`tf`
+    TensorFlow, or what skips a test that takes anything from it.
 `in_mode(function, mode, variables)`
     A function of tensors, run in one of the `MODES`. `variables` are the Keras
     variables that it reads or assigns.
@@ -47,6 +49,13 @@ def tensorflow(reason):
     if NAME != "tensorflow":
         pytest.skip(f"tensorflow only: {reason}", allow_module_level=True)
     return importlib.import_module("tensorflow")
+
+
+class _Absent:
+    """Stands for TensorFlow on other backends: what uses it there is skipped."""
+
+    def __getattr__(self, name):
+        pytest.skip(f"tensorflow only: it takes tf.{name}", allow_module_level=True)
 
 
 def tensor(x, dtype=None):
@@ -95,6 +104,7 @@ if NAME == "tensorflow":
 elif NAME == "torch":
     import torch
 
+    tf = _Absent()
     MODES = ("eager",)
     COMPILED = "eager"
 
@@ -127,6 +137,7 @@ elif NAME == "torch":
 else:
     import jax
 
+    tf = _Absent()
     MODES = ("eager", "xla")
     COMPILED = "xla"
 

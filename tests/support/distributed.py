@@ -5,9 +5,9 @@ from unittest import mock
 
 import keras
 import numpy as np
-import tensorflow as tf
 from conftest import REPLICAS
 
+from support.backend import tf
 from support.steps import array, relative_error
 
 

@@ -12,6 +12,6 @@ for path in pathlib.Path(sys.argv[1]).glob("*.keras"):
     model = keras.saving.load_model(path)
     assert keras_bn.BatchNormalization in map(type, model.layers)
     arrays = np.load(path.with_suffix(".npz"))
-    got = np.asarray(model(arrays["x"], training=False))
+    got = keras.ops.convert_to_numpy(model(arrays["x"], training=False))
     assert got.tobytes() == arrays["y"].tobytes(), path
     print(path.stem)

@@ -2,9 +2,9 @@
 
 import keras
 import numpy as np
-import tensorflow as tf
 
 import keras_bn
+from support.backend import tf
 from support.distributed import split, spread
 from support.steps import array
 

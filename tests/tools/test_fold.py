@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from conftest import require
 from keras import layers
+from support.backend import tf
 from support.zoo import GRAPHS, Subclassed, inputs_of, randomized
 
 import keras_bn
@@ -325,8 +326,6 @@ def image_model():
 
 
 def test_tflite_contains_no_trace_of_it(tmp_path):
-    import tensorflow as tf
-
     def sizes(model):
         model.export(tmp_path / "saved", verbose=False)
         converter = tf.lite.TFLiteConverter.from_saved_model(str(tmp_path / "saved"))
@@ -347,8 +346,6 @@ def test_tflite_contains_no_trace_of_it(tmp_path):
 def test_onnx_contains_no_trace_of_it():
     tf2onnx = require("tf2onnx")
     runtime = require("onnxruntime")
-    import tensorflow as tf
-
     model = image_model()
     folded = keras_bn.fold(model)
     function = tf.function(lambda x: folded(x, training=False))

@@ -6,6 +6,7 @@ import keras
 import numpy as np
 import pytest
 from keras import layers
+from support.backend import tf
 from support.zoo import randomized
 
 import keras_bn
@@ -43,8 +44,6 @@ def images(n=24, shape=(8, 8, 3)):
 
 def run(content, x):
     """The outputs of a file, one sample after the other, by TensorFlow alone."""
-    import tensorflow as tf
-
     interpreter = tf.lite.Interpreter(model_content=content)
     interpreter.allocate_tensors()
     (given,), (made,) = (

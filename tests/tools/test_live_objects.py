@@ -5,8 +5,8 @@ import gc
 import keras
 import numpy as np
 import pytest
-import tensorflow as tf
 from keras import layers, ops
+from support.backend import tf
 from support.zoo import GRAPHS, convolutional, inputs_of, randomized
 
 import keras_bn

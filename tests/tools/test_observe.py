@@ -6,8 +6,8 @@ import threading
 import keras
 import numpy as np
 import pytest
-import tensorflow as tf
 from keras import layers
+from support.backend import tf
 from support.distributed import strategy_of
 
 import keras_bn

@@ -3,6 +3,7 @@
 import keras
 import numpy as np
 import pytest
+from support.backend import tf
 
 import keras_bn
 
@@ -82,8 +83,6 @@ def test_training_goes_on_as_in_pytorch(name, options, axis):
 
 
 def _gradients(layer, x, weight, learned):
-    import tensorflow as tf
-
     with tf.GradientTape() as tape:
         tape.watch(x)
         y = layer(x, training=True)

@@ -3,8 +3,8 @@
 import keras
 import numpy as np
 import pytest
-import tensorflow as tf
 from keras import layers, ops
+from support.backend import tf
 from support.zoo import randomized
 from test_int8 import KINDS, error, images, small
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import keras
 import numpy as np
 import pytest
-import tensorflow as tf
 from keras import layers
+from support.backend import tf
 from support.zoo import (
     Subclassed,
     convolutional,
