@@ -1,6 +1,7 @@
 """Batch normalization for Keras 3 on TensorFlow."""
 
 from keras_bn import quiet  # noqa: F401  # before TensorFlow
+from keras_bn.diagnosis.comparison import compare
 from keras_bn.diagnosis.logger import StatisticsLogger
 from keras_bn.diagnosis.report import diagnose
 from keras_bn.layer import BatchNormalization
@@ -20,6 +21,7 @@ __all__ = [
     "Recalibrate",
     "StatisticsLogger",
     "__version__",
+    "compare",
     "diagnose",
     "fold",
     "freeze",
