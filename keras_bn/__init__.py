@@ -1,6 +1,6 @@
 """Batch normalization for Keras 3 on TensorFlow."""
 
-from keras_bn import quiet  # noqa: F401  # before TensorFlow
+from keras_bn import quiet, testing  # noqa: F401  # quiet before TensorFlow
 from keras_bn.diagnosis.comparison import compare
 from keras_bn.diagnosis.logger import StatisticsLogger
 from keras_bn.diagnosis.report import diagnose

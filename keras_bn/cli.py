@@ -4,11 +4,19 @@ import argparse
 import contextlib
 import logging
 
-from keras_bn.commands import bench, convert, fold, inspect, recalibrate, verify
+from keras_bn.commands import (
+    bench,
+    check,
+    convert,
+    fold,
+    inspect,
+    recalibrate,
+    verify,
+)
 from keras_bn.commands.errors import UsageError
 from keras_bn.version import __version__
 
-COMMANDS = (verify, bench, inspect, convert, fold, recalibrate)
+COMMANDS = (verify, bench, inspect, check, convert, fold, recalibrate)
 
 
 def main(argv=None) -> int:

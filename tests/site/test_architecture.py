@@ -22,7 +22,7 @@ ORDER = [
     {"layer"},
     {"tools", "proof", "bench"},
     {"diagnosis"},
-    {"commands"},
+    {"commands", "testing"},
     {"cli"},
     {"__main__"},
 ]
