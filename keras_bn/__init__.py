@@ -2,6 +2,8 @@
 
 from keras_bn import quiet  # noqa: F401, I001  # before TensorFlow
 from keras_bn import backend  # noqa: F401  # before all that imports Keras
+from keras_bn import testing  # noqa: F401
+from keras_bn.diagnosis.comparison import compare
 from keras_bn.diagnosis.logger import StatisticsLogger
 from keras_bn.diagnosis.report import diagnose
 from keras_bn.int8.aware import quantize_aware
@@ -25,6 +27,7 @@ __all__ = [
     "Recalibrate",
     "StatisticsLogger",
     "__version__",
+    "compare",
     "diagnose",
     "export_int8",
     "fold",

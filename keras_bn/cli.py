@@ -6,6 +6,7 @@ import logging
 
 from keras_bn.commands import (
     bench,
+    check,
     convert,
     export_int8,
     fold,
@@ -16,7 +17,16 @@ from keras_bn.commands import (
 from keras_bn.commands.errors import UsageError
 from keras_bn.version import __version__
 
-COMMANDS = (verify, bench, inspect, convert, fold, recalibrate, export_int8)
+COMMANDS = (
+    verify,
+    bench,
+    inspect,
+    check,
+    convert,
+    fold,
+    recalibrate,
+    export_int8,
+)
 
 
 def main(argv=None) -> int:

@@ -3,19 +3,23 @@
 import shlex
 from pathlib import Path
 
-import numpy as np
-from keras import tree
-
 from keras_bn.commands import output
-from keras_bn.commands.data import read_data
-from keras_bn.commands.errors import UsageError, noted, refused
-from keras_bn.commands.models import add_command, channels, open_model
-from keras_bn.commands.options import at_least
-from keras_bn.diagnosis.report import diagnose
-from keras_bn.tools.arrays import is_initial, moving
-from keras_bn.tools.convert import to_keras
+from keras_bn.commands.diagnosing import (
+    add_options,
+    as_in_file,
+    diagnosed,
+    ignored,
+    run_on,
+)
+from keras_bn.commands.errors import UsageError, noted
+from keras_bn.commands.models import (
+    add_command,
+    channels,
+    check_target,
+    open_model,
+    save,
+)
 from keras_bn.tools.fold import Fold, plan_fold
-from keras_bn.tools.norms import is_frozen, normalizations
 
 _HEADER = ["layer", "channels", "axis", "momentum", "epsilon", "state", "folds into"]
 
@@ -25,25 +29,20 @@ def add(commands):
     parser = add_command(
         commands,
         "inspect",
-        "list the batch normalizations of a saved model; with data, diagnose them",
+        "list the batch normalizations of a saved model, and diagnose them",
         "List the batch normalizations of a saved Keras model: their options, the "
-        "state of their statistics, and where `keras-bn fold` would put them. With "
-        "--data, say what is wrong with them and what fixes it; the exit status is "
-        "then 1 if there are errors or warnings.",
+        "state of their statistics, and where `keras-bn fold` would put them. Say what "
+        "is wrong with them and what fixes it, as far as the model itself shows it; "
+        "with --data, everything. With --data, the exit status is 1 if there are "
+        "errors or warnings.",
         _run,
     )
+    add_options(parser)
     parser.add_argument(
-        "--data",
-        metavar="FILE.npz",
-        help="the inputs: one array, or x, or arrays named as the inputs of the model; "
-        "with labels as y, it compares loss and accuracy, too",
-    )
-    parser.add_argument(
-        "--batch-size",
-        metavar="N",
-        type=at_least(1),
-        default=32,
-        help="as in training; the samples are shuffled (32)",
+        "--fix",
+        metavar="OUT.keras",
+        help="apply the remedies that change statistics only, and write the model; "
+        "what is said then is said of this model, too",
     )
     parser.add_argument("--plot", metavar="OUT.png", help="draw the diagnosis")
     parser.add_argument(
@@ -53,14 +52,10 @@ def add(commands):
 
 def _run(arguments):
     _check_arguments(arguments)
-    model, layers, native, notes = open_model(arguments)
-    if native and arguments.data is not None:
-        # Use the layers of the file, so that the remedies fit them.
-        with refused(TypeError, ValueError):
-            model = to_keras(model)
-        layers = normalizations(model)
-    report = None if arguments.data is None else _diagnosed(arguments, model)
-    records = _listed(model, layers, report)
+    opened = open_model(arguments)
+    model = as_in_file(opened)
+    report = diagnosed(arguments, model)
+    records = _listed(opened, report)
     rows = [
         [
             each["layer"],
@@ -73,26 +68,36 @@ def _run(arguments):
         ]
         for each in records
     ]
-    results = {"layers": records}
-    lines = [*notes, f"{len(rows)} in {model.name}"]
-    if report is not None:
-        results["diagnosis"] = report.to_dict()
-        lines += ["", str(report), *_write(arguments, report)]
-        if remedy := _on_files(arguments, report):
-            lines += ["", f"On files: {remedy}"]
+    results = {"layers": records, "diagnosis": report.to_dict()}
+    lines = [*opened.notes, f"{len(rows)} in {opened.model.name}", "", str(report)]
+    shown = last = report
+    if arguments.fix is not None:
+        with run_on(arguments.data), noted() as notes:
+            shown = report.fix()
+        last = shown.after
+        save(arguments, model, file=arguments.fix)
+        results["fix"] = {"file": arguments.fix, **shown.to_dict()}
+        lines += ["", *notes, str(shown), "", f"Written: {arguments.fix}"]
+    elif remedy := _on_files(arguments, report):
+        lines += ["", f"On files: {remedy}"]
+    lines += _write(arguments, report, shown)
     output.show(arguments, results, _HEADER, rows, lines)
-    return 0 if report is None or report.healthy else 1
+    return 0 if arguments.data is None or last.healthy else 1
 
 
 def _check_arguments(arguments):
     """Refuse impossible requests before any work."""
+    ignored(arguments)
+    for option in "fix", "plot":
+        if getattr(arguments, option) is not None and arguments.data is None:
+            raise UsageError(f"--{option} needs --data")
+    if arguments.fix is not None:
+        check_target(arguments, arguments.fix)
     wanted = (("--plot", (".png", ".svg", ".pdf")), ("--html", (".html", ".htm")))
     for option, suffixes in wanted:
         file = getattr(arguments, option[2:])
         if file is None:
             continue
-        if arguments.data is None:
-            raise UsageError(f"{option} shows a diagnosis, which needs --data")
         if Path(file).suffix not in suffixes:
             raise UsageError(f"{option} {file} must end in {' or '.join(suffixes)}")
         output.check(arguments, file)
@@ -103,24 +108,11 @@ def _check_arguments(arguments):
             raise UsageError("--plot needs matplotlib; --html does without") from error
 
 
-def _diagnosed(arguments, model):
-    inputs, labels = read_data(arguments.data, model)
-    order = np.random.default_rng(0).permutation(len(tree.flatten(inputs)[0]))
-    data = tree.map_structure(lambda array: array[order], inputs)
-    if labels is not None:
-        data = (data, labels[order])
-    what = f"the model can't be run on {arguments.data}: "
-    with refused(Exception, saying=what), noted():
-        return diagnose(model, data, batch_size=arguments.batch_size)
-
-
-def _write(arguments, report):
-    """Write the requested figure and page; gives a line on each."""
+def _write(arguments, report, shown):
+    """Write the figure of a report and the page of what is shown; a line on each."""
     outputs = {
         arguments.plot: report.plot,
-        arguments.html: lambda path: path.write_text(
-            report.to_html(), encoding="utf-8"
-        ),
+        arguments.html: lambda path: path.write_text(shown.to_html(), encoding="utf-8"),
     }
     written = [file for file in outputs if file is not None]
     for file in written:
@@ -131,7 +123,7 @@ def _write(arguments, report):
 def _on_files(arguments, report):
     """The command that recalibrates the file, if that fixes something."""
     mended = {each.layer for each in report.findings if each.tool == "recalibrate"}
-    if not mended:
+    if not mended or arguments.data is None:
         return None
     layers = report.record.layers
     frozen = any(each.frozen for each in layers if each.layer in mended)
@@ -143,11 +135,10 @@ def _on_files(arguments, report):
     return shlex.join(words)
 
 
-def _listed(model, layers, report):
-    plan = {fold.layer: fold for fold in plan_fold(model)}
+def _listed(opened, report):
+    plan = {fold.layer: fold for fold in plan_fold(opened.model)}
     records = []
-    for path, layer in layers.items():
-        state = _known(layer) if report is None else _found(path, report)
+    for path, layer in opened.layers.items():
         fold = plan.get(path) or Fold(path, None, "folding does not know its class")
         records.append(
             {
@@ -156,7 +147,7 @@ def _listed(model, layers, report):
                 "axis": layer.axis,
                 "momentum": layer.momentum,
                 "epsilon": layer.epsilon,
-                "state": ", ".join(state),
+                "state": ", ".join(_state(path, report)),
                 "fold_into": fold.into,
                 "stays": fold.reason,
             }
@@ -164,23 +155,11 @@ def _listed(model, layers, report):
     return records
 
 
-def _found(path, report):
-    """The kinds of findings in a layer, from the diagnosis."""
-    if path not in [each.layer for each in report.record.layers]:
+def _state(path, report):
+    """The kinds of findings in a layer, in words."""
+    if path in report.record.not_called:
         return ["not called"]
     kinds = [each.kind for each in report.findings if each.layer == path]
-    return [kind.replace("-", " ") for kind in kinds] or ["healthy"]
-
-
-def _known(layer):
-    """The state of a layer as far as it is known without data, in the same words."""
-    mean, variance = moving(layer)
-    if not np.isfinite([mean, variance]).all():
-        state = "non finite statistics"
-    elif (variance < 0).any():
-        state = "negative variance"
-    elif is_initial(layer):
-        state = "never updated"
-    else:
-        state = "updated"
-    return [state, "frozen"] if is_frozen(layer) else [state]
+    # Only data shows that a layer is healthy.
+    nothing = "healthy" if report.record.has_data else "updated"
+    return [kind.replace("-", " ") for kind in kinds] or [nothing]

@@ -51,15 +51,20 @@ def add_command(commands, name, summary, description, run, output=False):
     parser.add_argument("model", metavar="IN" if output else "MODEL", help=files)
     if output:
         parser.add_argument("output", metavar="OUT", help="the file to write")
-    add_import(parser)
     add_json(parser)
+    set_run(parser, run)
+    return parser
+
+
+def set_run(parser, run):
+    """Add `--import`, and run the command with these modules imported."""
+    add_import(parser)
 
     def with_modules(arguments):
         with imported(arguments.modules):
             return run(arguments)
 
     parser.set_defaults(run=with_modules, parser=parser)
-    return parser
 
 
 def open_model(arguments, suffixes=(".keras", ".h5"), normalized=True) -> Opened:
@@ -74,12 +79,25 @@ def open_model(arguments, suffixes=(".keras", ".h5"), normalized=True) -> Opened
         UsageError: if either fails.
         SystemExit: with status 1 if the model needs a batch normalization and has none.
     """
-    file = arguments.model
     if (target := getattr(arguments, "output", None)) is not None:
-        if Path(target).suffix not in suffixes:
-            raise UsageError(f"{target} must end in {' or '.join(suffixes)}")
-        output.check(arguments, target)
+        check_target(arguments, target, suffixes)
     output.check_json(arguments)
+    return open_file(arguments.model, normalized)
+
+
+def check_target(arguments, file, suffixes=(".keras", ".h5")):
+    """Refuse early a file that cannot be written."""
+    if Path(file).suffix not in suffixes:
+        raise UsageError(f"{file} must end in {' or '.join(suffixes)}")
+    output.check(arguments, file)
+
+
+def open_file(file, normalized=True) -> Opened:
+    """Load a model.
+
+    Raises:
+        UsageError, SystemExit: as `open_model`.
+    """
     with refused(OSError):
         _check_holds_model(file)
     try:
@@ -95,19 +113,20 @@ def open_model(arguments, suffixes=(".keras", ".h5"), normalized=True) -> Opened
     return Opened(model, layers, native, notes)
 
 
-def save(arguments, model, native=False):
-    """Write a model to the command's output, completely or not at all.
+def save(arguments, model, native=False, file=None):
+    """Write a model, completely or not at all.
 
     Args:
         arguments: of the command.
         model: the model.
         native: whether to write Keras's own layers, as its file had them.
+        file: where; the output of the command by default.
     """
     if native:
         with refused(ValueError, TypeError):
             model = to_keras(model)
     with noted():
-        output.write(arguments, arguments.output, model.save)
+        output.write(arguments, file or arguments.output, model.save)
 
 
 def channels(layer):

@@ -1,12 +1,12 @@
-"""Measuring a model's batch normalizations on data, as plain records.
+"""Reading a model's batch normalizations, and measuring them on data, into records.
 
 Each batch goes through the model twice: once in inference, once with only the
 normalizations in training. Copies of the layers do the work, so nothing in the model
 changes.
 """
 
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import keras
 import numpy as np
@@ -14,6 +14,7 @@ from keras.src.losses.loss import unscale_loss_for_distribution
 from keras.src.trainers.trainer import Trainer
 
 from keras_bn.arguments import align_mask
+from keras_bn.diagnosis.records import LayerRecord, ModelRecord
 from keras_bn.moments import Moments, merged
 from keras_bn.tools.arrays import axes, float64, is_initial, moving
 from keras_bn.tools.graph import graph_of, input_of, nodes, walk
@@ -36,111 +37,6 @@ from keras_bn.tools.observe import (
 _INFERENCE, _TRAINING, _PROBE = "inference", "training", "probe"
 
 
-class Drift(NamedTuple):
-    """How far moving statistics are from the data's: median and worst channel.
-
-    Args:
-        mean, worst_mean: of |moving mean − mean|, in standard deviations of the data.
-        ratio, worst_ratio: of moving standard deviation / standard deviation, both
-            including epsilon; the worst is the furthest from 1 as a factor.
-    """
-
-    mean: float
-    worst_mean: float
-    ratio: float
-    worst_ratio: float
-
-
-@dataclass
-class LayerRecord:
-    """One batch normalization. Arrays have the shape of its statistics, in float64.
-
-    Args:
-        layer: its path in the model.
-        keras: whether it is Keras's own layer.
-        epsilon, momentum: of the layer.
-        debias: whether its statistics are free of their initial values.
-        frozen: whether training does not change its statistics.
-        inference_mode: whether the model always calls it with `training=False`.
-        moving_mean, moving_variance: its moving statistics.
-        initial: whether these are still the initial values.
-        gamma: its scale, or None.
-        bias_of: the name of a layer before it whose bias has no effect, or None.
-        data: `Moments` of its inputs, pooled over the data.
-        elements: number of elements behind a batch's statistics, median of batches.
-        gap: root mean square of output in training − output in inference, relative to
-            the standard deviation of the output in training.
-    """
-
-    layer: str
-    keras: bool
-    epsilon: float
-    momentum: float | None
-    debias: bool
-    frozen: bool
-    inference_mode: bool
-    moving_mean: np.ndarray
-    moving_variance: np.ndarray
-    initial: bool
-    gamma: np.ndarray | None
-    bias_of: str | None
-    data: Moments
-    elements: float
-    gap: float
-
-    @property
-    def mean_drift(self) -> np.ndarray:
-        """Moving mean − mean of the data, in standard deviations of the data."""
-        return (self.moving_mean - self.data.mean) / self._stddev
-
-    @property
-    def stddev_ratio(self) -> np.ndarray:
-        """Moving standard deviation / that of the data, both including epsilon."""
-        with np.errstate(invalid="ignore"):
-            return np.sqrt(self.moving_variance + self.epsilon) / self._stddev
-
-    @property
-    def drift(self) -> Drift:
-        """The `Drift` over the channels."""
-        mean, ratio = np.abs(self.mean_drift), self.stddev_ratio
-        with np.errstate(divide="ignore"):
-            worst = ratio.flat[np.argmax(np.abs(np.log(ratio)))]
-        return Drift(
-            *map(float, (np.median(mean), mean.max(), np.median(ratio), worst))
-        )
-
-    @property
-    def _stddev(self):
-        return np.sqrt(self.data.variance + self.epsilon)
-
-
-@dataclass
-class ModelRecord:
-    """A model on data.
-
-    Args:
-        model: its name.
-        samples: number of samples.
-        batches: number of batches.
-        steps: number of steps its optimizer has taken; None if not known.
-        layers: a `LayerRecord` of each normalization, in calling order.
-        not_called: the paths of those that are never called.
-        gap: as of a layer, for the outputs of the model.
-        loss, accuracy: pairs of the value in inference and in training; None if the
-            data has no labels, or the model no single loss or no classes.
-    """
-
-    model: str
-    samples: int
-    batches: int
-    steps: int | None
-    layers: list[LayerRecord]
-    not_called: list[str]
-    gap: float
-    loss: tuple[float, float] | None
-    accuracy: tuple[float, float] | None
-
-
 def collect(model, data, *, steps=None, batch_size=None, verbose="auto"):
     """Run data through a model, and record the inputs of its normalizations.
 
@@ -151,28 +47,38 @@ def collect(model, data, *, steps=None, batch_size=None, verbose="auto"):
         A `ModelRecord`.
     """
     layers = check_any(model)
+    check_call(model)
     with _Run(model, layers) as run:
         run.over(data, steps=steps, batch_size=batch_size, verbose=verbose)
-    biases = dict(_idle_biases(model))
+    held = {each.layer: each for each in _held(model, layers)}
     return ModelRecord(
         model=model.name,
+        steps=_steps(model),
+        layers=[_with_data(held[path], seen) for path, seen in run.seen.items()],
         samples=run.samples,
         batches=run.batches,
-        steps=_steps(model),
-        layers=[
-            _layer_record(path, layers[path], seen, biases.get(id(layers[path])))
-            for path, seen in run.seen.items()
-        ],
-        not_called=[path for path in layers if path not in run.seen],
+        not_called=tuple(path for path in layers if path not in run.seen),
         gap=run.gap.value,
         loss=run.loss.values,
         accuracy=run.accuracy.values,
     )
 
 
+def read(model):
+    """What a model holds, without data.
+
+    Args:
+        model: as in `diagnose`.
+
+    Returns:
+        A `ModelRecord`.
+    """
+    layers = _held(model, check_any(model))
+    return ModelRecord(model=model.name, steps=_steps(model), layers=layers)
+
+
 def check_any(model):
     """The normalizations of a model, by path; refuses one that has none."""
-    check_call(model)
     if layers := normalizations(model):
         return layers
     raise ValueError(f"'{model.name}' has no batch normalization in it.")
@@ -295,23 +201,40 @@ class _Run(Watch):
         return y
 
 
-def _layer_record(path, layer, seen, bias_of):
-    mean, variance = moving(layer)
+def _held(model, layers):
+    """A `LayerRecord` of each layer, without data."""
+    biases = dict(_idle_biases(model))
+    records = []
+    for path, layer in layers.items():
+        mean, variance = moving(layer)
+        frozen = is_frozen(layer)
+        records.append(
+            LayerRecord(
+                layer=path,
+                keras=is_keras(layer),
+                epsilon=layer.epsilon,
+                momentum=layer.momentum,
+                debias=layer.momentum is None or getattr(layer, "debias", False),
+                frozen=frozen,
+                moving_mean=mean,
+                moving_variance=variance,
+                initial=is_initial(layer),
+                gamma=None if layer.gamma is None else float64(layer.gamma),
+                bias_of=None if frozen else biases.get(id(layer)),
+            )
+        )
+    return records
+
+
+def _with_data(record, seen):
+    """The record of a layer with what its calls have shown."""
+    count, mean, variance = seen.data
     inference_mode = seen.modes == {False}
-    return LayerRecord(
-        layer=path,
-        keras=is_keras(layer),
-        epsilon=layer.epsilon,
-        momentum=layer.momentum,
-        debias=layer.momentum is None or getattr(layer, "debias", False),
-        frozen=is_frozen(layer),
+    return replace(
+        record,
         inference_mode=inference_mode,
-        moving_mean=mean,
-        moving_variance=variance,
-        initial=is_initial(layer),
-        gamma=None if layer.gamma is None else float64(layer.gamma),
-        bias_of=None if is_frozen(layer) or inference_mode else bias_of,
-        data=Moments(np.broadcast_to(seen.data.count, mean.shape), *seen.data[1:]),
+        bias_of=None if inference_mode else record.bias_of,
+        data=Moments(np.broadcast_to(count, record.moving_mean.shape), mean, variance),
         elements=float(np.median(seen.elements)),
         gap=seen.gap.value,
     )

@@ -1,8 +1,11 @@
 """What counts as a problem of a batch normalization: thresholds and rules."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+
+from keras_bn.diagnosis.fixes import Fix
+from keras_bn.diagnosis.rules import ERROR, NOTE, RULES, SEVERITIES, WARNING
 
 # The thresholds, each with its reason.
 
@@ -29,6 +32,9 @@ FEW_ELEMENTS = 16
 DEAD_SPREAD = 0.01
 # A thousandth of gamma's initial value of 1 passes on nothing that matters.
 SMALL_GAMMA = 1e-3
+# If a mean is this many standard deviations from zero, a moving mean that is off by 1 %
+# is off by a standard deviation, and half precision rounds the inputs to a few numbers.
+LARGE_MEAN = 100.0
 # In more than this share of channels, no signal is a warning, else a note.
 MANY = 0.1
 # The outputs of a healthy model differ only by the noise of the batches. If they differ
@@ -37,8 +43,6 @@ OUTPUT_GAP = 0.5
 # Labels tell how much it matters: a loss larger by half, or five points of accuracy.
 LOSS_RATIO = 1.5
 ACCURACY_LOSS = 0.05
-
-ERROR, WARNING, NOTE = SEVERITIES = ("error", "warning", "note")
 
 
 class Finding(NamedTuple):
@@ -50,7 +54,7 @@ class Finding(NamedTuple):
         severity: `"error"`, `"warning"` or `"note"`.
         message: what is wrong, in a sentence.
         remedy: the code that fixes it.
-        tool: the function of keras_bn that fixes it, such as `"recalibrate"`, or None.
+        fix: the `Fix` that applies it, or None if code cannot.
     """
 
     kind: str
@@ -58,10 +62,25 @@ class Finding(NamedTuple):
     severity: str
     message: str
     remedy: str
-    tool: str | None = None
+    fix: Fix | None = None
+
+    @property
+    def rule(self) -> str:
+        """The id of its `Rule`, such as `"BN005"`."""
+        return RULES[self.kind].id
+
+    @property
+    def tool(self) -> str | None:
+        """The function of keras_bn that fixes it, such as `"recalibrate"`, or None."""
+        return self.fix and self.fix.tool
 
     def __str__(self) -> str:
         return f"{self.severity}: {self.layer}: {self.message}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The finding in plain types, ready for JSON."""
+        keys = "rule", "kind", "layer", "severity", "message", "remedy", "tool"
+        return {key: getattr(self, key) for key in keys}
 
 
 def findings(record):
@@ -88,8 +107,7 @@ def findings(record):
 
 
 def _recalibrate(layer):
-    frozen = ", include_frozen=True" if layer.frozen else ""
-    return f"keras_bn.recalibrate(model, data{frozen})"
+    return Fix("recalibrate", include_frozen=layer.frozen)
 
 
 def _non_finite(layer, record):
@@ -102,8 +120,8 @@ def _non_finite(layer, record):
             ERROR,
             f"The moving statistics of {_of(bad)} are NaN or infinite, and so is the "
             "output in inference.",
-            convert + _recalibrate(layer),
-            "recalibrate",
+            f"{convert}{_recalibrate(layer)}",
+            _recalibrate(layer),
         )
 
 
@@ -115,8 +133,8 @@ def _negative_variance(layer, record):
             layer.layer,
             ERROR,
             f"The moving variance of {_of(bad)} is negative.",
+            str(_recalibrate(layer)),
             _recalibrate(layer),
-            "recalibrate",
         )
 
 
@@ -128,8 +146,8 @@ def _never_updated(layer, record):
             ERROR,
             "The moving statistics are still the initial values: no training step has "
             "updated them.",
+            str(_recalibrate(layer)),
             _recalibrate(layer),
-            "recalibrate",
         )
 
 
@@ -147,7 +165,7 @@ def _momentum_too_slow(layer, record):
             "the moving statistics is still the initial value. They are off by "
             f"{_drift(layer)}.",
             f"{_recalibrate(layer)}, or train with momentum={momentum:g}",
-            "recalibrate",
+            _recalibrate(layer),
         )
 
 
@@ -158,12 +176,14 @@ def _stale(layer, record):
             layer.layer,
             NOTE if layer.frozen or layer.inference_mode else WARNING,
             f"The moving statistics are not those of the data: off by {_drift(layer)}.",
+            str(_recalibrate(layer)),
             _recalibrate(layer),
-            "recalibrate",
         )
 
 
 def _is_stale(layer, record):
+    if layer.data is None:
+        return False
     mean, stddev = np.abs(layer.mean_drift), np.abs(np.log(layer.stddev_ratio))
     known = layer.data.count > 1
     if not known.any():
@@ -189,19 +209,57 @@ def _drift(layer):
     )
 
 
-def _dead_channel(layer, record):
-    variance = layer.data.variance
+def _inputs(layer):
+    """The channels in which the inputs of a layer are known, their mean and variance.
+
+    These are the moments of the data; without data, the moving statistics as far as
+    they are usable.
+    """
+    if layer.data is not None:
+        return layer.data.count > 1, layer.data.mean, layer.data.variance
+    mean, variance = layer.moving_mean, layer.moving_variance
+    usable = np.isfinite(mean) & np.isfinite(variance) & (variance >= 0)
+    usable &= not layer.initial
+    return usable, np.where(usable, mean, 0), np.where(usable, variance, 1)
+
+
+def _is_dead(layer):
+    """Which channels hardly vary."""
+    known, _, variance = _inputs(layer)
     spread = np.sqrt(variance / np.maximum(variance + layer.epsilon, 1e-30))
-    dead = (spread < DEAD_SPREAD) & (layer.data.count > 1)
+    return known & (spread < DEAD_SPREAD)
+
+
+def _dead_channel(layer, record):
+    dead = _is_dead(layer)
     if dead.any():
+        within = "over the data" if record.has_data else "by their moving variance"
+        array = "data.variance" if record.has_data else "moving_variance"
         return Finding(
             "dead-channel",
             layer.layer,
             WARNING if dead.mean() > MANY else NOTE,
-            f"{_of(dead, start=True)} hardly vary over the data: the output is beta.",
-            f"np.flatnonzero(report.layer({layer.layer!r}).data.variance < "
+            f"{_of(dead, start=True)} hardly vary {within}: the output is beta.",
+            f"np.flatnonzero(report.layer({layer.layer!r}).{array} < "
             f"{DEAD_SPREAD**2 * layer.epsilon:.1g}) lists them; look at what comes "
             "before: units that have died, inputs that are constant or far too small",
+        )
+
+
+def _large_mean(layer, record):
+    known, mean, variance = _inputs(layer)
+    stddevs = np.abs(mean) / np.sqrt(np.maximum(variance + layer.epsilon, 1e-30))
+    large = known & (stddevs > LARGE_MEAN) & ~_is_dead(layer)
+    if large.any():
+        return Finding(
+            "large-mean",
+            layer.layer,
+            WARNING,
+            f"The mean of {_of(large)} is up to {stddevs[large].max():,.0f} standard "
+            "deviations from zero: a small error of the moving mean, or rounding in "
+            "half precision, spoils the output.",
+            "normalize the inputs of the model, with keras.layers.Normalization or "
+            "before; in later layers, look for a large bias",
         )
 
 
@@ -228,7 +286,7 @@ def _frozen(layer, record):
             NOTE,
             "The layer is frozen: training does not update its moving statistics.",
             thaw if layer.keras else f"{thaw}; layer.trainable = True",
-            None if layer.keras else "unfreeze",
+            None if layer.keras else Fix("unfreeze"),
         )
     if layer.inference_mode:
         return Finding(
@@ -242,6 +300,8 @@ def _frozen(layer, record):
 
 
 def _small_batch(layer, record):
+    if layer.elements is None:
+        return None
     if layer.elements < FEW_ELEMENTS and not (layer.frozen or layer.inference_mode):
         return Finding(
             "small-batch",
@@ -267,6 +327,8 @@ def _redundant_bias(layer, record):
 
 
 def _train_inference_gap(record):
+    if not record.has_data:
+        return None
     live = [each for each in record.layers if not (each.frozen or each.inference_mode)]
     # Standard errors from n elements: 1/√n of the mean, 1/√(2n) of the deviation.
     noise = np.sqrt(sum(1.5 / max(each.elements, 1) for each in live))
@@ -292,8 +354,8 @@ def _train_inference_gap(record):
             WARNING,
             "With the moving statistics instead of those of the batches, "
             f"{' and '.join(worse)}.",
-            "keras_bn.recalibrate(model, data)",
-            "recalibrate",
+            str(Fix("recalibrate")),
+            Fix("recalibrate"),
         )
 
 
@@ -304,7 +366,14 @@ _STATISTICS = (
     _momentum_too_slow,
     _stale,
 )
-_LAYER = (_dead_channel, _small_gamma, _frozen, _small_batch, _redundant_bias)
+_LAYER = (
+    _dead_channel,
+    _large_mean,
+    _small_gamma,
+    _frozen,
+    _small_batch,
+    _redundant_bias,
+)
 
 
 def _of(which, start=False):

@@ -4,11 +4,8 @@ import textwrap
 
 import numpy as np
 
-from keras_bn.diagnosis.findings import (
-    SEVERITIES,
-    WORST_MEAN_DRIFT,
-    WORST_STDDEV_RATIO,
-)
+from keras_bn.diagnosis.findings import WORST_MEAN_DRIFT, WORST_STDDEV_RATIO
+from keras_bn.diagnosis.rules import SEVERITIES
 
 COLORS = {"error": "#c1272d", "warning": "#e07b00", "note": "#2f6690"}
 HEALTHY = "#3a7d44"

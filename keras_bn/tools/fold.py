@@ -1,9 +1,11 @@
 """Folding batch normalizations into the layers next to them, for inference."""
 
+from html import escape
 from typing import NamedTuple
 
 import keras
 
+from keras_bn.tools import display
 from keras_bn.tools.convert import remade
 from keras_bn.tools.copying import copy_model
 from keras_bn.tools.exchange import bypass, exchange
@@ -53,14 +55,35 @@ class Fold(NamedTuple):
         return f"{self.layer} -> {self.into}"
 
 
-def plan_fold(model: keras.Model) -> list[Fold]:
+class Folds(list):
+    """A list of `Fold`: `print` shows one a line, a notebook shows a table."""
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self))
+
+    def _repr_html_(self):
+        rows = []
+        for each in self:
+            cells = [
+                escape(each.layer),
+                display.cell("Into", escape(each.into or "stays")),
+            ]
+            cells.append(display.cell("Why", escape(each.reason)))
+            rows.append((f'class="{"healthy" if each.into else "note"}"', cells))
+        gone = sum(each.into is not None for each in self)
+        title = f"<h3>{gone} of {len(self)} can be folded</h3>"
+        return display.fragment(title + display.table(["Layer", "Into", "Why"], rows))
+
+
+def plan_fold(model: keras.Model) -> Folds:
     """What `fold` would do to each batch normalization of a model, ours or Keras's.
 
     Args:
         model: a built model.
 
     Returns:
-        A list of `Fold`, one for each batch normalization.
+        A list of `Fold`, one for each batch normalization; `print` shows one a line, a
+        notebook shows a table.
 
     Example:
 
@@ -72,8 +95,7 @@ def plan_fold(model: keras.Model) -> list[Fold]:
     ...     keras.layers.ReLU(name="relu"),
     ...     keras_bn.BatchNormalization(name="bn_2"),
     ... ])
-    >>> for each in keras_bn.plan_fold(model):
-    ...     print(each)
+    >>> print(keras_bn.plan_fold(model))
     bn_1 -> dense
     bn_2 stays: 'relu' before it is not linear; it is an output of the model
     """
@@ -156,7 +178,7 @@ class Plan:
                 norm = node.operation
                 if self._concerns(norm) and id(norm) not in found:
                     found[id(norm)] = self._place(graph, node)
-        self.folds = []
+        self.folds = Folds()
         for path, layer in walk(model):
             if computes_otherwise(layer):
                 self.folds.append(Fold(path or layer.name, None, _OTHERWISE))

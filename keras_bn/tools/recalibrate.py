@@ -102,8 +102,31 @@ def recalibrate(
         )
     if prior < 0:
         raise ValueError(f"`prior` must be 0 or greater. Received: prior={prior}")
-    labels: list = []
-    options = {"steps": steps, "batch_size": batch_size, "labels": labels}
+    return replace_statistics(
+        model,
+        layers,
+        data,
+        steps=steps,
+        batch_size=batch_size,
+        exact=exact,
+        prior=prior,
+        verbose=verbose,
+    )
+
+
+def replace_statistics(
+    model, layers, data, *, steps, batch_size, exact=False, prior=0, verbose=0
+):
+    """Replace the moving statistics of some layers; all others are in inference.
+
+    Args:
+        model, data, steps, batch_size, exact, prior, verbose: as in `recalibrate`.
+        layers: the normalizations to change, by path.
+
+    Returns:
+        As `recalibrate`.
+    """
+    options = {"steps": steps, "batch_size": batch_size, "labels": []}
     with _Collector(model, layers) as collector:
         if exact:
             found = collector.in_order(data, prior, verbose, **options)
@@ -112,10 +135,10 @@ def recalibrate(
     if not collector.samples:
         raise ValueError("There is no data: not one batch came.")
     _warn_of_few(found, prior)
-    _warn_of_skew(model, labels)
-    warn_of_others(model)
+    _warn_of_skew(model, options["labels"])
+    warn_of_others(model, stacklevel=4)
     if missing := [path for path in layers if path not in found]:
-        warnings.warn(f"Not called, so not changed: {', '.join(missing)}", stacklevel=2)
+        warnings.warn(f"Not called, so not changed: {', '.join(missing)}", stacklevel=3)
     _assign(
         assignment
         for path, moments in found.items()
@@ -250,7 +273,7 @@ def _warn_of_few(found, prior):
         warnings.warn(
             f"The statistics of '{path}' rest on {count:.0f} elements only, fewer than "
             f"{_FEW}. Take more data, or keep some of the old statistics: `prior`.",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 
@@ -273,7 +296,7 @@ def _warn_of_skew(model, labels):
             f"and the model tells {classes} apart: such statistics may be wrong for "
             "the others. Take balanced data, or keep some of the old statistics: "
             "`prior`.",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 

@@ -57,20 +57,23 @@ def test_without_data_it_lists(files, tmp_path, capsys):
     for word in ("bn", "never updated", "dense", "0.99", "0.001"):
         assert word in out
     results = json.loads((tmp_path / "a.json").read_text())
-    assert results == {
-        "layers": [
-            {
-                "layer": "bn",
-                "channels": 6,
-                "axis": -1,
-                "momentum": 0.99,
-                "epsilon": 0.001,
-                "state": "never updated",
-                "fold_into": "dense",
-                "stays": results["layers"][0]["stays"],
-            }
-        ]
-    }
+    assert results["layers"] == [
+        {
+            "layer": "bn",
+            "channels": 6,
+            "axis": -1,
+            "momentum": 0.99,
+            "epsilon": 0.001,
+            "state": "never updated",
+            "fold_into": "dense",
+            "stays": results["layers"][0]["stays"],
+        }
+    ]
+    assert "error never-updated: bn (BN001)" in " ".join(out.split())
+    assert "that needs data: momentum-too-slow, stale-statistics" in out
+    found = results["diagnosis"]
+    assert [each["rule"] for each in found["findings"]] == ["BN001"]
+    assert (found["samples"], found["output_gap"]) == (0, None)
 
 
 def test_a_sick_model(files, tmp_path, capsys):
@@ -147,7 +150,7 @@ def test_the_state_is_known_without_data(model, files, tmp_path, expected):
 
 
 def test_without_data_no_layer_is_called_healthy(model, files, tmp_path):
-    model.get_layer("bn").moving_mean.assign(np.full(6, 100.0))
+    model.get_layer("bn").moving_mean.assign(np.full(6, 50.0))
     model.save(files[0])
     assert state(files, tmp_path) == ("updated", 0)
     found = state(files, tmp_path, "--data", files[1])
@@ -201,6 +204,61 @@ def test_findings_name_the_tool(model):
     assert tools(ours)["frozen"] == "unfreeze"
 
 
+def test_the_page_needs_no_data(files, tmp_path):
+    page = tmp_path / "a.html"
+    assert run(files[0], "--html", page) == 0
+    text = page.read_text(encoding="utf-8")
+    assert "never-updated" in text
+    assert "no data" in text
+
+
+def test_fix_writes_a_model_whose_statistics_are_those_of_the_data(
+    model, files, tmp_path, capsys
+):
+    weights = model.get_layer("dense").get_weights() + model.get_layer("head").weights
+    fixed, page, file = (tmp_path / name for name in ("b.keras", "b.html", "b.json"))
+    arguments = [files[0], "--data", files[1], "--fix", fixed, "--html", page]
+    assert run(*arguments, "--json", file) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "Recalibrated 1 layer: bn." in out
+    assert f"Written: {fixed}" in out
+    assert "On files" not in out
+    assert "before and after" in page.read_text(encoding="utf-8")
+    results = json.loads(file.read_text())["fix"]
+    assert (results["file"], results["recalibrated"]) == (str(fixed), ["bn"])
+    assert "never-updated" in [each["kind"] for each in results["gone"]]
+    assert results["after"]["findings"] == []
+    again = keras.saving.load_model(fixed)
+    assert type(again.get_layer("bn")) is layers.BatchNormalization
+    inputs = keras.ops.convert_to_numpy(again.get_layer("dense")(data()[0]))
+    mean = keras.ops.convert_to_numpy(again.get_layer("bn").moving_mean)
+    np.testing.assert_allclose(mean, inputs.mean(0), rtol=1e-4)
+    after = again.get_layer("dense").get_weights() + again.get_layer("head").weights
+    for first, second in zip(weights, after, strict=True):
+        np.testing.assert_array_equal(first, second)
+
+
+def test_fix_does_not_overwrite(files, tmp_path, capsys):
+    fixed = tmp_path / "b.keras"
+    fixed.write_text("precious")
+    arguments = [files[0], "--data", files[1], "--fix", fixed]
+    assert "--force" in refused(capsys, *arguments)
+    assert fixed.read_text() == "precious"
+    assert "must end in .keras" in refused(capsys, *arguments[:-1], tmp_path / "b.npz")
+
+
+@pytest.mark.parametrize("given", ["BN001,train-inference-gap", "BN001, BN011"])
+def test_what_is_ignored_fails_nothing(files, capsys, given):
+    assert run(files[0], "--data", files[1], "--ignore", given) == 0
+    assert "Ignored: 1 never-updated (BN001), 1 train" in capsys.readouterr().out
+
+
+def test_a_rule_that_is_none_is_refused_in_words(files, capsys):
+    message = refused(capsys, files[0], "--ignore", "BN01")
+    assert "--ignore" in message
+    assert "'BN01'" in message
+
+
 @pytest.mark.parametrize("option", ["--html", "--plot"])
 def test_an_output_that_fails_ends_with_a_sentence(
     files, tmp_path, capsys, monkeypatch, option
@@ -229,8 +287,9 @@ def test_nothing_is_overwritten_without_force(files, tmp_path, capsys):
 
 
 def test_outputs_that_cannot_be(files, tmp_path, capsys):
-    page, data_file = tmp_path / "a.html", files[1]
-    assert "needs --data" in refused(capsys, files[0], "--html", page)
+    data_file = files[1]
+    assert "needs --data" in refused(capsys, files[0], "--plot", "a.png")
+    assert "needs --data" in refused(capsys, files[0], "--fix", "a.keras")
     with_data = [files[0], "--data", data_file]
     assert "must end in .html" in refused(capsys, *with_data, "--html", "a.txt")
     assert "must end in .png" in refused(capsys, *with_data, "--plot", "a.html")

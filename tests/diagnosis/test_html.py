@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+from html import escape
 
 import keras
 import numpy as np
@@ -10,8 +11,9 @@ import pytest
 from keras import layers
 
 import keras_bn
-from keras_bn.diagnosis import html
+from keras_bn.diagnosis import drawings
 from keras_bn.diagnosis.findings import Finding
+from keras_bn.diagnosis.report import Report
 
 pytestmark = pytest.mark.filterwarnings("ignore:The statistics of")
 DEPTH, CHANNELS = 3, 40
@@ -31,12 +33,12 @@ def sick():
     x, y = rng.normal(5, 3, (200, 8)), rng.integers(0, 3, 200)
     model.fit(x, y, verbose=0)
     mean = model.get_layer("bn_1").moving_mean
-    mean.assign(np.where(np.arange(CHANNELS) < 2, np.nan, mean.numpy()))
+    mean.assign(np.where(np.arange(CHANNELS) < 2, np.nan, np.asarray(mean)))
     return keras_bn.diagnose(model, (x, y))
 
 
 def rows(page):
-    return re.findall(r'<tr id="layer-(\d+)" class="(\w+)">(.*?)</tr>', page, re.S)
+    return re.findall(r'<tr id="bn-\w+-(\d+)" class="(\w+)">(.*?)</tr>', page, re.S)
 
 
 def test_findings_remedies_and_layers_are_on_the_page(sick):
@@ -44,8 +46,8 @@ def test_findings_remedies_and_layers_are_on_the_page(sick):
     assert {f.severity for f in sick.findings} >= {"error", "warning", "note"}
     for finding in sick.findings:
         assert finding.kind in page
-        assert f"<pre>{html.escape(finding.remedy)}</pre>" in page
-        assert html.escape(finding.message) in page
+        assert f"<pre>{escape(finding.remedy)}</pre>" in page
+        assert escape(finding.message) in page
     found = rows(page)
     assert [int(number) for number, _, _ in found] == list(range(DEPTH))
     assert found[1][1] == "error"
@@ -63,10 +65,10 @@ def test_findings_remedies_and_layers_are_on_the_page(sick):
 
 def test_dots_are_where_the_numbers_are():
     """From -limit to limit over the width but for the margins, the rest beyond."""
-    strip = html._strip(np.array([-2.0, 0.0, 1.0, 5.0, np.nan]), 2.0, 1.0, 0)
+    strip = drawings.strip(np.array([-2.0, 0.0, 1.0, 5.0, np.nan]), 2.0, 1.0, 0)
     dots = [float(x) for x in re.findall(r"M([\d.]+) [\d.]+h0", strip)]
-    reach = html._WIDTH / 2 - html._MARGIN
-    middle = html._WIDTH / 2
+    reach = drawings.WIDTH / 2 - drawings.MARGIN
+    middle = drawings.WIDTH / 2
     assert dots == [middle - reach, middle, middle + reach / 2]
     beyond = re.search(r'class="beyond" d="M([\d.]+) ', strip)
     assert float(beyond[1]) == middle + reach
@@ -76,10 +78,10 @@ def test_dots_are_where_the_numbers_are():
 
 def test_a_wide_layer_keeps_its_outermost_channels():
     values = np.linspace(-1, 1, 10_000)
-    strip = html._strip(values, 1.0, 0.5, 0)
+    strip = drawings.strip(values, 1.0, 0.5, 0)
     dots = [float(x) for x in re.findall(r"M([\d.]+) [\d.]+h0", strip)]
-    assert len(dots) == html._DOTS
-    assert (dots[0], dots[-1]) == (html._MARGIN, html._WIDTH - html._MARGIN)
+    assert len(dots) == drawings.DOTS
+    assert (dots[0], dots[-1]) == (drawings.MARGIN, drawings.WIDTH - drawings.MARGIN)
 
 
 def test_the_page_is_self_contained_and_escaped(sick):
@@ -89,14 +91,15 @@ def test_the_page_is_self_contained_and_escaped(sick):
     assert "<script" not in page
     assert "default-src 'none'" in page
     for target in re.findall(r'(?:href|src)="([^"]*)"', page):
-        assert target.startswith("#layer-")
+        assert target.startswith("#bn-")
         assert f'id="{target[1:]}"' in page
 
 
 def test_names_are_escaped(sick):
     layer = dataclasses.replace(sick.record.layers[0], layer="<i>&")
     record = dataclasses.replace(sick.record, model="<b>&", layers=[layer])
-    page = html.page(record, [Finding("frozen", "<i>&", "note", "<u>&", "<s>&")])
+    finding = Finding("frozen", "<i>&", "note", "<u>&", "<s>&")
+    page = Report(record, [finding]).to_html()
     for letter in "bius":
         assert f"&lt;{letter}&gt;&amp;" in page
         assert f"<{letter}>&" not in page
@@ -107,7 +110,7 @@ def test_many_findings_of_a_kind_make_one_card(sick):
         Finding("small-batch", f"bn_{k}", "warning", f"message {k}", "the same")
         for k in range(DEPTH)
     ]
-    page = html.page(sick.record, many)
+    page = Report(sick.record, many).to_html()
     assert page.count("<article") == 1
     assert "small-batch in 3 layers" in page
     assert page.count("<pre>the same</pre>") == 1
@@ -115,7 +118,7 @@ def test_many_findings_of_a_kind_make_one_card(sick):
 
 
 def test_a_healthy_model(sick):
-    page = html.page(sick.record, [])
+    page = Report(sick.record, []).to_html()
     assert "No problems found" in page
     assert '<header class="healthy">' in page
 

@@ -24,7 +24,7 @@ ORDER = [
     {"layer"},
     {"tools", "proof", "bench"},
     {"diagnosis", "int8"},
-    {"commands"},
+    {"commands", "testing"},
     {"cli"},
     {"__main__"},
 ]

@@ -1,0 +1,126 @@
+"""Plain records of a model's batch normalizations, with data or without."""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from keras_bn.moments import Moments
+
+
+class Drift(NamedTuple):
+    """How far moving statistics are from the data's: median and worst channel.
+
+    Args:
+        mean, worst_mean: of |moving mean − mean|, in standard deviations of the data.
+        ratio, worst_ratio: of moving standard deviation / standard deviation, both
+            including epsilon; the worst is the furthest from 1 as a factor.
+    """
+
+    mean: float
+    worst_mean: float
+    ratio: float
+    worst_ratio: float
+
+
+@dataclass
+class LayerRecord:
+    """One batch normalization. Arrays have the shape of its statistics, in float64.
+
+    What only data shows is None without data.
+
+    Args:
+        layer: its path in the model.
+        keras: whether it is Keras's own layer.
+        epsilon, momentum: of the layer.
+        debias: whether its statistics are free of their initial values.
+        frozen: whether training does not change its statistics.
+        moving_mean, moving_variance: its moving statistics.
+        initial: whether these are still the initial values.
+        gamma: its scale, or None.
+        bias_of: the name of a layer before it whose bias has no effect, or None.
+        inference_mode: whether the model always calls it with `training=False`; False
+            without data.
+        data: `Moments` of its inputs, pooled over the data.
+        elements: number of elements behind a batch's statistics, median of batches.
+        gap: root mean square of output in training − output in inference, relative to
+            the standard deviation of the output in training.
+    """
+
+    layer: str
+    keras: bool
+    epsilon: float
+    momentum: float | None
+    debias: bool
+    frozen: bool
+    moving_mean: np.ndarray
+    moving_variance: np.ndarray
+    initial: bool
+    gamma: np.ndarray | None
+    bias_of: str | None
+    inference_mode: bool = False
+    data: Moments | None = None
+    elements: float | None = None
+    gap: float | None = None
+
+    @property
+    def mean_drift(self) -> Any:
+        """Moving mean − mean of the data, in standard deviations of the data."""
+        if self.data is None:
+            return None
+        return (self.moving_mean - self.data.mean) / self._stddev(self.data.variance)
+
+    @property
+    def stddev_ratio(self) -> Any:
+        """Moving standard deviation / that of the data, both including epsilon."""
+        if self.data is None:
+            return None
+        moving, data = map(self._stddev, (self.moving_variance, self.data.variance))
+        return moving / data
+
+    @property
+    def drift(self) -> Any:
+        """The `Drift` over the channels."""
+        if self.data is None:
+            return None
+        mean, ratio = np.abs(self.mean_drift), self.stddev_ratio
+        with np.errstate(divide="ignore"):
+            worst = ratio.flat[np.argmax(np.abs(np.log(ratio)))]
+        return Drift(
+            *map(float, (np.median(mean), mean.max(), np.median(ratio), worst))
+        )
+
+    def _stddev(self, variance):
+        with np.errstate(invalid="ignore"):
+            return np.sqrt(variance + self.epsilon)
+
+
+@dataclass
+class ModelRecord:
+    """A model, on data or without.
+
+    Args:
+        model: its name.
+        steps: number of steps its optimizer has taken; None if not known.
+        layers: a `LayerRecord` of each normalization, in calling order.
+        samples, batches: of the data; 0 without data.
+        not_called: the paths of those that the data never reaches.
+        gap: as of a layer, for the outputs of the model; None without data.
+        loss, accuracy: pairs of the value in inference and in training; None if the
+            data has no labels, or the model no single loss or no classes.
+    """
+
+    model: str
+    steps: int | None
+    layers: list[LayerRecord]
+    samples: int = 0
+    batches: int = 0
+    not_called: tuple[str, ...] = ()
+    gap: float | None = None
+    loss: tuple[float, float] | None = None
+    accuracy: tuple[float, float] | None = None
+
+    @property
+    def has_data(self) -> bool:
+        """Whether data went through the model."""
+        return self.samples > 0
