@@ -115,7 +115,7 @@ def test_compare_says_what_went_and_what_came():
     model.get_layer("bn_1").gamma.assign(np.zeros(6))
     compared = keras_bn.compare(before, keras_bn.diagnose(model, x))
     assert "never-updated" in [f.kind for f in compared.gone]
-    assert [(f.kind, f.layer) for f in compared.new] == [("small-gamma", "bn_1")]
+    assert ("small-gamma", "bn_1") in [(f.kind, f.layer) for f in compared.new]
     assert [f.kind for f in compared.remaining] == ["redundant-bias"]
     text = str(compared)
     drift = before.layer("bn_1").drift
@@ -123,7 +123,7 @@ def test_compare_says_what_went_and_what_came():
     assert text.index("Gone:") < text.index("New:") < text.index("Remaining:")
     page = compared.to_html()
     assert page.count('class="dots"') == 2 * 2 * 2
-    assert compared.to_dict()["new"][0]["rule"] == "BN007"
+    assert "BN007" in [each["rule"] for each in compared.to_dict()["new"]]
 
 
 def test_a_finding_of_the_model_stays_the_same_under_another_name():
