@@ -43,7 +43,7 @@ def main(argv=None) -> int:
             model without batch normalization, 0 after `--help` and `--version`.
     """
     parser = argparse.ArgumentParser(
-        prog="keras-bn", description="Batch normalization for Keras 3 on TensorFlow."
+        prog="keras-bn", description="Batch normalization for Keras 3."
     )
     parser.add_argument(
         "--version", action="version", version=f"keras_bn {__version__}"
