@@ -22,6 +22,7 @@ STUDIES = [
     "shifted_domain",
     "inference_gap",
     "weight_averaging",
+    "int8",
 ]
 
 

@@ -2,6 +2,7 @@
 
 import functools
 
+import applications
 import keras
 import numpy as np
 import pytest
@@ -16,7 +17,8 @@ from keras_bn.int8.equalize import equalize
 from keras_bn.int8.export import integer_file
 from keras_bn.tools.compare import relative_difference
 
-rng = np.random.default_rng(0)
+WEIGHTED = {"Conv2D", "DepthwiseConv2D", "Dense"}
+COUNTED = {"CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED"}
 
 
 def small(relu=layers.ReLU, bn=keras_bn.BatchNormalization):
@@ -181,6 +183,35 @@ def test_data_is_what_fit_takes():
     assert integer_file(model, stream, steps=3)[0] == whole
     with pytest.raises(ValueError, match="not one batch"):
         integer_file(model, iter(()), steps=2)
+
+
+@pytest.mark.filterwarnings(notice)
+@pytest.mark.parametrize(
+    ("name", "aware"),
+    [
+        ("MobileNet", False),
+        pytest.param("MobileNet", True, marks=pytest.mark.slow),
+        pytest.param("MobileNetV2", False, marks=pytest.mark.slow),
+        pytest.param("MobileNetV2", True, marks=pytest.mark.slow),
+        pytest.param("ResNet50", False, marks=pytest.mark.slow),
+        pytest.param("ResNet50", True, marks=pytest.mark.slow),
+    ],
+)
+def test_applications(name, aware):
+    model = applications.build(name)
+    weighted = sum(type(each).__name__ in WEIGHTED for each in model.layers)
+    x = images(16, (32, 32, 3))
+    if aware:
+        model = keras_bn.quantize_aware(model, x)
+    content, report = integer_file(model, x)
+    found = error(run(content, x), model.predict(x, verbose=0))
+    assert report.error == pytest.approx(found, rel=0.5)
+    assert found < 0.05
+    assert not report.kept
+    operations = [each.operation for each in report.layers]
+    counted = sum(operations.count(each) for each in COUNTED)
+    assert counted == weighted
+    assert max(each.error for each in report.layers) < 0.05
 
 
 def stretched(model, seed=0):
