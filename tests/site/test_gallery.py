@@ -12,6 +12,7 @@ pytest.importorskip("matplotlib", reason="the examples draw with matplotlib")
 pytest.importorskip("sklearn", reason="the examples take scikit-learn's digits")
 
 STUDIES = [
+    "identity_bias",
     "convergence",
     "placement",
     "convolution",
