@@ -13,6 +13,7 @@ pytest.importorskip("sklearn", reason="the examples take scikit-learn's digits")
 
 STUDIES = [
     "identity_bias",
+    "first_figure",
     "convergence",
     "placement",
     "convolution",
@@ -68,7 +69,7 @@ def check(name, folder, printed, short):
 
 
 # The others take minutes together: `.ci/run` and `make test-all` run them.
-IN_EVERY_RUN = ("convolution", "placement", "weight_averaging")
+IN_EVERY_RUN = ("first_figure", "convolution", "placement", "weight_averaging")
 
 
 @pytest.mark.parametrize(
@@ -212,3 +213,43 @@ def test_the_gradient_penalty_of_the_gan(example, kind):
         pair.penalty = 1.0
         steepness.append(float(pair.judge(real, fake)[2]))
     assert steepness[1] < 0.5 * steepness[0]
+
+
+def test_steadiness(example):
+    """Two units: one rests; the median of the other moves and its spread grows."""
+    resting = [[-1, 0, 1], [-1, 0, 1]]
+    moving = [[-1, 0, 1], [2, 4, 8]]
+    percentiles = np.stack([resting, moving], axis=-1)
+    moves, spread_range = example("first_figure").steadiness(percentiles)
+    np.testing.assert_allclose(moves, [0, 2 / 4])
+    np.testing.assert_allclose(spread_range, [1, 3])
+
+
+def test_the_first_figure_takes_mnist_from_a_file(example, tmp_path):
+    rng = np.random.default_rng(0)
+
+    def images(count):
+        return rng.integers(0, 256, (count, 28, 28), "uint8"), np.arange(count) % 10
+
+    (x_train, y_train), (x_test, y_test) = images(120), images(20)
+    path = tmp_path / "mnist.npz"
+    np.savez(path, x_train=x_train, y_train=y_train, x_test=x_test, y_test=y_test)
+    study = example("first_figure")
+    given = ["--short", "--data", "mnist", "--mnist-file", str(path)]
+    assert study.main([*given, "--out", str(tmp_path)]) == 0
+    settings = json.loads((tmp_path / "first_figure.json").read_text())["settings"]
+    assert settings["data"] == "mnist"
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (["--mnist-file", "mnist.npz"], "--mnist-file goes with --data mnist"),
+        (["--data", "mnist", "--mnist-file", "none.npz"], "can't be read as MNIST"),
+    ],
+)
+def test_the_first_figure_without_its_data(example, tmp_path, capsys, given, says):
+    out = tmp_path / "out"
+    assert example("first_figure").main([*given, "--out", str(out)]) == 2
+    assert says in capsys.readouterr().err
+    assert not out.exists()
