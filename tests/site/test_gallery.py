@@ -12,6 +12,7 @@ pytest.importorskip("matplotlib", reason="the examples draw with matplotlib")
 pytest.importorskip("sklearn", reason="the examples take scikit-learn's digits")
 
 STUDIES = [
+    "gradient_explosion",
     "identity_bias",
     "first_figure",
     "convergence",
@@ -213,6 +214,47 @@ def test_the_gradient_penalty_of_the_gan(example, kind):
         pair.penalty = 1.0
         steepness.append(float(pair.judge(real, fake)[2]))
     assert steepness[1] < 0.5 * steepness[0]
+
+
+def test_the_growth_of_gradients_in_theory(example):
+    """It is the limit at large batches; at 8 images, what Jacobians give."""
+    study = example("gradient_explosion")
+    assert study.growth_in_theory(2048, 1000) == pytest.approx(study.GROWTH, rel=5e-3)
+    batch, rng = 8, np.random.default_rng(1)
+
+    def normalized(h):
+        return (h - h.mean()) / h.std()
+
+    variance = np.mean(
+        [
+            np.var(np.maximum(normalized(h), 0)) * batch / (batch - 1)
+            for h in rng.normal(size=(4000, batch))
+        ]
+    )
+    factors = []
+    for h in rng.normal(size=(4000, batch)) * np.sqrt(variance):
+        steps = 1e-6 * np.eye(batch)
+        jacobian = [
+            (np.maximum(normalized(h + s), 0) - np.maximum(normalized(h - s), 0)) / 2e-6
+            for s in steps
+        ]
+        g = rng.normal(size=batch)
+        factors.append(np.sum((np.array(jacobian) @ (g - g.mean())) ** 2))
+    simulated = np.mean(factors) / (batch - 1)
+    assert study.growth_in_theory(batch, 100_000) == pytest.approx(simulated, rel=0.06)
+
+
+def test_gradients_stored_by_the_optimizer(example):
+    """They are those of the loss, by differences."""
+    keras, study = example("keras"), example("gradient_explosion")
+    model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2, use_bias=False)])
+    model.compile(study.Gradients(learning_rate=1.0), "mse")
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(4, 3)), rng.normal(size=(4, 2))
+    kernel = np.array(model.get_weights()[0], "float64")
+    model.train_on_batch(x, y)
+    expected = 2 * x.T @ (x @ kernel - y) / y.size
+    np.testing.assert_allclose(model.get_weights()[0], expected, rtol=1e-4, atol=1e-6)
 
 
 def test_steadiness(example):
