@@ -12,6 +12,9 @@ pytest.importorskip("matplotlib", reason="the examples draw with matplotlib")
 pytest.importorskip("sklearn", reason="the examples take scikit-learn's digits")
 
 STUDIES = [
+    "gradient_explosion",
+    "identity_bias",
+    "first_figure",
     "convergence",
     "placement",
     "convolution",
@@ -68,7 +71,7 @@ def check(name, folder, printed, short):
 
 
 # The others take minutes together: `.ci/run` and `make test-all` run them all.
-IN_EVERY_RUN = ("convolution",)
+IN_EVERY_RUN = ("first_figure", "convolution")
 
 
 @pytest.mark.parametrize(
@@ -212,3 +215,84 @@ def test_the_gradient_penalty_of_the_gan(example, kind):
         pair.penalty = 1.0
         steepness.append(float(pair.judge(real, fake)[2]))
     assert steepness[1] < 0.5 * steepness[0]
+
+
+def test_the_growth_of_gradients_in_theory(example):
+    """It is the limit at large batches; at 8 images, what Jacobians give."""
+    study = example("gradient_explosion")
+    assert study.growth_in_theory(2048, 1000) == pytest.approx(study.GROWTH, rel=5e-3)
+    batch, rng = 8, np.random.default_rng(1)
+
+    def normalized(h):
+        return (h - h.mean()) / h.std()
+
+    variance = np.mean(
+        [
+            np.var(np.maximum(normalized(h), 0)) * batch / (batch - 1)
+            for h in rng.normal(size=(4000, batch))
+        ]
+    )
+    factors = []
+    for h in rng.normal(size=(4000, batch)) * np.sqrt(variance):
+        steps = 1e-6 * np.eye(batch)
+        jacobian = [
+            (np.maximum(normalized(h + s), 0) - np.maximum(normalized(h - s), 0)) / 2e-6
+            for s in steps
+        ]
+        g = rng.normal(size=batch)
+        factors.append(np.sum((np.array(jacobian) @ (g - g.mean())) ** 2))
+    simulated = np.mean(factors) / (batch - 1)
+    assert study.growth_in_theory(batch, 100_000) == pytest.approx(simulated, rel=0.06)
+
+
+def test_gradients_stored_by_the_optimizer(example):
+    """They are those of the loss, by differences."""
+    keras, study = example("keras"), example("gradient_explosion")
+    model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2, use_bias=False)])
+    model.compile(study.Gradients(learning_rate=1.0), "mse")
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(4, 3)), rng.normal(size=(4, 2))
+    kernel = np.array(model.get_weights()[0], "float64")
+    model.train_on_batch(x, y)
+    expected = 2 * x.T @ (x @ kernel - y) / y.size
+    np.testing.assert_allclose(model.get_weights()[0], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_steadiness(example):
+    """Two units: one rests; the median of the other moves and its spread grows."""
+    resting = [[-1, 0, 1], [-1, 0, 1]]
+    moving = [[-1, 0, 1], [2, 4, 8]]
+    percentiles = np.stack([resting, moving], axis=-1)
+    moves, spread_range = example("first_figure").steadiness(percentiles)
+    np.testing.assert_allclose(moves, [0, 2 / 4])
+    np.testing.assert_allclose(spread_range, [1, 3])
+
+
+def test_the_first_figure_takes_mnist_from_a_file(example, tmp_path):
+    rng = np.random.default_rng(0)
+
+    def images(count):
+        return rng.integers(0, 256, (count, 28, 28), "uint8"), np.arange(count) % 10
+
+    (x_train, y_train), (x_test, y_test) = images(120), images(20)
+    path = tmp_path / "mnist.npz"
+    np.savez(path, x_train=x_train, y_train=y_train, x_test=x_test, y_test=y_test)
+    study = example("first_figure")
+    given = ["--short", "--data", "mnist", "--mnist-file", str(path)]
+    assert study.main([*given, "--out", str(tmp_path)]) == 0
+    settings = json.loads((tmp_path / "first_figure.json").read_text())["settings"]
+    assert settings["data"] == "mnist"
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (["--mnist-file", "mnist.npz"], "--mnist-file goes with --data mnist"),
+        (["--data", "mnist", "--mnist-file", "none.npz"], "can't be read as MNIST"),
+    ],
+)
+def test_the_first_figure_without_its_data(example, tmp_path, capsys, given, says):
+    out = tmp_path / "out"
+    assert example("first_figure").main([*given, "--out", str(out)]) == 2
+    assert says in capsys.readouterr().err
+    assert not out.exists()
