@@ -137,6 +137,8 @@ def test_shared_layers_stay_shared_across_nested_models():
 
 @pytest.mark.parametrize("optimizer", ["adam", "scaled", "ema"])
 def test_training_goes_on_as_if_nothing_had_happened(optimizer):
+    if optimizer == "ema" and backend.NAME == "jax":
+        pytest.skip("on JAX, Keras fits no second time with averaged weights")
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(64, 8)), rng.normal(size=(64, 3))
     made = {
