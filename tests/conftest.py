@@ -29,7 +29,7 @@ if BACKEND == "tensorflow":
 elif BACKEND == "jax":
     import jax
 
-    # Without it JAX computes float64 in float32; tests/layer/test_backends.py does.
+    # Without it JAX computes float64 in float32.
     jax.config.update("jax_enable_x64", True)
 else:
 

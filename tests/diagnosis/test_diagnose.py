@@ -6,6 +6,7 @@ import keras
 import numpy as np
 import pytest
 from keras import layers
+from support.backend import array
 
 import keras_bn
 
@@ -121,7 +122,7 @@ def test_stale_statistics_and_the_remedy_mends_them(bn):
 def test_drift_is_that_of_the_arrays():
     model, x = made(), data() + 2
     record = keras_bn.diagnose(model, x).layer("bn")
-    inputs = model.layers[0](x).numpy().astype("float64")
+    inputs = array(model.layers[0](x))
     layer = model.get_layer("bn")
     expected = (layer.moving_mean.numpy() - inputs.mean(0)) / np.sqrt(
         inputs.var(0) + layer.epsilon
@@ -136,9 +137,9 @@ def test_the_gap_is_that_of_the_outputs():
     model, x = made(), data() + 2
     report = keras_bn.diagnose(model, x, batch_size=256)
     model.get_layer("bn").momentum = 1.0
-    inference = model(x, training=False).numpy().astype("float64")
+    inference = array(model(x, training=False))
     inputs = model.layers[0](x)
-    y = model.layers[-1](model.layers[1](inputs, training=True)).numpy()
+    y = array(model.layers[-1](model.layers[1](inputs, training=True)))
     expected = np.sqrt(np.square(y - inference).mean()) / y.std()
     assert report.record.gap == pytest.approx(expected, rel=1e-4)
 

@@ -6,7 +6,7 @@ import keras
 import numpy as np
 import oracle
 import pytest
-import tensorflow as tf
+from support import backend
 from support.errors import assert_not_worse
 from support.steps import array, in_mode, relative_error
 
@@ -14,6 +14,9 @@ import keras_bn
 from keras_bn import bench, kernels
 from keras_bn.kernels import modes
 from keras_bn.kernels.plan import Plan
+
+tf = backend.tensorflow("its kernels, one by one")
+
 
 EPSILON = 1e-3
 NAMES = ("y", "mean", "variance", "dx", "d_gamma", "d_beta")

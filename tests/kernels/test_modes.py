@@ -3,12 +3,15 @@
 import keras
 import numpy as np
 import pytest
-import tensorflow as tf
+from support import backend
 from support.steps import array
-from tensorflow.python.framework import op_callbacks
 
 import keras_bn
 from keras_bn import kernels, step
+
+tf = backend.tensorflow("its functions, sizes and traces")
+
+from tensorflow.python.framework import op_callbacks  # noqa: E402
 
 
 def small_model(cls, dtype="float64"):

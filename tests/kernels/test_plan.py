@@ -7,15 +7,19 @@ import weakref
 import keras
 import numpy as np
 import pytest
-import tensorflow as tf
+from support import backend
 from support.steps import MODES, Step, oracle_step, relative_error, set_parameters
-from tensorflow.python.framework.ops import gradient_registry
 
 import keras_bn
 from keras_bn import kernels, step
 from keras_bn.kernels import formulas, make_plan
 from keras_bn.kernels.plan import Plan, by_size, fused_fits
-from keras_bn.kernels.tensorflow import context, either, fused
+
+tf = backend.tensorflow("its plans depend on what is known while tracing")
+
+from tensorflow.python.framework.ops import gradient_registry  # noqa: E402
+
+from keras_bn.kernels.tensorflow import context, either, fused  # noqa: E402
 
 
 @pytest.mark.parametrize(

@@ -8,11 +8,13 @@ import keras
 import numpy as np
 import oracle
 import pytest
-import tensorflow as tf
+from support import backend
+from support.backend import tensor
 from support.steps import MODES, array, in_mode, relative_error, set_parameters
 
 import keras_bn
 
+EXTRA = ["functions run eagerly"] if backend.NAME == "tensorflow" else []
 CASES = [((5, 3), -1, False), ((2, 3, 2, 2), 1, False), ((4, 2, 3), -1, True)]
 
 
@@ -36,22 +38,23 @@ def draw(shape, axis, masked, seed=0):
 def penalty_gradients(layer, d, mode):
     """d/d(x, gamma, upstream) of <v, dx> + <v_gamma, d_gamma> + <v_beta, d_beta>."""
     gamma, beta = layer.gamma.value, layer.beta.value
+    dtype = layer.compute_dtype
 
     def run(x, upstream):
-        with tf.GradientTape() as outer:
-            outer.watch([x, upstream])
-            with tf.GradientTape() as inner:
-                inner.watch(x)
-                y = layer(x, training=True, mask=d["mask"])
-            first = inner.gradient(y, [x, gamma, beta], output_gradients=upstream)
-            penalty = sum(
-                tf.reduce_sum(tf.cast(d[v], g.dtype) * g)
+        def penalty(x, gamma, upstream):
+            def forward(x, gamma, beta):
+                return backend.call(layer, [gamma, beta], x, mask=d["mask"])
+
+            _, first = backend.vjp(forward, [x, gamma, beta], upstream, again=True)
+            return sum(
+                keras.ops.sum(tensor(d[v], dtype) * g)
                 for v, g in zip(("v", "v_gamma", "v_beta"), first, strict=True)
             )
-        return outer.gradient(penalty, [x, gamma, upstream])
 
-    dtype = layer.compute_dtype
-    tensors = (tf.constant(d["x"], dtype), tf.constant(d["upstream"], dtype))
+        one = tensor(np.ones(()), dtype)
+        return backend.vjp(penalty, [x, gamma, upstream], one)[1]
+
+    tensors = (tensor(d["x"], dtype), tensor(d["upstream"], dtype))
     return [array(g) for g in in_mode(run, mode)(*tensors)]
 
 
@@ -69,23 +72,27 @@ def oracle_gradients(d, axes, epsilon):
     ]
 
 
-@pytest.mark.parametrize("mode", [*MODES, "functions run eagerly"])
+@pytest.mark.parametrize("mode", [*MODES, *EXTRA])
 @pytest.mark.parametrize(("shape", "axis", "masked"), CASES)
 def test_second_derivatives(shape, axis, masked, mode):
     d = draw(shape, axis, masked)
     layer = keras_bn.BatchNormalization(axis=axis, dtype="float64")
     layer.build(shape)
     set_parameters(layer, d["gamma"], d["beta"])
-    tf.config.run_functions_eagerly(mode == "functions run eagerly")
-    try:
-        got = penalty_gradients(layer, d, "eager" if "eager" in mode else mode)
-    finally:
-        tf.config.run_functions_eagerly(False)
+    if mode in EXTRA:
+        backend.tf.config.run_functions_eagerly(True)
+        try:
+            got = penalty_gradients(layer, d, "eager")
+        finally:
+            backend.tf.config.run_functions_eagerly(False)
+    else:
+        got = penalty_gradients(layer, d, mode)
     want = oracle_gradients(d, (axis % len(shape),), layer.epsilon)
     for g, w in zip(got, want, strict=True):
         assert relative_error(g, w) < 1e-11
 
 
+@backend.only("tensorflow", "it is its moments that stop a gradient")
 def test_keras_is_no_reference_for_them():
     """Should this fail one day, Keras has mended it and can be compared with."""
     d = draw((5, 3), -1, False)
@@ -97,6 +104,7 @@ def test_keras_is_no_reference_for_them():
 
 
 def test_third_derivatives():
+    tf = backend.tensorflow("two derivatives are held elsewhere")
     x = np.random.default_rng(0).normal(size=(5, 2))
     layer = keras_bn.BatchNormalization(dtype="float64")
     layer.build((5, 2))
@@ -126,6 +134,7 @@ def test_third_derivatives():
 
 def test_a_gradient_penalty_trains():
     """A critic with a penalty on its gradient: the penalty falls when trained."""
+    tf = backend.tensorflow("a training step of its own is written in its terms")
     rng = np.random.default_rng(1)
     keras.utils.set_random_seed(1)
     x = tf.constant(rng.normal(size=(64, 4)), tf.float32)

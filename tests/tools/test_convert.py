@@ -6,6 +6,8 @@ import keras
 import numpy as np
 import pytest
 from keras import layers
+from support import backend
+from support.backend import array
 from support.zoo import (
     GRAPHS,
     Residual,
@@ -33,7 +35,7 @@ def assert_same_outputs(a, b, x, rtol=1e-5, atol=1e-5):
     a, b = a(x, training=False), b(x, training=False)
     a, b = keras.tree.flatten(a), keras.tree.flatten(b)
     assert len(a) == len(b) > 0
-    for mine, theirs in zip(a, b, strict=True):
+    for mine, theirs in zip(map(array, a), map(array, b), strict=True):
         np.testing.assert_allclose(mine, theirs, rtol=rtol, atol=atol)
         assert np.std(mine) > 1e-3
 
@@ -86,7 +88,7 @@ def test_config_is_carried():
         gamma_initializer=keras.initializers.Constant(0.5),
         gamma_regularizer=keras.regularizers.L2(0.1),
         gamma_constraint="non_neg",
-        synchronized=True,
+        synchronized=backend.KERAS_IS_A_JUDGE,  # elsewhere it refuses it
         trainable=False,
         dtype="mixed_float16",
         name="norm",
@@ -135,6 +137,8 @@ def test_shared_layers_stay_shared_across_nested_models():
 
 @pytest.mark.parametrize("optimizer", ["adam", "scaled", "ema"])
 def test_training_goes_on_as_if_nothing_had_happened(optimizer):
+    if optimizer == "ema" and backend.NAME == "jax":
+        pytest.skip("on JAX, Keras fits no second time with averaged weights")
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(64, 8)), rng.normal(size=(64, 3))
     made = {
@@ -160,7 +164,10 @@ def test_training_goes_on_as_if_nothing_had_happened(optimizer):
     assert int(ours.optimizer.iterations.numpy()) == 8
     unseen = keras_bn.from_keras(model)
     unseen.optimizer.iterations.assign(0)  # what losing the state would look like
+    # On PyTorch, dropout draws from one generator for all layers.
+    keras.utils.set_random_seed(1)
     a = model.fit(x, y, epochs=3, **options).history
+    keras.utils.set_random_seed(1)
     b = ours.fit(x, y, epochs=3, **options).history
     assert a.keys() == b.keys()
     np.testing.assert_allclose(a["loss"], b["loss"], rtol=1e-4)
@@ -179,6 +186,7 @@ def test_training_goes_on_as_if_nothing_had_happened(optimizer):
 def test_lambdas_and_adapted_layers_are_carried():
     scale = 3.0
     text = keras.Input((1,), dtype="string")
+    backend.tensorflow("TextVectorization needs it")
     vectorized = layers.TextVectorization(output_sequence_length=4)
     vectorized.adapt(["red green blue"])
     x = layers.Embedding(10, 4)(vectorized(text))
