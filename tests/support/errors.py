@@ -2,6 +2,7 @@
 
 import math
 
+import keras
 import numpy as np
 
 
@@ -23,3 +24,14 @@ def assert_not_worse(errors, *, times=3, least=0.0, most=math.inf):
         theirs = theirs if np.isfinite(theirs) else 0.0
         allowed = min(times * max(theirs, least), most)
         assert ours <= allowed, f"{quantity}: {ours:.2g}, allowed {allowed:.2g}"
+
+
+def summed(unit, rows):
+    """What to count as the least error where sums over `rows` rows are in the result.
+
+    It is one rounding, `unit`; on PyTorch, whose op adds up one row after another as
+    `torch.nn.BatchNorm2d` does, the expected error of such a sum in float32.
+    """
+    if keras.backend.backend() != "torch":
+        return unit
+    return max(unit, math.sqrt(rows) * 2**-24)
