@@ -1,5 +1,7 @@
 """A model for training in which all is rounded as in int8."""
 
+from typing import Any
+
 import keras
 import numpy as np
 from keras import layers
@@ -43,15 +45,15 @@ _SAME_RANGE = frozenset(
 
 
 def quantize_aware(
-    model,
-    data,
+    model: keras.Model,
+    data: Any,
     *,
-    weight_bits=8,
-    activation_bits=8,
-    steps=None,
-    batch_size=None,
-    compiled=True,
-):
+    weight_bits: int = 8,
+    activation_bits: int = 8,
+    steps: int | None = None,
+    batch_size: int | None = None,
+    compiled: bool = True,
+) -> Any:
     """A copy of a model that computes as int8 does, for fine-tuning.
 
     The weights of every linear layer pass a fake quantization: they are rounded to the

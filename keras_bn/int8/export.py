@@ -1,7 +1,8 @@
 """Writing a model as a fully integer `.tflite` file."""
 
 import contextlib
-from typing import NamedTuple
+import os
+from typing import Any, NamedTuple
 
 import keras
 import numpy as np
@@ -24,15 +25,15 @@ _COMPARED = 64
 
 
 def export_int8(
-    model,
-    path,
-    data=None,
+    model: keras.Model,
+    path: str | os.PathLike[str],
+    data: Any = None,
     *,
-    steps=None,
-    batch_size=None,
-    equalize=False,
-    correct_bias=False,
-):
+    steps: int | None = None,
+    batch_size: int | None = None,
+    equalize: bool = False,
+    correct_bias: bool = False,
+) -> Int8Report:
     """Write a model as a `.tflite` file that computes with integers alone.
 
     Inputs and outputs are int8, kernels int8 with a scale for each output channel,

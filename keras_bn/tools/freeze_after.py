@@ -1,5 +1,7 @@
 """Freezing the statistics of a model at a step of its training."""
 
+from typing import Any
+
 import keras
 
 from keras_bn.tools.freeze import freeze
@@ -29,23 +31,25 @@ class FreezeAfter(keras.callbacks.Callback):
     True
     """
 
-    def __init__(self, steps):
+    def __init__(self, steps: int) -> None:
         super().__init__()
         if not isinstance(steps, int) or isinstance(steps, bool) or steps < 0:
             raise ValueError(
                 f"`steps` must be a whole number, 0 or greater. Received: {steps!r}"
             )
         self.steps = steps
-        self._done, self._before, self._frozen = 0, None, False
+        self._done, self._before, self._frozen = 0, -1, False
 
-    def on_train_begin(self, logs=None):
+    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         self._before = -1
         self._freeze_if_due()
 
-    def on_epoch_begin(self, epoch, logs=None):
+    def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         self._before = -1
 
-    def on_train_batch_end(self, batch, logs=None):
+    def on_train_batch_end(
+        self, batch: int, logs: dict[str, Any] | None = None
+    ) -> None:
         # With `steps_per_execution`, the batches of one execution end together.
         self._done += batch - self._before
         self._before = batch
