@@ -22,7 +22,7 @@ import sys
 
 import keras
 import numpy as np
-from equivalence import DataError, mnist, small_digits
+from digits import DataError, enlarged_digits, mnist
 
 import keras_bn
 
@@ -104,12 +104,12 @@ def options(parser):
 
 
 def load(name, path):
-    """The images and classes, as `equivalence.Data`."""
+    """The images and classes, as `studies.common.data.Data`."""
     if name == "mnist":
         return mnist(path)
     if path:
         raise DataError(f"--mnist-file goes with --data mnist, not --data {name}")
-    return small_digits()
+    return enlarged_digits()
 
 
 class Network:
@@ -120,7 +120,7 @@ class Network:
 
         Args:
             kind: one of KINDS.
-            digits: `equivalence.Data`.
+            digits: `studies.common.data.Data`.
         """
         self._digits = digits
         training = len(digits.x_train)

@@ -46,8 +46,8 @@ def collect(model, data, *, steps=None, batch_size=None, verbose="auto"):
     Returns:
         A `ModelRecord`.
     """
-    layers = check_any(model)
     check_call(model)
+    layers = check_any(model)
     with _Run(model, layers) as run:
         run.over(data, steps=steps, batch_size=batch_size, verbose=verbose)
     held = {each.layer: each for each in _held(model, layers)}
