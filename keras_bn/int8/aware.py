@@ -118,6 +118,7 @@ def quantize_aware(
     True
     """
     tflite.check_backend("keras_bn.quantize_aware")
+    tflite.check_aware("keras_bn.quantize_aware")
     _check_bits("weight_bits", weight_bits, 8)
     _check_bits("activation_bits", activation_bits, 16)
     check_graph(model)

@@ -53,6 +53,26 @@ def check_backend(what):
         )
 
 
+# The converters before lose what follows a fake quantization.
+OLDEST_AWARE = (2, 17)
+
+
+def check_aware(what):
+    """Refuse a TensorFlow whose converter can't take fake quantization.
+
+    Raises:
+        RuntimeError: if it is too old.
+    """
+    import tensorflow as tf
+
+    version = tuple(int(part) for part in tf.__version__.split(".")[:2])
+    if version < OLDEST_AWARE:
+        raise RuntimeError(
+            f"`{what}` needs TensorFlow {'.'.join(map(str, OLDEST_AWARE))} or newer, "
+            f"for its converter. Received: TensorFlow {tf.__version__}"
+        )
+
+
 def scope(name):
     """A name scope, which the names of tensors in the file will contain."""
     import tensorflow as tf

@@ -13,7 +13,19 @@ from keras_bn.int8 import kernels, tflite
 from keras_bn.int8.export import integer_file
 from keras_bn.int8.layers import FakeQuantizedLinear, FakeQuantizer, quantizers
 
-pytestmark = pytest.mark.usefixtures("seeded")
+OLD = tuple(map(int, tf.__version__.split(".")[:2])) < tflite.OLDEST_AWARE
+pytestmark = [
+    pytest.mark.usefixtures("seeded"),
+    pytest.mark.skipif(OLD, reason="the converter can't take fake quantization yet"),
+]
+
+
+def test_an_old_tensorflow_is_refused(monkeypatch):
+    monkeypatch.setattr(tf, "__version__", "2.16.2")
+    with pytest.raises(
+        RuntimeError, match=r"needs TensorFlow 2\.17 .*Received: .*2\.16"
+    ):
+        keras_bn.quantize_aware(small(), images())
 
 
 def outputs(content, x):
