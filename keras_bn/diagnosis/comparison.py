@@ -1,12 +1,14 @@
 """Two reports side by side: before and after."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from keras_bn.diagnosis import text
 from keras_bn.diagnosis.findings import Finding
 from keras_bn.diagnosis.records import LayerRecord
 from keras_bn.moments import Moments
+from keras_bn.tools.plain import table
 
 
 def compare(before: Any, after: Any) -> "Comparison":
@@ -99,7 +101,7 @@ class Comparison:
                 )
         if before.has_data or after.has_data:
             rows = [[path, *_cells(*pair)] for path, *pair in self.layers]
-            lines += ["", *text.table(_HEADER, rows)]
+            lines += ["", *table(_HEADER, rows)]
         for title, found in (
             ("Gone", self.gone),
             ("New", self.new),
@@ -132,7 +134,7 @@ class Comparison:
 
         return fragment(self)
 
-    def open(self) -> str:
+    def open(self) -> Path:
         """Show the page in the browser, as `Report.open` does."""
         from keras_bn.tools.display import opened
 

@@ -2,8 +2,7 @@
 
 from typing import NamedTuple
 
-import keras
-
+from keras_bn.tools.arrays import rolled_back
 from keras_bn.tools.freeze import unfreeze
 from keras_bn.tools.norms import normalizations
 from keras_bn.tools.recalibrate import recalibrate, replace_statistics
@@ -81,11 +80,6 @@ def recalibrated(model, paths, data, options, diagnosed):
         for layer in layers.values()
         for variable in layer.non_trainable_variables
     ]
-    before = [keras.ops.convert_to_numpy(variable) for variable in variables]
     x = data[0] if isinstance(data, tuple) else data
-    try:
+    with rolled_back(variables):
         return replace_statistics(model, layers, x, **options), diagnosed()
-    except BaseException:
-        for variable, value in zip(variables, before, strict=True):
-            variable.assign(value)
-        raise

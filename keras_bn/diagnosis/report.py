@@ -4,6 +4,7 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import keras
@@ -17,6 +18,7 @@ from keras_bn.diagnosis.records import LayerRecord, ModelRecord
 from keras_bn.diagnosis.rules import ERROR, RULES, SEVERITIES, WARNING, ignored_kinds
 from keras_bn.tools.norms import warn_of_others
 from keras_bn.tools.observe import Verbose, check_end
+from keras_bn.tools.plain import number
 
 # Of the dict; it grows when a key goes away or changes its meaning.
 SCHEMA_VERSION = 1
@@ -171,7 +173,7 @@ class Report:
             "batches": record.batches,
             "steps": record.steps,
             "healthy": self.healthy,
-            "output_gap": _plain(record.gap),
+            "output_gap": number(record.gap),
             "loss": _both_ways(record.loss),
             "accuracy": _both_ways(record.accuracy),
             "layers": [_layer_dict(each) for each in record.layers],
@@ -192,7 +194,7 @@ class Report:
 
         return fragment(self)
 
-    def open(self) -> str:
+    def open(self) -> Path:
         """Show the page in the browser.
 
         Returns:
@@ -330,12 +332,12 @@ def _layer_dict(layer):
         )
         if known
         else None,
-        "output_gap": _plain(layer.gap),
+        "output_gap": number(layer.gap),
     }
 
 
 def _extremes(median, worst):
-    return {"median": _plain(median), "worst": _plain(worst)}
+    return {"median": number(median), "worst": number(worst)}
 
 
 def _log(value):
@@ -343,10 +345,4 @@ def _log(value):
 
 
 def _both_ways(pair):
-    return pair and dict(zip(("inference", "training"), map(_plain, pair), strict=True))
-
-
-def _plain(value):
-    if value is None or not math.isfinite(value):
-        return None
-    return float(value)
+    return pair and dict(zip(("inference", "training"), map(number, pair), strict=True))

@@ -2,6 +2,8 @@
 
 import textwrap
 
+from keras_bn.tools.plain import table
+
 
 def lines_of(report):
     """The lines of a report.
@@ -70,21 +72,6 @@ def kinds(found):
         named = f"{finding.kind} ({finding.rule})"
         counts[named] = counts.get(named, 0) + 1
     return ", ".join(f"{count} {named}" for named, count in counts.items())
-
-
-def table(header, rows):
-    """The lines of a table: the first column to the left, numbers to the right."""
-    every = [*header, *rows]
-    widths = [max(len(row[i]) for row in every) for i in range(len(header[0]))]
-    lines = [
-        "  ".join(
-            cell.rjust(width) if i else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in every
-    ]
-    lines.insert(len(header), "  ".join("-" * width for width in widths))
-    return lines
 
 
 _HEADER = (

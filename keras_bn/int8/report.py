@@ -4,6 +4,8 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from keras_bn.tools.plain import number, table
+
 
 class Int8Layer(NamedTuple):
     """The error of one layer.
@@ -69,7 +71,7 @@ class Int8Report:
             lines.append(f"{len(self.corrected)} biases corrected")
         if self.kept:
             lines.append(f"{len(self.kept)} batch normalizations not folded: plan_fold")
-        return "\n".join([*lines, "", *_table(HEADER, self.rows())])
+        return "\n".join([*lines, "", *table([HEADER], self.rows(), left=3)])
 
     def rows(self):
         """The layers as rows of strings, under `HEADER`."""
@@ -90,10 +92,10 @@ class Int8Report:
             "bytes": self.size,
             "samples": self.samples,
             "drawn": self.drawn,
-            "error": _plain(self.error),
-            "outputs": {name: _plain(error) for name, error in self.outputs.items()},
+            "error": number(self.error),
+            "outputs": {name: number(error) for name, error in self.outputs.items()},
             "layers": [
-                {**each._asdict(), "error": _plain(each.error)} for each in self.layers
+                {**each._asdict(), "error": number(each.error)} for each in self.layers
             ],
             "equalized": [list(pair) for pair in self.equalized],
             "corrected": list(self.corrected),
@@ -102,22 +104,3 @@ class Int8Report:
 
 
 HEADER = ["layer", "with", "operation", "error"]
-
-
-def _table(header, rows):
-    table = [header, *rows]
-    widths = [max(len(row[i]) for row in table) for i in range(len(header))]
-    lines = [
-        "  ".join(
-            cell.rjust(width) if i == len(row) - 1 else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in table
-    ]
-    lines.insert(1, "  ".join("-" * width for width in widths))
-    return lines
-
-
-def _plain(value):
-    value = float(value)
-    return value if math.isfinite(value) else None

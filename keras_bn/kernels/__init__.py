@@ -72,15 +72,14 @@ from typing import Any
 
 import keras
 
+from keras_bn.backend import BACKENDS
 from keras_bn.kernels.layout import broadcast
 from keras_bn.kernels.plan import Plan
 from keras_bn.moments import Moments, Tensor
 
-_BACKENDS = ("tensorflow", "torch", "jax")
-
-if keras.backend.backend() not in _BACKENDS:
+if keras.backend.backend() not in BACKENDS:
     raise ImportError(
-        f"keras_bn runs on Keras's backends {', '.join(_BACKENDS)}. Received: "
+        f"keras_bn runs on Keras's backends {', '.join(BACKENDS)}. Received: "
         f"KERAS_BACKEND={keras.backend.backend()!r}; set it to one of these before "
         "importing keras."
     )

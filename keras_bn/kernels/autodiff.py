@@ -15,24 +15,25 @@ $$\rho = \tfrac1n\sum d, \quad \sigma^2 = \tfrac1n\sum d^2 - \rho^2, \quad
 from keras import ops
 
 from keras_bn.kernels.formulas import where
+from keras_bn.kernels.layout import layout_of
 from keras_bn.moments import Moments
 
 
-def forward(x, mask, gamma, beta, *, epsilon, layout, total=None):
+def forward(x, mask, gamma, beta, *, epsilon, plan, total=None):
     """Normalize a batch with its own statistics.
 
     Args:
         x: input, float32 or float64.
-        mask: bools with the sizes of the input along all axes but the channels', true
-            where an element counts; or None.
-        gamma, beta: scale and offset, in the inner shape of the layout.
-        epsilon: added to the variance, non-negative.
-        layout: the `Layout` of the input.
+        mask, gamma, beta, epsilon, plan: see the contract of the kernels.
         total: None; or a function that sums each of several tensors over all replicas.
 
     Returns:
         `(y, moments)`: the output, and the `Moments` of the batch.
     """
+    layout = layout_of(x, plan)
+    mask = layout.mask(mask, x)
+    gamma = layout.parameter(gamma, 1.0, x.dtype)
+    beta = layout.parameter(beta, 0.0, x.dtype)
     count = layout.count(x, mask)
     shift = layout.sum(where(mask, ops.stop_gradient(x)))
     if total is not None:
@@ -48,7 +49,8 @@ def forward(x, mask, gamma, beta, *, epsilon, layout, total=None):
     variance = ops.relu(square / n - ops.square(rest))
     scale = gamma * ops.rsqrt(variance + epsilon)
     y = _scaled(d, scale, mask, layout) + layout.spread(beta - rest * scale)
-    return y, Moments(count, shift + rest, variance)
+    moments = count, shift + rest, variance
+    return y, Moments(*(ops.stop_gradient(layout.statistic(m)) for m in moments))
 
 
 def _scaled(d, scale, mask, layout):

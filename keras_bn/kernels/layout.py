@@ -207,5 +207,12 @@ class Grouped(Layout):
         return ops.sum(value, 0, keepdims=True)
 
 
+def layout_of(x, plan) -> Layout:
+    """The layout of the formulas for an input, by its `Plan`."""
+    if plan.group_size is None:
+        return Layout(x, plan.axes)
+    return Grouped(x, plan.axes, plan.group_size)
+
+
 def _reshaped(value, shape):
     return value if list(value.shape) == list(shape) else ops.reshape(value, shape)

@@ -1,5 +1,7 @@
 """NumPy arrays from what Keras holds, and the axes and statistics of a layer."""
 
+import contextlib
+
 import keras
 import numpy as np
 
@@ -26,3 +28,16 @@ def is_initial(layer) -> bool:
     first_variance = float64(layer.moving_variance_initializer(variance.shape))
     same = np.array_equal(mean, first_mean)
     return same and np.array_equal(variance, first_variance)
+
+
+@contextlib.contextmanager
+def rolled_back(variables):
+    """Give variables their values back if the block fails or is interrupted."""
+    variables = list(variables)
+    before = [keras.ops.convert_to_numpy(variable) for variable in variables]
+    try:
+        yield
+    except BaseException:
+        for variable, value in zip(variables, before, strict=True):
+            variable.assign(value)
+        raise

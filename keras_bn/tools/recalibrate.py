@@ -7,7 +7,7 @@ import keras
 import numpy as np
 
 from keras_bn.moments import Moments, corrected, merged
-from keras_bn.tools.arrays import float64, moving
+from keras_bn.tools.arrays import float64, moving, rolled_back
 from keras_bn.tools.norms import is_frozen, normalizations, warn_of_others
 from keras_bn.tools.observe import (
     DataCallback,
@@ -255,14 +255,9 @@ def _assignments(layer, moments):
 def _assign(assignments):
     """Assign all, or nothing if that is interrupted."""
     assignments = list(assignments)
-    before = [keras.ops.convert_to_numpy(variable) for variable, _ in assignments]
-    try:
+    with rolled_back(variable for variable, _ in assignments):
         for variable, value in assignments:
             variable.assign(value)
-    except BaseException:
-        for (variable, _), value in zip(assignments, before, strict=True):
-            variable.assign(value)
-        raise
 
 
 def _warn_of_few(found, prior):

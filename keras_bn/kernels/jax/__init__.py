@@ -4,9 +4,7 @@ from keras_bn.kernels.events import Events
 from keras_bn.kernels.jax import modes
 from keras_bn.kernels.jax.batch import forward, standardize
 from keras_bn.kernels.jax.context import (
-    add_offset,
     agree,
-    checked,
     compiled,
     cond,
     make_plan,
@@ -14,19 +12,4 @@ from keras_bn.kernels.jax.context import (
     replicated,
     retrack,
 )
-
-__all__ = [
-    "Events",
-    "add_offset",
-    "agree",
-    "checked",
-    "compiled",
-    "cond",
-    "forward",
-    "make_plan",
-    "modes",
-    "pruned",
-    "replicated",
-    "retrack",
-    "standardize",
-]
+from keras_bn.kernels.known import add_offset, checked

@@ -12,6 +12,19 @@ import math
 import jax
 import jax.numpy as jnp
 
+from keras_bn.kernels.layout import Layout
+from keras_bn.moments import Moments
+
+
+def forward(x, gamma, beta, epsilon, axes):
+    """Normalize a batch with its own statistics; see the contract of the kernels."""
+    lay = Layout(x, axes)
+    gamma, beta = lay.parameter(gamma, 1.0, x.dtype), lay.parameter(beta, 0.0, x.dtype)
+    rows = tuple(i for i in range(x.ndim) if i not in axes)
+    y, *statistics = normalize(x, gamma, beta, epsilon, rows)
+    moments = lay.count(x, None), *statistics
+    return y, Moments(*(jax.lax.stop_gradient(lay.statistic(m)) for m in moments))
+
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def normalize(x, gamma, beta, epsilon, rows):

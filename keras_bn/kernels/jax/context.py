@@ -5,13 +5,12 @@ are those of the whole batch, and replicas have nothing to agree on.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
 from keras import ops
 
-from keras_bn.kernels import layout
 from keras_bn.kernels.plan import Plan
 from keras_bn.moments import Tensor
 
@@ -39,11 +38,6 @@ def cond(condition: Tensor, first: Callable[[], Any], second: Callable[[], Any])
     return jax.lax.cond(ops.reshape(condition, ()), first, second)
 
 
-def checked(mask: Tensor, x: Tensor, along: Sequence[int]) -> Tensor:
-    """The mask: sizes are always known here, and have been compared."""
-    return mask
-
-
 def replicated() -> bool:
     """Whether this code runs as one of several replicas: never."""
     return False
@@ -57,11 +51,6 @@ def agree(old, new, taken):
 def pruned(x) -> bool:
     """Whether what nothing uses is left out: of what is traced, it is."""
     return isinstance(x, jax.core.Tracer)
-
-
-def add_offset(x: Tensor, offset: Tensor, axis: int) -> Tensor:
-    """`x + offset`, with one value per channel."""
-    return x + layout.broadcast(offset, x.shape, (axis,))
 
 
 def retrack(layer):

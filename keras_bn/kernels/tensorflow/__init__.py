@@ -8,19 +8,3 @@ from keras_bn.kernels.tensorflow.events import Events
 from keras_bn.kernels.tensorflow.offset import add_offset
 from keras_bn.kernels.tensorflow.synced import active as replicated
 from keras_bn.kernels.tensorflow.synced import agree, cond
-
-__all__ = [
-    "Events",
-    "add_offset",
-    "agree",
-    "checked",
-    "compiled",
-    "cond",
-    "forward",
-    "make_plan",
-    "modes",
-    "pruned",
-    "replicated",
-    "retrack",
-    "standardize",
-]

@@ -52,12 +52,10 @@ def forward(
 
 
 def _layout(x, plan):
-    if plan.group_size is not None:
-        return layout.Grouped(x, plan.axes, plan.group_size)
     last = plan.axes == (len(x.shape) - 1,)
     if plan.kernel == "fused" or (plan.kernel == "either" and not last):
         return layout.Images(x, plan.axes)
-    return layout.Layout(x, plan.axes)
+    return layout.layout_of(x, plan)
 
 
 def once(value, operand):

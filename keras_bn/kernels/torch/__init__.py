@@ -1,11 +1,10 @@
 """PyTorch: its own op, differentiated by itself."""
 
 from keras_bn.kernels.events import Events
+from keras_bn.kernels.known import add_offset, checked
 from keras_bn.kernels.torch import modes
 from keras_bn.kernels.torch.batch import forward, standardize
 from keras_bn.kernels.torch.context import (
-    add_offset,
-    checked,
     compiled,
     cond,
     make_plan,
@@ -14,19 +13,3 @@ from keras_bn.kernels.torch.context import (
 )
 from keras_bn.kernels.torch.replicas import agree
 from keras_bn.kernels.torch.replicas import in_step as replicated
-
-__all__ = [
-    "Events",
-    "add_offset",
-    "agree",
-    "checked",
-    "compiled",
-    "cond",
-    "forward",
-    "make_plan",
-    "modes",
-    "pruned",
-    "replicated",
-    "retrack",
-    "standardize",
-]

@@ -19,7 +19,9 @@ def forward(
     if plan.kernel == "fused":
         y, moments = _fused(wide, gamma, beta, epsilon, plan.axes[0])
     else:
-        y, moments = _formulas(wide, mask, gamma, beta, epsilon, plan)
+        total = replicas.total if plan.synchronized else None
+        how = {"epsilon": epsilon, "plan": plan, "total": total}
+        y, moments = autodiff.forward(wide, mask, gamma, beta, **how)
     return y.to(x.dtype), moments
 
 
@@ -53,23 +55,6 @@ def _fused(x, gamma, beta, epsilon, axis):
     # The op gives the unbiased variance, and keeps what it gave.
     moments = Moments(n, mean + shift.reshape(-1), variance * ((n - 1) / n))
     return y.reshape(x.shape) if sequence else y.movedim(1, axis), moments
-
-
-def _formulas(x, mask, gamma, beta, epsilon, plan):
-    if plan.group_size is None:
-        lay = layout.Layout(x, plan.axes)
-    else:
-        lay = layout.Grouped(x, plan.axes, plan.group_size)
-    y, moments = autodiff.forward(
-        x,
-        lay.mask(mask, x),
-        lay.parameter(gamma, 1.0, x.dtype),
-        lay.parameter(beta, 0.0, x.dtype),
-        epsilon=epsilon,
-        layout=lay,
-        total=replicas.total if plan.synchronized else None,
-    )
-    return y, Moments(*(lay.statistic(value).detach() for value in moments))
 
 
 def standardize(x, mean, scale, beta):

@@ -2,12 +2,11 @@
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from keras import ops
 
-from keras_bn.kernels import layout
 from keras_bn.kernels.plan import Plan
 from keras_bn.kernels.torch import replicas
 from keras_bn.moments import Tensor
@@ -41,19 +40,9 @@ def cond(condition: Tensor, first: Callable[[], Any], second: Callable[[], Any])
     return ops.cond(condition, first, second)
 
 
-def checked(mask: Tensor, x: Tensor, along: Sequence[int]) -> Tensor:
-    """The mask: sizes are always known here, and have been compared."""
-    return mask
-
-
 def pruned(x) -> bool:
     """Whether what nothing uses is left out: no, each op runs as it comes."""
     return False
-
-
-def add_offset(x: Tensor, offset: Tensor, axis: int) -> Tensor:
-    """`x + offset`, with one value per channel."""
-    return x + layout.broadcast(offset, x.shape, (axis,))
 
 
 def retrack(layer):
