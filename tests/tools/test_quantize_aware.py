@@ -28,6 +28,16 @@ def test_an_old_tensorflow_is_refused(monkeypatch):
         keras_bn.quantize_aware(small(), images())
 
 
+@pytest.mark.filterwarnings("ignore:Layer .* does not have a `quantize` method")
+def test_a_model_that_keras_quantized_is_refused():
+    model = keras.Sequential(
+        [keras.Input((8, 8, 3)), layers.Flatten(), layers.Dense(5, name="dense")]
+    )
+    model.quantize("int8")
+    with pytest.raises(ValueError, match="'dense' is quantized by Keras's"):
+        keras_bn.quantize_aware(model, images())
+
+
 def outputs(content, x):
     """The outputs of a file, and the step between two of its values."""
     interpreter = tflite.Interpreter(content)
