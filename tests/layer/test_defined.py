@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from support import backend
 from support.backend import tensor
-from support.steps import MODES, Step, array, in_mode
+from support.steps import MODES, Step, array, in_mode, oracle_step
 
 import keras_bn
 
@@ -265,6 +265,24 @@ def test_constant_columns_give_zero(rows, mode):
     assert np.abs(got["y"]).max() < 1e-5
     np.testing.assert_allclose(got["moving_variance"], 0.99, rtol=1e-6)
     np.testing.assert_allclose(got["moving_mean"], 0.01 * values, rtol=1e-5)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mean", [7.0, 9.0, 300.0])
+@pytest.mark.parametrize("channel", [0, 3])
+def test_means_of_some_deviations_in_one_channel(channel, mean, mode):
+    """A backend may treat large means in another way: on both sides it is right."""
+    rng = np.random.default_rng(0)
+    x, upstream = rng.normal(size=(2, 64, 4))
+    x[:, channel] += mean
+    x = x.astype("float32")
+    layer = built(x.shape)
+    got, want = (
+        Step(layer, mode)(x, upstream),
+        oracle_step(layer, x, upstream, (1,), np.ones(4), np.zeros(4)),
+    )
+    for name in "y", "dx":
+        np.testing.assert_allclose(got[name], want[name], rtol=0, atol=3e-6)
 
 
 @pytest.mark.parametrize("dtype", ["int8", "int32", "int64", "uint8", "bool"])

@@ -9,6 +9,10 @@ from keras_bn.kernels.plan import Plan
 from keras_bn.kernels.torch import replicas
 from keras_bn.moments import Moments, Tensor
 
+# The op multiplies the input before it subtracts the mean, and so loses the digits that
+# a large mean takes. Up to so many deviations that is a rounding error.
+LARGE = 8
+
 
 def forward(
     x, mask, gamma, beta, *, epsilon: float, plan: Plan
@@ -26,22 +30,29 @@ def forward(
 
 
 def _fused(x, gamma, beta, epsilon, axis):
-    """PyTorch's op on the input less a shift near its mean, which is added back.
-
-    The op multiplies the input before it subtracts the mean, and so would lose digits
-    where means are large. It takes memory in any order, so `movedim` copies nothing.
-    """
+    """PyTorch's op; where means are large, on the input less a shift."""
     channels = x.shape[axis]
+    # The op takes memory in any order, so that nothing is copied.
     sequence = x.ndim == 3 and axis == 2
     image = x.reshape(-1, channels) if sequence else x.movedim(axis, 1)
-    rows = [i for i in range(image.ndim) if i != 1]
-    each = math.prod(image.shape[2:])
-    few = image.detach()[: -(-layout.SHIFT_ROWS // each)]
-    shift = few.mean(rows, keepdim=True)
     gamma, beta = (v if v is None else v.to(x.dtype) for v in (gamma, beta))
-    mean, variance = x.new_zeros(2, channels)
+    # A look at the means would make another device wait, and break a graph.
+    look = x.device.type == "cpu" and not torch.compiler.is_compiling()
+    if look:
+        y, mean, variance = _op(image, gamma, beta, epsilon)
+    if not look or (mean * mean > LARGE**2 * variance).any():
+        y, mean, variance = _shifted(image, gamma, beta, epsilon)
+    n = image.numel() // channels
+    # The op gives the unbiased variance.
+    moments = Moments(n, mean, variance * ((n - 1) / n))
+    return y.reshape(x.shape) if sequence else y.movedim(1, axis), moments
+
+
+def _op(image, gamma, beta, epsilon):
+    """`(y, mean, variance)`: the output, and the unbiased statistics of the batch."""
+    mean, variance = image.new_zeros(2, image.shape[1])
     y = torch.batch_norm(
-        image - shift,
+        image,
         gamma,
         beta,
         mean,
@@ -51,10 +62,15 @@ def _fused(x, gamma, beta, epsilon, axis):
         eps=epsilon,
         cudnn_enabled=torch.backends.cudnn.enabled,
     )
-    n = image.shape[0] * each
-    # The op gives the unbiased variance, and keeps what it gave.
-    moments = Moments(n, mean + shift.reshape(-1), variance * ((n - 1) / n))
-    return y.reshape(x.shape) if sequence else y.movedim(1, axis), moments
+    return y, mean, variance
+
+
+def _shifted(image, gamma, beta, epsilon):
+    """The same, computed on the input less a shift: the mean of some first rows."""
+    few = image.detach()[: -(-layout.SHIFT_ROWS // math.prod(image.shape[2:]))]
+    shift = few.mean([i for i in range(image.ndim) if i != 1], keepdim=True)
+    y, mean, variance = _op(image - shift, gamma, beta, epsilon)
+    return y, mean + shift.reshape(-1), variance
 
 
 def standardize(x, mean, scale, beta):
