@@ -4,8 +4,8 @@
     KERAS_BACKEND=jax python -m benchmarks.gpu --out jax.json
     KERAS_BACKEND=torch python -m benchmarks.gpu --small               on a CPU
 
-Keras's layer and ours are timed in turn, on PyTorch beside `torch.nn.BatchNorm2d`. It
-needs no TensorFlow.
+Keras's layer, ours, and `torch.nn.BatchNorm2d` or `flax.nnx.BatchNorm` are timed in
+turn. It needs no TensorFlow.
 """
 
 import argparse
@@ -15,12 +15,10 @@ import subprocess
 from pathlib import Path
 
 import keras
-import numpy as np
-from keras import ops
 
 import keras_bn
+from benchmarks import backends
 from keras_bn.bench import chains
-from keras_bn.bench.timing import interleave
 from keras_bn.kernels import modes
 from keras_bn.proof import cases, judge
 
@@ -29,59 +27,6 @@ SHAPES = [(256, 1024), (64, 56, 56, 64), (64, 14, 14, 1024)]
 SMALL = [(32, 64), (4, 8, 8, 16)]
 DTYPES = ["float32", "bfloat16", "float16"]
 LAYERS = {"Keras": keras.layers.BatchNormalization, "ours": keras_bn.BatchNormalization}
-
-
-def layer(shape, dtype, seconds):
-    """Milliseconds of a training step of one layer, by name."""
-    policy = dtype if dtype == "float32" else f"mixed_{dtype}"
-    functions = {
-        name: chains.chain(
-            lambda cls=cls: cls(dtype=policy), shape, modes.USUAL, dtype=dtype
-        )
-        for name, cls in LAYERS.items()
-    }
-    if BACKEND == "torch":
-        functions["torch.nn"] = torch_chain(shape, dtype)
-    timings = chains.per_layer(interleave(functions, seconds), shape)
-    return {name: timing.median for name, timing in timings.items()}
-
-
-def torch_chain(shape, dtype):
-    """The same chain of PyTorch's own layers."""
-    import torch
-
-    kind = torch.nn.BatchNorm1d if len(shape) == 2 else torch.nn.BatchNorm2d
-    rng = np.random.default_rng(0)
-    draws = [rng.normal(size=shape).astype("float32") for _ in range(2)]
-    x, upstream = (ops.convert_to_tensor(each, dtype) for each in draws)
-    layers = [kind(shape[-1], device=x.device) for _ in range(chains.depth(shape))]
-    weights = [weight for each in layers for weight in each.parameters()]
-
-    def run():
-        y = start = x.detach().requires_grad_()
-        for each in layers:
-            y = each(y.movedim(-1, 1)).movedim(1, -1)
-        return modes.wait(torch.autograd.grad(y, [start, *weights], upstream))
-
-    return run
-
-
-def resnet(size, batch, seconds):
-    """Milliseconds of `train_on_batch` of ResNet50, by the layer in it."""
-    rng = np.random.default_rng(0)
-    x = rng.normal(size=(batch, size, size, 3)).astype("float32")
-    y = rng.integers(0, 10, batch)
-    functions = {}
-    for name in LAYERS:
-        keras.utils.set_random_seed(0)
-        model = keras.applications.ResNet50(
-            weights=None, input_shape=(size, size, 3), classes=10
-        )
-        if name == "ours":
-            model = keras_bn.from_keras(model)
-        model.compile(keras.optimizers.SGD(0.01), "sparse_categorical_crossentropy")
-        functions[name] = lambda model=model: model.train_on_batch(x, y)
-    return {name: t.median for name, t in interleave(functions, seconds).items()}
 
 
 def memory(shape):
@@ -128,6 +73,7 @@ def main(argv=None):
     arguments = parser.parse_args(argv)
     small = arguments.small
     seconds = min(arguments.seconds, 1.0) if small else arguments.seconds
+    image = (32, 2) if small else (224, 64)
     shapes, dtypes = (SMALL, DTYPES[:2]) if small else (SHAPES, DTYPES)
     results = {"backend": BACKEND, "version": modes.VERSION, "device": modes.device()}
     results["card"] = card()
@@ -135,12 +81,15 @@ def main(argv=None):
     for key, measure in (
         ("accuracy", lambda: accuracy(quick=True)),
         *(
-            (f"{'×'.join(map(str, s))} {d}, ms", lambda s=s, d=d: layer(s, d, seconds))
+            (
+                f"{'×'.join(map(str, s))} {d}, ms",
+                lambda s=s, d=d: backends.layer(s, -1, d, seconds),
+            )
             for s in shapes
             for d in dtypes
         ),
         ("peak memory, MB", lambda: memory(shapes[-1])),
-        ("ResNet50, ms", lambda: resnet(*((32, 2) if small else (224, 64)), seconds)),
+        ("ResNet50, ms", lambda: backends.model("ResNet50", *image, seconds)),
     ):
         results[key] = measure()
         print(f"{key}: {json.dumps(results[key])}", flush=True)

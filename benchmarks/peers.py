@@ -2,10 +2,11 @@
 
 import keras
 import numpy as np
-import tensorflow as tf
+from keras import ops
 
 import keras_bn
 from keras_bn import bench
+from keras_bn.kernels import modes
 
 MOMENTUM, EPSILON = 0.99, 1e-3
 
@@ -25,6 +26,8 @@ class FusedOp(keras.Layer):
         self.variance = self.add_weight(initializer="ones", **state)
 
     def call(self, x, training=None):
+        import tensorflow as tf
+
         c = x.shape[-1]
         inner = x if len(x.shape) == 4 else tf.reshape(x, [-1, 1, 1, c])
         y, mean, variance = tf.compat.v1.nn.fused_batch_norm(
@@ -61,6 +64,27 @@ def pytorch(shape, axis=-1, training=True):
         model.zero_grad()
         x.grad = None
         model(x).backward(upstream)
+
+    return step
+
+
+def torch_nn(shape, axis=-1, dtype="float32"):
+    """PyTorch's layers on the memory that Keras's PyTorch backend gives its own."""
+    import torch
+
+    rng = np.random.default_rng(0)
+    draws = [rng.normal(size=shape).astype("float32") for _ in range(2)]
+    x, upstream = (ops.convert_to_tensor(each, dtype) for each in draws)
+    make = torch.nn.BatchNorm1d if len(shape) == 2 else torch.nn.BatchNorm2d
+    how = {"eps": EPSILON, "momentum": 1 - MOMENTUM, "device": x.device}
+    layers = [make(shape[axis], **how) for _ in range(bench.depth(shape))]
+    weights = [weight for each in layers for weight in each.parameters()]
+
+    def step():
+        y = start = x.detach().requires_grad_()
+        for each in layers:
+            y = each(y.movedim(axis, 1)).movedim(1, axis)
+        return modes.wait(torch.autograd.grad(y, [start, *weights], upstream))
 
     return step
 

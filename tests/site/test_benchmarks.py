@@ -1,5 +1,6 @@
 """The benchmarks run, and measure what they say."""
 
+import json
 import os
 import subprocess
 import sys
@@ -18,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from benchmarks import __main__ as everything
 from benchmarks import (
     applications,
+    backends,
     first,
     frozen,
     layer,
@@ -366,6 +368,35 @@ def test_what_users_run_is_the_first_table_of_the_report(monkeypatch):
     assert first.table([whole["first"]]) in page
     assert layer.table([chain]) in page
     assert "- graph mode: 1 MiB, 0.50 of Keras's 2 MiB" in page
+
+
+@pytest.mark.parametrize(("shape", "axis"), [(SHAPE, -1), ((2, 4, 3, 3), 1)])
+def test_a_layer_beside_the_backends_own(shape, axis):
+    ms = backends.layer(shape, axis, seconds=0.01)
+    assert set(ms) == {bench.PEER, bench.OURS} | (
+        {backends.OWN} if axis == -1 else set()
+    )
+
+
+def test_each_backend_has_a_process(monkeypatch):
+    """Those that are not installed are left out; the ratios stand in one table."""
+    seen = []
+
+    def run(command, env, **_):
+        seen.append((command[0], env["KERAS_BACKEND"]))
+        ms = {bench.PEER: 6.0, bench.OURS: 2.0}
+        if env["KERAS_BACKEND"] == "jax":
+            ms[backends.OWN] = 1.0
+        row = {"backend": env["KERAS_BACKEND"], "rows": {"8×4": ms}}
+        return subprocess.CompletedProcess(command, 0, f"a notice\n{json.dumps(row)}\n")
+
+    monkeypatch.setattr(backends.subprocess, "run", run)
+    monkeypatch.setattr(
+        backends.importlib.util, "find_spec", lambda name: name == "tensorflow" or None
+    )
+    results = backends.measure({"jax": "there/python"})
+    assert seen == [(sys.executable, "tensorflow"), ("there/python", "jax")]
+    assert backends.table(results).splitlines()[-1] == "| 8×4 | 3.00 |  | 3.00 | 2.00 |"
 
 
 @pytest.mark.parametrize("jit", [False, True])
