@@ -24,6 +24,7 @@ from keras_bn import bench
 from keras_bn.bench import chains
 from keras_bn.bench.timing import interleave
 from keras_bn.kernels import modes
+from keras_bn.proof import cases, judge
 
 BACKEND = keras.backend.backend()
 NAMES = {"tensorflow": "TensorFlow", "torch": "PyTorch", "jax": "JAX"}
@@ -36,6 +37,8 @@ SHAPES = [
     ((16, 56, 56, 64), -1),
     ((32, 128, 28, 28), 1),
 ]
+# What `verify` compares for this input stands for the others.
+VERIFIED = (8, 14, 14, 32)
 MODELS = [("MobileNetV2", 96, 16), ("ResNet50", 96, 16)]
 OWN = "own layer"
 
@@ -77,8 +80,33 @@ def model(application, size, batch, seconds=20.0):
     return {name: t.median for name, t in interleave(functions, seconds).items()}
 
 
+def errors():
+    """What `keras-bn verify` finds for one input in the mode that `fit` uses.
+
+    Returns:
+        By case, `{"ours": error, "Keras": error}`: the largest of output, gradients and
+        moving statistics; empty for what the backend has not.
+    """
+    chosen = [
+        case
+        for case in cases.cases()
+        if case.shape == VERIFIED and case.mode == modes.USUAL
+    ]
+    found = {}
+    for record in judge.verify(chosen):
+        case = record.case
+        mean = "" if case.mean == cases.MEAN else f", mean {case.mean:.0e}"
+        # In inference a large moving mean is rounded, in any layer.
+        checks = [c for c in record.checks if c.quantity != "inference"]
+        found[case.dtype + mean] = checks and {
+            "ours": max(check.ours for check in checks),
+            "Keras": max(check.keras for check in checks),
+        }
+    return found
+
+
 def here(seconds=4.0):
-    """Rows of `layer` and `model` on the backend of this process, by their names."""
+    """`errors`, and `layer` and `model` by name, on the backend of this process."""
     rows = {}
     for shape, axis in SHAPES:
         name = "×".join(map(str, shape)) + ("" if axis == -1 else ", channels first")
@@ -86,7 +114,8 @@ def here(seconds=4.0):
     for application, size, batch in MODELS:
         name = f"{application}, {size}×{size}×{batch}, `train_on_batch`"
         rows[name] = model(application, size, batch, seconds=5 * seconds)
-    return {"backend": BACKEND, "version": modes.VERSION, "rows": rows}
+    about = {"backend": BACKEND, "version": modes.VERSION}
+    return {**about, "errors": errors(), "rows": rows}
 
 
 def measure(pythons=None, seconds=4.0):
@@ -114,6 +143,20 @@ def measure(pythons=None, seconds=4.0):
         )
         results.append(json.loads(done.stdout.splitlines()[-1]))
     return results
+
+
+def error_table(results):
+    """Our error and Keras's, against float64, case by case."""
+    head = ["`keras-bn verify`"]
+    for result in results:
+        head += [f"{NAMES[result['backend']]}: ours", "Keras's"]
+    lines = []
+    for case in results[0]["errors"]:
+        line = [case]
+        for found in (result["errors"].get(case) for result in results):
+            line += [f"{found[who]:.0e}" if found else "" for who in ("ours", "Keras")]
+        lines.append(line)
+    return markdown.table(head, lines)
 
 
 def table(results):
@@ -154,7 +197,8 @@ def main(argv=None):
         print(json.dumps(here(arguments.seconds)))
         return
     pythons = dict(each.split("=", 1) for each in arguments.python)
-    print(table(measure(pythons, arguments.seconds)))
+    results = measure(pythons, arguments.seconds)
+    print(error_table(results), "", table(results), sep="\n")
 
 
 if __name__ == "__main__":

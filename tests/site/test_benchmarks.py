@@ -388,6 +388,9 @@ def test_each_backend_has_a_process(monkeypatch):
         if env["KERAS_BACKEND"] == "jax":
             ms[backends.OWN] = 1.0
         row = {"backend": env["KERAS_BACKEND"], "rows": {"8×4": ms}}
+        held = {"ours": 1e-15, "Keras": 2e-7}
+        missing = env["KERAS_BACKEND"] == "jax"
+        row["errors"] = {"float64": None if missing else held}
         return subprocess.CompletedProcess(command, 0, f"a notice\n{json.dumps(row)}\n")
 
     monkeypatch.setattr(backends.subprocess, "run", run)
@@ -397,6 +400,8 @@ def test_each_backend_has_a_process(monkeypatch):
     results = backends.measure({"jax": "there/python"})
     assert seen == [(sys.executable, "tensorflow"), ("there/python", "jax")]
     assert backends.table(results).splitlines()[-1] == "| 8×4 | 3.00 |  | 3.00 | 2.00 |"
+    last = backends.error_table(results).splitlines()[-1]
+    assert last == "| float64 | 1e-15 | 2e-07 |  |  |"
 
 
 @pytest.mark.parametrize("jit", [False, True])
