@@ -124,7 +124,8 @@ def compare_bits(one, other):
 
 # A lost connection to the first worker shows at once, the silence of any other after
 # ten seconds.
-@pytest.mark.parametrize("dying", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("dying", [0, 1])
 def test_a_worker_dies_in_the_middle_of_a_step(folder, tmp_path, dying):
     codes, logs = run(tmp_path, f"train={dying},{2 * EVERY + 1}")
     assert codes[dying] == -signal.SIGKILL

@@ -56,8 +56,9 @@ def read_table(folder, reference, epochs, runs):
     return table
 
 
+@pytest.mark.slow
 def test_dense_equivalence(tmp_path):
-    # `.ci/run` runs all five epochs, by `make demo`.
+    # All five epochs are those of `make demo`.
     result = run("dense_equivalence.py", "--epochs", 2, "--out", tmp_path)
     assert result.returncode == 0, result.stderr
     assert error_lines(result) == []
@@ -84,6 +85,7 @@ def test_make_demo_runs_dense_equivalence():
     assert "python examples/dense_equivalence.py" in result.stdout.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_torch_equivalence(tmp_path):
     pytest.importorskip("torch", reason="the example compares with PyTorch")
     result = run("torch_equivalence.py", "--epochs", 1, "--out", tmp_path)
@@ -113,6 +115,7 @@ def test_triton_comes_before_tensorflow_where_pytorch_does(tmp_path):
     assert result.stdout == "False\n"
 
 
+@pytest.mark.slow
 def test_multi_worker(tmp_path):
     # Shares of 49 and 48 images.
     short = ["--epochs", 2, "--batch-size", 97]
