@@ -22,6 +22,7 @@ from support.distributed import (
     state,
     strategy_of,
 )
+from support.marks import mostly_slow, slow
 from support.steps import Step, array, oracle_step, relative_error, set_parameters
 from support.training import Loop, apart, model_of, normalizations, rows
 
@@ -33,15 +34,6 @@ SHARES = {
 }
 CASES = [(name, shares) for name, all_shares in SHARES.items() for shares in all_shares]
 UNEVEN = ("mirrored 2", (5, 3))
-
-
-def slow(*values):
-    return pytest.param(*values, marks=pytest.mark.slow)
-
-
-def mostly_slow(values, fast):
-    """All values, but only those of `fast` in the default run."""
-    return [value if value in fast else slow(value) for value in values]
 
 
 def synchronized(**arguments):

@@ -11,6 +11,7 @@ import pytest
 from support import backend
 from support.backend import COMPILED, KERAS_IS_A_JUDGE, tensor
 from support.cases import groups
+from support.marks import mostly_slow
 from support.steps import MODES, Step, array, in_mode, relative_error, set_parameters
 
 import keras_bn
@@ -370,7 +371,7 @@ def test_freeze_statistics():
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("n", [1, 3, 4, 7, 8, 11, 16])
+@pytest.mark.parametrize("n", mostly_slow([1, 3, 4, 7, 8, 11, 16], fast=[1, 7, 11]))
 @pytest.mark.parametrize(
     ("rest", "axis"), [((3,), -1), ((5, 3), -1), ((3, 2, 2), 1), ((2, 3), [1, 2])]
 )
@@ -533,7 +534,7 @@ def combinations():
     ):
         if ghost and ramp is not None:
             continue
-        yield {
+        arguments = {
             "renorm": ramp is not None,
             "renorm_clipping": keras_bn.renorm_ramp(scale=0.001) if ramp else ramp,
             "momentum": momentum,
@@ -541,9 +542,11 @@ def combinations():
             "unbiased": unbiased,
             "virtual_batch_size": ghost,
         }
+        marks = [] if debias is unbiased else [pytest.mark.slow]
+        yield pytest.param(arguments, marks=marks, id=name_of(arguments))
 
 
-@pytest.mark.parametrize("arguments", list(combinations()), ids=name_of)
+@pytest.mark.parametrize("arguments", combinations())
 def test_every_combination(arguments, tmp_path):
     """Eager = graph = XLA; config and file round trips, resumed in the middle."""
     data = list(batches(8, (11, 3), dtype="float64"))

@@ -1,0 +1,13 @@
+"""Which of many cases the default run takes; CI takes them all."""
+
+import pytest
+
+
+def slow(*values):
+    """A case for CI."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+def mostly_slow(values, fast):
+    """All values, but only those of `fast` in the default run."""
+    return [value if value in fast else slow(value) for value in values]
