@@ -79,7 +79,7 @@ def test_text(files, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith(f"{files[0]}: note    redundant-bias: bn (BN010): The")
     assert any(f"{files[1]}: error   never-updated: bn (BN001)" in x for x in lines)
-    assert "    -> keras_bn.recalibrate(model, data)" in lines
+    assert "    -> keras_bn.recalibrate(model, x)" in lines
     assert lines[-2].startswith("Not looked for without --data: momentum-too-slow")
     assert lines[-1] == "1 error, 2 notes in 2 models."
     run(files[0], "--data", files[2], "--ignore", "BN010")
@@ -168,7 +168,7 @@ def test_github(files, capsys):
     first = out.splitlines()[0]
     assert re.fullmatch(
         r"::error file=.*bad one\.keras,title=BN001 never-updated::bn: The moving .*"
-        r"%0A-> keras_bn\.recalibrate\(model, data\)",
+        r"%0A-> keras_bn\.recalibrate\(model, x\)",
         first,
     )
     assert out.splitlines()[1].startswith("::notice file=")

@@ -84,7 +84,7 @@ def test_a_sick_model(files, tmp_path, capsys):
     assert run(files[0], "--data", files[1], *outputs) == 1
     out = " ".join(capsys.readouterr().out.split())
     assert "error never-updated: bn" in out
-    assert "-> keras_bn.recalibrate(model, data)" in out
+    assert "-> keras_bn.recalibrate(model, x)" in out
     assert f"keras-bn recalibrate {files[0]} OUT.keras --data {files[1]}" in out
     assert "never-updated" in page.read_text(encoding="utf-8")
     assert figure.read_bytes().startswith(b"\x89PNG")

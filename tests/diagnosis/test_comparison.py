@@ -95,7 +95,7 @@ def test_a_fix_that_fails_changes_nothing():
 def test_each_fix_is_code_and_applies_itself():
     model, x = made(), data()
     finding = keras_bn.diagnose(model, x).findings[0]
-    assert finding.remedy == str(finding.fix) == "keras_bn.recalibrate(model, data)"
+    assert finding.remedy == str(finding.fix) == "keras_bn.recalibrate(model, x)"
     assert finding.fix.statistics_only
     finding.fix.apply(model, x, verbose=0)
     assert keras_bn.diagnose(model, x).healthy

@@ -113,7 +113,7 @@ def test_stale_statistics_and_the_remedy_mends_them(bn):
         {
             "keras_bn": keras_bn,
             "model": model,
-            "data": x,
+            "x": x,
         },
     )
     assert keras_bn.diagnose(model, x).findings == []
