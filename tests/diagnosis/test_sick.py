@@ -9,6 +9,7 @@ import pytest
 from keras import layers
 
 import keras_bn
+from keras_bn.diagnosis.rules import RULES
 
 pytestmark = pytest.mark.filterwarnings("ignore:The statistics of")
 BN, KERAS = keras_bn.BatchNormalization, layers.BatchNormalization
@@ -238,3 +239,8 @@ def test_is_found(kind, way):
     data, options = data if isinstance(data, tuple) else (data, {})
     report = keras_bn.diagnose(model, data, **options)
     assert kind in [finding.kind for finding in report.findings]
+
+
+def test_every_kind_is_here_in_three_ways():
+    assert set(SICK) == set(RULES)
+    assert {len(ways) for ways in SICK.values()} == {3}
