@@ -40,7 +40,8 @@ def made(bn=OURS, use_bias=False, mend=True, **options):
         name="model",
     )
     if mend:
-        keras_bn.recalibrate(model, data(), verbose=0, include_frozen=True)
+        how = {"include_frozen": True, "batch_size": 256, "verbose": 0}
+        keras_bn.recalibrate(model, data(), **how)
     return model
 
 
@@ -226,9 +227,9 @@ def test_momentum_too_slow():
 
 def test_small_batch():
     model = made()
-    report = keras_bn.diagnose(model, data(), batch_size=4)
+    report = keras_bn.diagnose(model, data(32), batch_size=4)
     assert "small-batch" in kinds(report)
-    ghost = keras_bn.diagnose(made(virtual_batch_size=4), data())
+    ghost = keras_bn.diagnose(made(virtual_batch_size=4), data(64))
     assert "small-batch" in kinds(ghost)
     assert ghost.layer("bn").elements == 4
 
@@ -268,9 +269,14 @@ def test_train_inference_gap_in_loss_and_accuracy():
     assert accuracy == np.mean(outputs.argmax(1) == target.argmax(1))
 
 
-def gap_is_found(elements=8192.0, **values):
-    """Whether a gap is found in the record of a healthy model with other values."""
-    record = keras_bn.diagnose(made(), data()).record
+@pytest.fixture(scope="module")
+def healthy():
+    """The record of a healthy model."""
+    return keras_bn.diagnose(made(), data()).record
+
+
+def gap_is_found(record, elements=8192.0, **values):
+    """Whether a gap is found in a record with other values."""
     layer = dataclasses.replace(record.layers[0], elements=elements)
     record = dataclasses.replace(record, layers=[layer], **values)
     kinds = [finding.kind for finding in findings(record)]
@@ -279,17 +285,17 @@ def gap_is_found(elements=8192.0, **values):
 
 
 @pytest.mark.parametrize(("samples", "found"), [(40, False), (4000, True)])
-def test_an_accuracy_of_few_samples_differs_by_chance(samples, found):
-    assert gap_is_found(samples=samples, accuracy=(0.8, 0.9)) is found
-    assert not gap_is_found(samples=samples, accuracy=(0.9, 0.8))
+def test_an_accuracy_of_few_samples_differs_by_chance(healthy, samples, found):
+    assert gap_is_found(healthy, samples=samples, accuracy=(0.8, 0.9)) is found
+    assert not gap_is_found(healthy, samples=samples, accuracy=(0.9, 0.8))
 
 
 @pytest.mark.parametrize(("elements", "found"), [(8.0, False), (8192.0, True)])
-def test_small_batches_make_the_loss_and_the_outputs_noisy(elements, found):
-    assert gap_is_found(elements=elements, loss=(1.8, 1.0)) is found
-    assert gap_is_found(elements=elements, gap=0.8) is found
-    assert gap_is_found(elements=elements, loss=(3.0, 1.0))
-    assert gap_is_found(elements=elements, loss=(float("nan"), 1.0))
+def test_small_batches_make_the_loss_and_the_outputs_noisy(healthy, elements, found):
+    assert gap_is_found(healthy, elements=elements, loss=(1.8, 1.0)) is found
+    assert gap_is_found(healthy, elements=elements, gap=0.8) is found
+    assert gap_is_found(healthy, elements=elements, loss=(3.0, 1.0))
+    assert gap_is_found(healthy, elements=elements, loss=(float("nan"), 1.0))
 
 
 def given():

@@ -1,5 +1,6 @@
 """The loss that the diagnosis compares is the one that `evaluate` gives."""
 
+import functools
 import inspect
 
 import keras
@@ -36,6 +37,12 @@ def binary(activation="sigmoid"):
     )
 
 
+@functools.cache
+def shared(made):
+    """One model for many losses: neither the diagnosis nor `evaluate` changes it."""
+    return made()
+
+
 def assert_as_evaluated(model, data, batch_size=32):
     """The loss in inference is that of `evaluate`; in training it is another."""
     model.run_eagerly = True  # three batches are no reason to trace
@@ -66,10 +73,9 @@ def test_every_loss_and_shape_of_labels(name, shape):
     if name.startswith("Categorical") and not whole and not sparse:
         pytest.skip("takes one value per class")
     if whole or sparse:
-        model = of_classes()
-        labels = ONE_HOT if whole else CLASSES
+        model, labels = shared(of_classes), ONE_HOT if whole else CLASSES
     else:
-        model, labels = binary(), BINARY
+        model, labels = shared(binary), BINARY
     if shape == "(n, 1)":
         labels = labels[:, None]
     model.compile("sgd", cls())
