@@ -211,9 +211,17 @@ def test_assert_healthy():
     keras_bn.testing.assert_healthy(bad, ignore=["BN001"])
     with pytest.raises(
         AssertionError, match=r"1 findings?, warning or worse(.|\n)*BN001"
-    ):
+    ) as raised:
         keras_bn.testing.assert_healthy(bad)
+    # What pytest shows ends at the line that calls it.
+    assert raised.traceback.filter(raised)[-1].path == Path(__file__)
     with pytest.raises(AssertionError, match="redundant-bias"):
         keras_bn.testing.assert_healthy(good, fail_on="note")
+    small = {"batch_size": 4, "steps": 2}
+    keras_bn.testing.assert_healthy(good, data(), ignore=["BN011"], steps=2)
+    with pytest.raises(
+        AssertionError, match=r"8 samples in 2 batches(.|\n)*small-batch"
+    ):
+        keras_bn.testing.assert_healthy(good, data(), ignore=["BN011"], **small)
     with pytest.raises(ValueError, match="`fail_on` must be one of error, warning"):
         keras_bn.testing.assert_healthy(good, fail_on="fatal")
