@@ -36,6 +36,7 @@ def assert_healthy(
     ... )
     >>> keras_bn.testing.assert_healthy(model, ignore=["never-updated"])
     """
+    __tracebackhide__ = True  # pytest points at the line that calls this.
     if fail_on not in SEVERITIES:
         raise ValueError(
             f"`fail_on` must be one of {', '.join(SEVERITIES)}. Received: {fail_on!r}"

@@ -22,6 +22,7 @@ import sys
 
 import keras
 import numpy as np
+import tensorflow as tf
 from digits import DataError, enlarged_digits, mnist
 
 import keras_bn
@@ -45,7 +46,7 @@ SHOWN = 0
 def main(argv=None):
     """Run the example; returns the exit status."""
     example = gallery.Example(
-        "first_figure", __doc__, 3, short_seeds=1, argv=argv, options=options
+        "first_figure", __doc__, 2, short_seeds=1, argv=argv, options=options
     )
     try:
         digits = load(example.given.data, example.given.mnist_file)
@@ -169,12 +170,14 @@ class Network:
         training = len(self._digits.x_train)
         epochs = -(-steps * BATCH // training)
         order = np.concatenate([rng.permutation(training) for _ in range(epochs)])
-        order = order[: steps * BATCH].astype("int32")
+        order = order[: steps * BATCH].astype("int32").reshape(steps, BATCH)
         watch = Watch(self._probe, self._test, self._digits.y_val)
+        # Batches that are cut already: `fit` would gather each of them.
+        batches = tf.data.Dataset.from_tensor_slices(
+            (order, self._digits.y_train[order])
+        )
         self._model.fit(
-            order,
-            self._digits.y_train[order],
-            BATCH,
+            batches,
             epochs=steps // EVERY,
             steps_per_epoch=EVERY,
             shuffle=False,

@@ -7,9 +7,15 @@ the one below it, as the slope of a straight line through its logarithm, for sev
 depths and batch sizes; and the variance after ReLU, of the variance before it. In the
 limit of wide layers and large batches the theory says pi / (pi - 1) = 1.467 and
 (pi - 1) / (2 pi) = 0.341. For wide layers and a batch of any size, `growth_in_theory`
-computes the factor. The theory takes the width to infinity before the batch; with a
-batch as large as the width, deep networks are expected to differ somewhat.
-Residual connections prevent this growth: see `identity_bias.py`.
+computes the factor.
+
+The limit is reached slowly in deep networks. In it all images keep the same norm. If an
+image has r times the mean square of the others, the next layer gives it about
+r + 0.117 (r - 1)^2 times: nothing brings a norm back that is too large. The noise of a
+finite width is enough to set some images off after (width)^(1/3) layers or so, and they
+take variance from the others: `variance_in_theory` says how much. So the deepest
+networks are measured with 2048 units, too.
+Residual connections prevent the growth of gradients: see `identity_bias.py`.
 
 Source: Yang, Pennington, Rao, Sohl-Dickstein and Schoenholz, "A Mean Field Theory of
 Batch Normalization", 2019.
@@ -34,42 +40,50 @@ CLAIM = (
 GROWTH = np.pi / (np.pi - 1)
 VARIANCE = (np.pi - 1) / (2 * np.pi)
 TOLERANCE = 0.03
-UNITS, CLASSES = 1024, 10
+UNITS, WIDER, CLASSES = 1024, 2048, 10
 # With momentum 0, the moving statistics are those of the last batch.
 OPTIONS = {"momentum": 0.0, "epsilon": 1e-6, "center": False, "scale": False}
-DEPTHS, BATCHES = (10, 30, 50), (32, 64, 128, 256, 1024)
+DEPTHS, BATCHES = (10, 30, 50), (32, 256, 1024)
 
 
 def main(argv=None):
     """Run the example; returns the exit status."""
     example = gallery.Example("gradient_explosion", __doc__, 3, argv=argv)
     depths = DEPTHS[:1] if example.short else DEPTHS
-    batches = BATCHES[:4:3] if example.short else BATCHES
-    networks = {depth: Network(depth) for depth in depths}
+    batches = BATCHES[:2] if example.short else BATCHES
+    jobs = [(UNITS, *job) for job in itertools.product(depths, batches)]
+    if not example.short:
+        jobs.append((WIDER, depths[-1], batches[-1]))
+    networks = {size: Network(*size) for size in dict.fromkeys(job[:2] for job in jobs)}
     found = {
-        (seed, depth, batch): networks[depth].measure(seed, batch)
-        for seed, depth, batch in example.each(
-            itertools.product(example.seeds, depths, batches)
-        )
+        (seed, *job): networks[job[:2]].measure(seed, job[2])
+        for seed, job in example.each(itertools.product(example.seeds, jobs))
     }
     figures = [
         {
             "seed": seed,
-            "depths": {d: {b: found[seed, d, b] for b in batches} for d in depths},
+            "found": [
+                {"units": units, "depth": depth, "batch": batch}
+                | found[seed, units, depth, batch]
+                for units, depth, batch in jobs
+            ],
         }
         for seed in example.seeds
     ]
     theory = {batch: growth_in_theory(batch) for batch in batches}
     example.table(
-        f"Growth per layer, median (large batches in theory: {GROWTH:.3f})",
-        ["batch", "theory", *(f"{depth} layers" for depth in depths)],
+        f"Median; in theory the variance is {VARIANCE:.3f} for wide layers",
+        ["layers", "units", "batch", "growth per layer", "in theory", "variance"],
         [
             [
+                depth,
+                units,
                 batch,
+                f"{np.median(each(figures, 'growth', units, depth, batch)):.3f}",
                 f"{theory[batch]:.3f}",
-                *(f"{np.median(growths(figures, d, batch)):.3f}" for d in depths),
+                f"{np.median(each(figures, 'variance', units, depth, batch)):.3f}",
             ]
-            for batch in batches
+            for units, depth, batch in jobs
         ],
     )
     parts = parts_of(figures, depths, theory)
@@ -84,19 +98,40 @@ class Gradients(keras.optimizers.Optimizer):
         self.assign(variable, gradient)
 
 
-class Network:
-    """A network of one depth, and what is measured of it."""
+class Norms(keras.layers.Layer):
+    """Passes its input on, and notes how far the norms of its rows differ.
 
-    def __init__(self, depth):
+    `alike` is the mean of the norms over the root of the mean square: 1 if all rows
+    have the same norm, less if not.
+    """
+
+    def __init__(self):
+        """Make it; `alike` is not known before a call."""
+        super().__init__()
+        self.alike = self.add_weight(shape=(), trainable=False, name="alike")
+
+    def call(self, x):
+        """Note the norms; returns x."""
+        squares = ops.mean(ops.square(x), -1)
+        self.alike.assign(ops.mean(ops.sqrt(squares)) / ops.sqrt(ops.mean(squares)))
+        return x
+
+
+class Network:
+    """A network of one size, and what is measured of it."""
+
+    def __init__(self, units, depth):
         """Build it.
 
         Args:
+            units: how many units a layer has.
             depth: how many dense layers are normalized.
         """
-        inputs = x = keras.Input((UNITS,))
-        for _ in range(depth):
-            x = keras.layers.Dense(UNITS, use_bias=False)(x)
-            x = keras_bn.BatchNormalization(**OPTIONS)(x)
+        self._units, self._norms = units, [Norms() for _ in range(depth)]
+        inputs = x = keras.Input((units,))
+        for norms in self._norms:
+            x = keras.layers.Dense(units, use_bias=False)(x)
+            x = norms(keras_bn.BatchNormalization(**OPTIONS)(x))
             x = keras.layers.ReLU()(x)
         x = keras.layers.Dense(CLASSES, use_bias=False)(x)
         self._model = keras.Model(inputs, x)
@@ -116,30 +151,49 @@ class Network:
         Returns:
             A dict: `squares`, the squared norm of each kernel's gradient from the
             second layer on; `growth`, the factor from a layer to the one below it;
-            `variance`, the mean variance that arrives at the normalizations from the
-            second on. They follow weights of variance 1 / UNITS: it is the variance
-            after ReLU of units that have a variance of 1 before.
+            `variances`, after the ReLU of each layer but the last, of units that have a
+            variance of 1 before; `variance`, their mean; and the same two, `for_norms`,
+            that `variance_in_theory` gives for the norms of the images there.
         """
         rng = np.random.default_rng(seed)
         kernels = self._model.trainable_variables
         for kernel in kernels:
             values = rng.standard_normal(kernel.shape, "float32")
-            kernel.assign(values / np.sqrt(kernel.shape[0]))
-        x = rng.standard_normal((batch, UNITS), "float32")
+            kernel.assign(values / np.sqrt(kernel.shape[0], dtype="float32"))
+        x = rng.standard_normal((batch, self._units), "float32")
         self._model.train_on_batch(x, rng.integers(CLASSES, size=batch))
         # The inputs are not what comes out of a ReLU: the first kernel is another case.
         squares = [float(ops.sum(ops.square(k))) for k in kernels[1:-1]]
+        # The kernels have variance 1 / units: what a layer takes has the variance of
+        # what they give.
         variances = [
             float(ops.mean(layer.moving_variance))
             for layer in self._model.layers
             if isinstance(layer, keras_bn.BatchNormalization)
-        ]
+        ][1:]
+        alike = np.array([float(norms.alike) for norms in self._norms[:-1]])
         slope, _ = np.polyfit(range(len(squares)), np.log(squares), 1)
         return {
             "squares": squares,
             "growth": np.exp(-slope),
-            "variance": np.mean(variances[1:]),
+            "variances": variances,
+            "variance": np.mean(variances),
+            "variances_for_norms": variance_in_theory(alike),
+            "variance_for_norms": np.mean(variance_in_theory(alike)),
         }
+
+
+def variance_in_theory(alike=1.0):
+    """The variance after ReLU in wide networks, of units with a variance of 1 before.
+
+    Image a gives the units numbers of variance r_a, whose mean over the images is 1:
+    after ReLU their mean is sqrt(r_a / (2 pi)), and their mean square r_a / 2. The
+    variance over the images is 1/2 less the square of the mean over all.
+
+    Args:
+        alike: the mean of sqrt(r_a), as `Norms` has it. 1 gives the limit.
+    """
+    return (1 - alike**2 / np.pi) / 2
 
 
 def growth_in_theory(batch, draws=10_000):
@@ -170,88 +224,132 @@ def growth_in_theory(batch, draws=10_000):
     return np.mean(diagonal - ones) / (batch - 1) * inverse
 
 
-def growths(figures, depth, batch):
-    return np.array([seed["depths"][depth][batch]["growth"] for seed in figures])
-
-
-def variances(figures, depth, batch):
-    return np.array([seed["depths"][depth][batch]["variance"] for seed in figures])
+def each(figures, key, units, depth, batch):
+    """What was measured in networks of one size at one batch, one per seed."""
+    size = {"units": units, "depth": depth, "batch": batch}
+    return np.array(
+        [
+            one[key]
+            for seed in figures
+            for one in seed["found"]
+            if size.items() <= one.items()
+        ]
+    )
 
 
 def parts_of(figures, depths, theory):
     small, large = min(theory), max(theory)
     deep = depths[-1]
-    return [
+
+    def off(key, expected, depth, batch=large, units=UNITS):
+        return np.abs(each(figures, key, units, depth, batch) / expected - 1)
+
+    def part(says, values, below=TOLERANCE):
+        return claims.Part(says, values, below=below, form="{:.1%}")
+
+    variance = each(figures, "variance", UNITS, deep, large)
+    by_norms = each(figures, "variance_for_norms", UNITS, deep, large)
+    parts = [
         *(
-            claims.Part(
+            part(
                 f"growth over {depth} layers at {large} images, off 1.467",
-                np.abs(growths(figures, depth, large) / GROWTH - 1),
-                below=TOLERANCE,
-                form="{:.1%}",
+                off("growth", GROWTH, depth),
             )
             for depth in depths
         ),
-        claims.Part(
+        part(
             f"growth at {small} images, off the theory for {small}",
-            np.abs(growths(figures, deep, small) / theory[small] - 1),
-            below=TOLERANCE,
-            form="{:.1%}",
+            off("growth", theory[small], deep, small),
         ),
         claims.Part(
             f"growth over {deep} layers, {small} images over {large}",
-            growths(figures, deep, small) / growths(figures, deep, large),
+            each(figures, "growth", UNITS, deep, small)
+            / each(figures, "growth", UNITS, deep, large),
             above=1,
             form="{:.3f}",
         ),
         *(
-            claims.Part(
+            part(
                 f"variance after ReLU over {depth} layers at {large} images, off 0.341",
-                np.abs(variances(figures, depth, large) / VARIANCE - 1),
-                below=TOLERANCE,
-                form="{:.1%}",
+                off("variance", VARIANCE, depth),
             )
-            for depth in depths
+            for depth in depths[:2]
+        ),
+        part(
+            f"variance after ReLU over {deep} layers, off the theory for the norms",
+            np.abs(variance / by_norms - 1),
+            below=TOLERANCE / 3,
         ),
     ]
+    if deep == DEPTHS[-1]:
+        parts.append(
+            part(
+                f"variance after ReLU over {deep} layers of {WIDER} units, off 0.341",
+                off("variance", VARIANCE, deep, units=WIDER),
+            )
+        )
+        parts += [
+            claims.Part(
+                f"{key} over {deep} layers, off the limit: {WIDER} units over {UNITS}",
+                off(key, limit, deep, units=WIDER) / off(key, limit, deep),
+                below=1,
+            )
+            for key, limit in (("growth", GROWTH), ("variance", VARIANCE))
+        ]
+    return parts
 
 
 def draw(figures, depths, theory):
-    """Gradients by layer, and the growth against the batch size."""
+    """Gradients by layer, the growth against the batch size, variances by layer."""
     batches = list(theory)
     deep, large = depths[-1], batches[-1]
-    growth = np.median(growths(figures, deep, large))
+    growth = np.median(each(figures, "growth", UNITS, deep, large))
     figure, axes = drawing.new_figure(
         f"Toward the input, squared gradients grow {growth:.3f} times a layer at "
         f"batches of {large}, {deep} layers; theory: {GROWTH:.3f}\n"
         f"({UNITS} units, before training, median and range of {len(figures)} seeds)",
-        [["layers", "growth"]],
-        size=(13, 5.4),
+        [["layers", "growth", "variance"]],
+        size=(17, 5.4),
     )
+    axis = axes["layers"]
     for batch, color in zip((batches[0], large), drawing.COLORS[1::-1], strict=True):
-        squares = [seed["depths"][deep][batch]["squares"] for seed in figures]
-        squares = np.array(squares) / np.array(squares)[:, -1:]
+        squares = each(figures, "squares", UNITS, deep, batch)
         layers = np.arange(squares.shape[1]) + 2
         label = f"batch of {batch}"
-        drawing.band(axes["layers"], layers, squares, color, label, ms=3, lw=1)
-    axes["layers"].plot(
+        drawing.band(axis, layers, squares / squares[:, -1:], color, label, ms=3, lw=1)
+    axis.plot(
         layers, GROWTH ** (deep - layers), "k--", lw=1, label=f"{GROWTH:.3f} a layer"
     )
-    axes["layers"].set_yscale("log")
-    axes["layers"].legend(frameon=False)
+    axis.set_yscale("log")
+    axis.legend(frameon=False)
     title = f"Squared gradient of the kernels, {deep} layers; last layer: 1"
-    drawing.tidy(axes["layers"], title, "layer (1: next to the input)")
+    drawing.tidy(axis, title, "layer (1: next to the input)")
+    axis = axes["growth"]
     for depth, color in zip(depths, drawing.COLORS[2:], strict=False):
-        values = np.stack([growths(figures, depth, batch) for batch in batches], 1)
+        values = [each(figures, "growth", UNITS, depth, batch) for batch in batches]
         label = f"{depth} layers"
-        drawing.band(axes["growth"], batches, values, color, label, ms=5, lw=1)
-    axes["growth"].plot(
+        drawing.band(axis, batches, np.stack(values, 1), color, label, ms=5, lw=1)
+    axis.plot(
         batches, list(theory.values()), "k:", lw=1.5, label="theory at this batch"
     )
-    axes["growth"].axhline(GROWTH, color="k", ls="--", lw=1, label="large batches")
-    axes["growth"].set_xscale("log", base=2)
-    axes["growth"].set_xticks(batches, map(str, batches))
-    axes["growth"].legend(frameon=False)
-    drawing.tidy(axes["growth"], "Growth per layer", "images in a batch")
+    axis.axhline(GROWTH, color="k", ls="--", lw=1, label="large batches")
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(batches, map(str, batches))
+    axis.legend(frameon=False)
+    drawing.tidy(axis, "Growth per layer", "images in a batch")
+    axis = axes["variance"]
+    layers = np.arange(1, deep)
+    for units, color in zip((UNITS, WIDER), drawing.COLORS, strict=False):
+        values = each(figures, "variances", units, deep, large)
+        if not values.size:
+            continue
+        drawing.band(axis, layers, values, color, f"{units} units", ms=3, lw=1)
+        norms = np.median(each(figures, "variances_for_norms", units, deep, large), 0)
+        axis.plot(layers, norms, "k:", lw=1)
+    axis.plot([], [], "k:", lw=1, label="theory for the norms of the images")
+    axis.axhline(VARIANCE, color="k", ls="--", lw=1, label="wide layers")
+    axis.legend(frameon=False)
+    drawing.tidy(axis, f"Variance after ReLU, {deep} layers, batch of {large}", "layer")
     return figure
 
 

@@ -40,7 +40,8 @@ MANY = 0.1
 # The outputs of a healthy model differ only by the noise of the batches. If they differ
 # by half their spread more than that, the predictions are others.
 OUTPUT_GAP = 0.5
-# Labels tell how much it matters: a loss larger by half, or five points of accuracy.
+# Labels tell how much it matters: a loss larger by half, or five points of accuracy,
+# each beyond noise: that of the batches in the outputs, and that of few samples.
 LOSS_RATIO = 1.5
 ACCURACY_LOSS = 0.05
 
@@ -335,11 +336,14 @@ def _train_inference_gap(record):
     worse = []
     if record.loss is not None:
         inference, training = record.loss
-        if not inference <= LOSS_RATIO * training:
+        if not inference <= (LOSS_RATIO + noise) * training:
             worse.append(f"the loss is {inference:.3g} instead of {training:.3g}")
     if record.accuracy is not None:
         inference, training = record.accuracy
-        if inference < training - ACCURACY_LOSS:
+        # Standard error of the difference of two shares.
+        shares = inference * (1 - inference) + training * (1 - training)
+        by_chance = SIGMAS * np.sqrt(shares / record.samples)
+        if inference < training - ACCURACY_LOSS - by_chance:
             worse.append(f"the accuracy is {inference:.1%} instead of {training:.1%}")
     if (
         record.loss is None

@@ -11,6 +11,9 @@ from keras_bn.tools.recalibrate import recalibrate, replace_statistics
 class Fix(NamedTuple):
     """A remedy that can be applied; its string is the code that does it.
 
+    In the code, `x` stands for what `fit` takes as its `x`: inputs without their
+    labels, or a data set, with labels or without.
+
     Args:
         tool: `"recalibrate"` or `"unfreeze"`.
         include_frozen: whether recalibration changes frozen layers, too.
@@ -19,7 +22,7 @@ class Fix(NamedTuple):
 
     >>> from keras_bn.diagnosis.fixes import Fix
     >>> print(Fix("recalibrate", include_frozen=True))
-    keras_bn.recalibrate(model, data, include_frozen=True)
+    keras_bn.recalibrate(model, x, include_frozen=True)
     """
 
     tool: str
@@ -34,7 +37,7 @@ class Fix(NamedTuple):
         if self.tool == "unfreeze":
             return "keras_bn.unfreeze(model)"
         frozen = ", include_frozen=True" if self.include_frozen else ""
-        return f"keras_bn.recalibrate(model, data{frozen})"
+        return f"keras_bn.recalibrate(model, x{frozen})"
 
     def apply(self, model, data=None, **options):
         """Apply it to a model.

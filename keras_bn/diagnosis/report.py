@@ -78,8 +78,8 @@ def diagnose(
     >>> x = np.random.default_rng(0).normal(5.0, 1.0, (200, 2))
     >>> for finding in keras_bn.diagnose(model, x).findings:
     ...     print(finding.kind, finding.layer, finding.remedy)
-    never-updated bn keras_bn.recalibrate(model, data)
-    train-inference-gap model keras_bn.recalibrate(model, data)
+    never-updated bn keras_bn.recalibrate(model, x)
+    train-inference-gap model keras_bn.recalibrate(model, x)
     >>> _ = keras_bn.recalibrate(model, x, verbose=0)
     >>> keras_bn.diagnose(model, x).findings
     []

@@ -161,7 +161,7 @@ def _warn_of_lost(model):
     if named:
         warnings.warn(
             f"The moving statistics of {', '.join(named)} are lost: not finite, or "
-            "negative variances. `keras_bn.recalibrate(model, data)` replaces them.",
+            "negative variances. `keras_bn.recalibrate(model, x)` replaces them.",
             stacklevel=3,
         )
 

@@ -79,7 +79,7 @@ def test_text(files, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith(f"{files[0]}: note    redundant-bias: bn (BN010): The")
     assert any(f"{files[1]}: error   never-updated: bn (BN001)" in x for x in lines)
-    assert "    -> keras_bn.recalibrate(model, data)" in lines
+    assert "    -> keras_bn.recalibrate(model, x)" in lines
     assert lines[-2].startswith("Not looked for without --data: momentum-too-slow")
     assert lines[-1] == "1 error, 2 notes in 2 models."
     run(files[0], "--data", files[2], "--ignore", "BN010")
@@ -168,7 +168,7 @@ def test_github(files, capsys):
     first = out.splitlines()[0]
     assert re.fullmatch(
         r"::error file=.*bad one\.keras,title=BN001 never-updated::bn: The moving .*"
-        r"%0A-> keras_bn\.recalibrate\(model, data\)",
+        r"%0A-> keras_bn\.recalibrate\(model, x\)",
         first,
     )
     assert out.splitlines()[1].startswith("::notice file=")
@@ -211,9 +211,17 @@ def test_assert_healthy():
     keras_bn.testing.assert_healthy(bad, ignore=["BN001"])
     with pytest.raises(
         AssertionError, match=r"1 findings?, warning or worse(.|\n)*BN001"
-    ):
+    ) as raised:
         keras_bn.testing.assert_healthy(bad)
+    # What pytest shows ends at the line that calls it.
+    assert raised.traceback.filter(raised)[-1].path == Path(__file__)
     with pytest.raises(AssertionError, match="redundant-bias"):
         keras_bn.testing.assert_healthy(good, fail_on="note")
+    small = {"batch_size": 4, "steps": 2}
+    keras_bn.testing.assert_healthy(good, data(), ignore=["BN011"], steps=2)
+    with pytest.raises(
+        AssertionError, match=r"8 samples in 2 batches(.|\n)*small-batch"
+    ):
+        keras_bn.testing.assert_healthy(good, data(), ignore=["BN011"], **small)
     with pytest.raises(ValueError, match="`fail_on` must be one of error, warning"):
         keras_bn.testing.assert_healthy(good, fail_on="fatal")

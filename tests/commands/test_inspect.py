@@ -84,7 +84,7 @@ def test_a_sick_model(files, tmp_path, capsys):
     assert run(files[0], "--data", files[1], *outputs) == 1
     out = " ".join(capsys.readouterr().out.split())
     assert "error never-updated: bn" in out
-    assert "-> keras_bn.recalibrate(model, data)" in out
+    assert "-> keras_bn.recalibrate(model, x)" in out
     assert f"keras-bn recalibrate {files[0]} OUT.keras --data {files[1]}" in out
     assert "never-updated" in page.read_text(encoding="utf-8")
     assert figure.read_bytes().startswith(b"\x89PNG")
@@ -114,6 +114,16 @@ def test_the_findings_are_those_of_diagnose(model, files, tmp_path):
     results = json.loads((tmp_path / "a.json").read_text())
     assert results["diagnosis"]["batches"] == 4
     assert results["diagnosis"]["findings"] == []
+
+
+def test_samples_in_an_order_are_shuffled(model, files):
+    """In this order a batch has the statistics of a part of the data."""
+    x = np.sort(data()[0], axis=0)
+    keras_bn.recalibrate(model, x, batch_size=200, verbose=0)
+    assert not keras_bn.diagnose(model, x).healthy
+    model.save(files[0])
+    np.savez(files[1], x=x)
+    assert run(files[0], "--data", files[1]) == 0
 
 
 def test_keras_layers_are_diagnosed_as_such(model, files, capsys):
@@ -245,6 +255,20 @@ def test_fix_does_not_overwrite(files, tmp_path, capsys):
     assert "--force" in refused(capsys, *arguments)
     assert fixed.read_text() == "precious"
     assert "must end in .keras" in refused(capsys, *arguments[:-1], tmp_path / "b.npz")
+
+
+def test_a_fix_that_cannot_be_written_leaves_no_file(
+    files, tmp_path, capsys, monkeypatch
+):
+    def full(self, path, *arguments, **options):
+        path.write_bytes(b"half of it")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(keras.Model, "save", full)
+    there, fixed = set(tmp_path.iterdir()), tmp_path / "b.keras"
+    message = refused(capsys, files[0], "--data", files[1], "--fix", fixed)
+    assert message.endswith(f"{fixed} can't be written: No space left on device")
+    assert set(tmp_path.iterdir()) == there
 
 
 @pytest.mark.parametrize("given", ["BN001,train-inference-gap", "BN001, BN011"])

@@ -71,6 +71,38 @@ def test_fix_changes_nothing_where_nothing_is_to_fix():
         np.testing.assert_array_equal(first, second)
 
 
+def test_fix_leaves_statistics_of_which_only_a_note_says_something():
+    model, x = made(freeze_statistics=True), data()
+    keras_bn.recalibrate(model, x, include_frozen=True, verbose=0)
+    layer = model.get_layer("bn_2")
+    layer.moving_mean.assign(np.full(5, 9.0))
+    report = keras_bn.diagnose(model, x, ignore=["train-inference-gap"])
+    assert ("stale-statistics", "note") in [
+        (f.kind, f.severity) for f in report.findings
+    ]
+    before = state(model)
+    assert report.fix().recalibrated == {}
+    for first, second in zip(before, state(model), strict=True):
+        np.testing.assert_array_equal(first, second)
+
+
+@pytest.mark.filterwarnings("error:The structure of")
+def test_fix_takes_the_inputs_without_the_labels():
+    image = keras.Input((4,))
+    model = keras.Model(image, OURS(name="bn")(image))
+    x = data()
+    fixed = keras_bn.diagnose(model, (x, x[:, :1])).fix()
+    assert fixed.after.healthy
+    np.testing.assert_allclose(fixed.recalibrated["bn"].mean, x.mean(0), rtol=1e-5)
+
+
+def test_what_was_ignored_stays_ignored_after_a_fix():
+    model, x = made(), data()
+    fixed = keras_bn.diagnose(model, x, ignore=["BN010"]).fix()
+    assert [f.kind for f in fixed.after.ignored] == ["redundant-bias"]
+    assert fixed.after.findings == []
+
+
 def test_fix_takes_other_data():
     model, x = made(), data()
     fixed = keras_bn.diagnose(model).fix(x, batch_size=64)
@@ -95,7 +127,7 @@ def test_a_fix_that_fails_changes_nothing():
 def test_each_fix_is_code_and_applies_itself():
     model, x = made(), data()
     finding = keras_bn.diagnose(model, x).findings[0]
-    assert finding.remedy == str(finding.fix) == "keras_bn.recalibrate(model, data)"
+    assert finding.remedy == str(finding.fix) == "keras_bn.recalibrate(model, x)"
     assert finding.fix.statistics_only
     finding.fix.apply(model, x, verbose=0)
     assert keras_bn.diagnose(model, x).healthy
@@ -124,6 +156,19 @@ def test_compare_says_what_went_and_what_came():
     page = compared.to_html()
     assert page.count('class="dots"') == 2 * 2 * 2
     assert "BN007" in [each["rule"] for each in compared.to_dict()["new"]]
+
+
+def test_a_finding_in_another_layer_is_another_one():
+    model, x = made(), data()
+    keras_bn.recalibrate(model, x, verbose=0)
+    first, second = model.get_layer("bn_1").gamma, model.get_layer("bn_2").gamma
+    first.assign(np.zeros(6))
+    before = keras_bn.diagnose(model)
+    first.assign(np.ones(6))
+    second.assign(np.zeros(5))
+    compared = keras_bn.compare(before, keras_bn.diagnose(model))
+    assert [(f.kind, f.layer) for f in compared.gone] == [("small-gamma", "bn_1")]
+    assert [(f.kind, f.layer) for f in compared.new] == [("small-gamma", "bn_2")]
 
 
 def test_a_finding_of_the_model_stays_the_same_under_another_name():

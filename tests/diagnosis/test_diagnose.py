@@ -1,5 +1,6 @@
 """diagnose: models made sick on purpose, one for each finding, and healthy ones."""
 
+import dataclasses
 import json
 
 import keras
@@ -9,6 +10,7 @@ from keras import layers
 from support.backend import array
 
 import keras_bn
+from keras_bn.diagnosis.findings import findings
 
 OURS = keras_bn.BatchNormalization
 KERAS = layers.BatchNormalization
@@ -38,7 +40,8 @@ def made(bn=OURS, use_bias=False, mend=True, **options):
         name="model",
     )
     if mend:
-        keras_bn.recalibrate(model, data(), verbose=0, include_frozen=True)
+        how = {"include_frozen": True, "batch_size": 256, "verbose": 0}
+        keras_bn.recalibrate(model, data(), **how)
     return model
 
 
@@ -104,19 +107,8 @@ def test_never_updated(bn):
 
 
 @pytest.mark.parametrize("bn", [OURS, KERAS])
-def test_stale_statistics_and_the_remedy_mends_them(bn):
-    model, x = made(bn), data() * 2 + 5
-    report = keras_bn.diagnose(model, x)
-    assert kinds(report) == ["stale-statistics"]
-    exec(
-        the(report, "stale-statistics").remedy.rstrip(")") + ", verbose=0)",
-        {
-            "keras_bn": keras_bn,
-            "model": model,
-            "data": x,
-        },
-    )
-    assert keras_bn.diagnose(model, x).findings == []
+def test_stale_statistics(bn):
+    assert kinds(keras_bn.diagnose(made(bn), data() * 2 + 5)) == ["stale-statistics"]
 
 
 def test_drift_is_that_of_the_arrays():
@@ -235,9 +227,9 @@ def test_momentum_too_slow():
 
 def test_small_batch():
     model = made()
-    report = keras_bn.diagnose(model, data(), batch_size=4)
+    report = keras_bn.diagnose(model, data(32), batch_size=4)
     assert "small-batch" in kinds(report)
-    ghost = keras_bn.diagnose(made(virtual_batch_size=4), data())
+    ghost = keras_bn.diagnose(made(virtual_batch_size=4), data(64))
     assert "small-batch" in kinds(ghost)
     assert ghost.layer("bn").elements == 4
 
@@ -275,6 +267,64 @@ def test_train_inference_gap_in_loss_and_accuracy():
     loss, accuracy = report.record.loss[0], report.record.accuracy[0]
     assert loss == pytest.approx(np.mean((outputs - target) ** 2), rel=1e-4)
     assert accuracy == np.mean(outputs.argmax(1) == target.argmax(1))
+
+
+@pytest.fixture(scope="module")
+def healthy():
+    """The record of a healthy model."""
+    return keras_bn.diagnose(made(), data()).record
+
+
+def gap_is_found(record, elements=8192.0, **values):
+    """Whether a gap is found in a record with other values."""
+    layer = dataclasses.replace(record.layers[0], elements=elements)
+    record = dataclasses.replace(record, layers=[layer], **values)
+    kinds = [finding.kind for finding in findings(record)]
+    assert set(kinds) <= {"train-inference-gap", "small-batch"}
+    return "train-inference-gap" in kinds
+
+
+@pytest.mark.parametrize(("samples", "found"), [(40, False), (4000, True)])
+def test_an_accuracy_of_few_samples_differs_by_chance(healthy, samples, found):
+    assert gap_is_found(healthy, samples=samples, accuracy=(0.8, 0.9)) is found
+    assert not gap_is_found(healthy, samples=samples, accuracy=(0.9, 0.8))
+
+
+@pytest.mark.parametrize(("elements", "found"), [(8.0, False), (8192.0, True)])
+def test_small_batches_make_the_loss_and_the_outputs_noisy(healthy, elements, found):
+    assert gap_is_found(healthy, elements=elements, loss=(1.8, 1.0)) is found
+    assert gap_is_found(healthy, elements=elements, gap=0.8) is found
+    assert gap_is_found(healthy, elements=elements, loss=(3.0, 1.0))
+    assert gap_is_found(healthy, elements=elements, loss=(float("nan"), 1.0))
+
+
+def given():
+    """Data as `diagnose` takes it, and what `x` in a remedy stands for."""
+    x = data() * 2 + 5
+    batches = keras.utils.PyDataset
+    yield x, x
+    yield (x, labels(x)), x
+
+    class Labelled(batches):
+        def __len__(self):
+            return 8
+
+        def __getitem__(self, index):
+            part = slice(32 * index, 32 * index + 32)
+            return x[part], labels(x)[part]
+
+    yield Labelled(), Labelled()
+
+
+@pytest.mark.parametrize(
+    ("diagnosed", "x"), list(given()), ids=["x", "(x, y)", "data set"]
+)
+def test_the_remedy_is_exact_code(diagnosed, x):
+    model = made()
+    finding = keras_bn.diagnose(model, diagnosed).findings[0]
+    assert finding.remedy == "keras_bn.recalibrate(model, x)"
+    exec(finding.remedy, {"keras_bn": keras_bn, "model": model, "x": x})
+    assert keras_bn.diagnose(model, diagnosed).findings == []
 
 
 def test_masked_elements_have_no_part():

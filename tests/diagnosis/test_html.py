@@ -177,6 +177,60 @@ def test_in_a_browser(sick, browser, tmp_path, size, head, row):
     assert found["text"] >= 16
 
 
+# What JupyterLab and its exported pages say of all HTML in an output.
+JUPYTER = """
+.jp-RenderedHTMLCommon h1, .jp-RenderedHTMLCommon h2, .jp-RenderedHTMLCommon h3 {
+  line-height: 1; font-weight: 500; margin: 1.2em 0 0.8em 0; }
+.jp-RenderedHTMLCommon h1:first-child, .jp-RenderedHTMLCommon h2:first-child,
+.jp-RenderedHTMLCommon h3:first-child { margin-top: 0.6em; }
+.jp-RenderedHTMLCommon h1:last-child, .jp-RenderedHTMLCommon h2:last-child,
+.jp-RenderedHTMLCommon h3:last-child { margin-bottom: 0.4em; }
+.jp-RenderedHTMLCommon h1 { font-size: 2.4em; }
+.jp-RenderedHTMLCommon h2 { font-size: 2em; }
+.jp-RenderedHTMLCommon h3 { font-size: 1.7em; }
+.jp-RenderedHTMLCommon p { margin-bottom: 1em; }
+.jp-RenderedHTMLCommon pre { border: 0; font-size: inherit; line-height: 1.3;
+  padding: 0; white-space: pre-wrap; }
+.jp-RenderedHTMLCommon table { border-collapse: collapse; border-spacing: 0;
+  border: none; font-size: 12px; table-layout: fixed; margin: 0 auto 1em auto; }
+.jp-RenderedHTMLCommon td, .jp-RenderedHTMLCommon th, .jp-RenderedHTMLCommon tr {
+  vertical-align: middle; padding: 0.5em; line-height: normal; white-space: normal;
+  max-width: none; border: none; text-align: right; }
+.jp-RenderedHTMLCommon svg { max-width: 100%; height: auto; }
+.jp-OutputArea-output pre { border: none; margin: 0; padding: 0; overflow-x: auto;
+  overflow-y: auto; word-break: break-all; word-wrap: break-word; }
+.jp-OutputArea-output dl, .jp-OutputArea-output dt, .jp-OutputArea-output dd {
+  display: block; }
+.jp-OutputArea-output dl { width: 100%; overflow: hidden; padding: 0; margin: 0; }
+.jp-OutputArea-output dt { font-weight: bold; float: left; width: 20%; padding: 0;
+  margin: 0; }
+.jp-OutputArea-output dd { float: left; width: 80%; padding: 0; margin: 0; }
+"""
+BESIDE = """<!doctype html><style>{}</style>
+<div class="jp-OutputArea-output jp-RenderedHTMLCommon">{}</div><div>{}</div>
+<script>
+const size = (part) => {{
+    const box = part.getBoundingClientRect();
+    return [part.tagName, part.textContent.slice(0, 30), box.width, box.height];
+}};
+const parts = "header, h1, h2, h3, p, dt, dd, pre, li, th, td, svg";
+const sizes = (output) => [...output.querySelectorAll(parts)].map(size);
+const outputs = [...document.querySelectorAll("body > div")].map(sizes);
+document.body.textContent = JSON.stringify(outputs);
+</script>"""
+
+
+def test_a_notebook_lays_it_out_as_a_page_does(sick, browser, tmp_path):
+    """The rules of JupyterLab for lists, headings and tables do not reach into it."""
+    shown = sick._repr_html_()
+    file = tmp_path / "page.html"
+    file.write_text(BESIDE.format(JUPYTER, shown, shown), encoding="utf-8")
+    dom = browser(file.as_uri(), (1300, 900), "--dump-dom")
+    inside, outside = json.loads(re.search(r"<body>\s*(\[.*\])", dom, re.S)[1])
+    assert len(inside) > 30
+    assert inside == outside
+
+
 def read_png(path):
     """The pixels of a picture as integers, (height, width, 3)."""
     from matplotlib.image import imread

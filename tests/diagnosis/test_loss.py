@@ -1,5 +1,6 @@
 """The loss that the diagnosis compares is the one that `evaluate` gives."""
 
+import functools
 import inspect
 
 import keras
@@ -12,10 +13,10 @@ import keras_bn
 
 OURS = keras_bn.BatchNormalization
 RNG = np.random.default_rng(0)
-X = RNG.normal(2.0, 1.5, (70, 4)).astype("float32")
-CLASSES = RNG.integers(0, 3, 70)
+X = RNG.normal(2.0, 1.5, (40, 4)).astype("float32")
+CLASSES = RNG.integers(0, 3, 40)
 ONE_HOT = np.eye(3, dtype="float32")[CLASSES]
-BINARY = RNG.integers(0, 2, 70).astype("float32")
+BINARY = RNG.integers(0, 2, 40).astype("float32")
 
 ALL = sorted(
     name
@@ -36,9 +37,15 @@ def binary(activation="sigmoid"):
     )
 
 
+@functools.cache
+def shared(made):
+    """One model for many losses: neither the diagnosis nor `evaluate` changes it."""
+    return made()
+
+
 def assert_as_evaluated(model, data, batch_size=32):
     """The loss in inference is that of `evaluate`; in training it is another."""
-    model.run_eagerly = True  # three batches are no reason to trace
+    model.run_eagerly = True  # two batches are no reason to trace
     found = keras_bn.diagnose(model, data, batch_size=batch_size).record.loss
     if isinstance(data, tuple):
         x, y, *weight = data
@@ -66,10 +73,9 @@ def test_every_loss_and_shape_of_labels(name, shape):
     if name.startswith("Categorical") and not whole and not sparse:
         pytest.skip("takes one value per class")
     if whole or sparse:
-        model = of_classes()
-        labels = ONE_HOT if whole else CLASSES
+        model, labels = shared(of_classes), ONE_HOT if whole else CLASSES
     else:
-        model, labels = binary(), BINARY
+        model, labels = shared(binary), BINARY
     if shape == "(n, 1)":
         labels = labels[:, None]
     model.compile("sgd", cls())
@@ -102,7 +108,7 @@ def test_losses_by_name(loss):
 def test_sample_weights():
     model = of_classes()
     model.compile("sgd", "sparse_categorical_crossentropy")
-    weight = RNG.uniform(0.0, 3.0, 70).astype("float32")
+    weight = RNG.uniform(0.0, 3.0, 40).astype("float32")
     plain = assert_as_evaluated(model, (X, CLASSES))
     weighted = assert_as_evaluated(model, (X, CLASSES, weight))
     data = tf.data.Dataset.from_tensor_slices((X, CLASSES, weight)).batch(16)

@@ -9,6 +9,7 @@ import pytest
 from keras import layers
 
 import keras_bn
+from keras_bn.diagnosis.rules import RULES
 
 pytestmark = pytest.mark.filterwarnings("ignore:The statistics of")
 BN, KERAS = keras_bn.BatchNormalization, layers.BatchNormalization
@@ -35,7 +36,8 @@ def dense(bn=BN, bias=False, **options):
 
 
 def well(model, x):
-    keras_bn.recalibrate(model, x, verbose=0, include_frozen=True)
+    how = {"include_frozen": True, "batch_size": len(x), "verbose": 0}
+    keras_bn.recalibrate(model, x, **how)
     return model
 
 
@@ -174,7 +176,7 @@ SICK = {
         ),
     ],
     "small-batch": [
-        lambda: (well(dense(), TABLE), (TABLE, {"batch_size": 2})),
+        lambda: (well(dense(), TABLE), (TABLE[:64], {"batch_size": 2})),
         lambda: (
             well(dense(virtual_batch_size=8), TABLE),
             (TABLE, {"batch_size": 64}),
@@ -238,3 +240,8 @@ def test_is_found(kind, way):
     data, options = data if isinstance(data, tuple) else (data, {})
     report = keras_bn.diagnose(model, data, **options)
     assert kind in [finding.kind for finding in report.findings]
+
+
+def test_every_kind_is_here_in_three_ways():
+    assert set(SICK) == set(RULES)
+    assert {len(ways) for ways in SICK.values()} == {3}

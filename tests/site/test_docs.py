@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 from conftest import require
 
+from keras_bn.diagnosis.rules import RULES
+
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
@@ -57,3 +59,11 @@ def test_the_architecture_page_names_every_module():
     for path in (ROOT / "keras_bn").rglob("*.py"):
         if path.name not in ("__init__.py", "__main__.py", "version.py"):
             assert path.name in text, path
+
+
+def test_each_rule_of_the_diagnosis_has_its_section_in_the_faq():
+    headings = re.findall(r"^### (.+)$", (ROOT / "docs/faq.md").read_text(), re.M)
+    anchors = [heading.lower().replace(" ", "-") for heading in headings]
+    assert [rule.anchor for rule in RULES.values()] == [
+        anchor for anchor in anchors if anchor.startswith("bn0")
+    ]

@@ -245,6 +245,23 @@ def test_the_growth_of_gradients_in_theory(example):
     assert study.growth_in_theory(batch, 100_000) == pytest.approx(simulated, rel=0.06)
 
 
+def test_the_variance_after_relu_in_theory(example):
+    """It is the limit for images of one norm; for others, what draws give."""
+    study, keras = example("gradient_explosion"), example("keras")
+    assert study.variance_in_theory() == pytest.approx(study.VARIANCE)
+    rng = np.random.default_rng(0)
+    norms = np.array([0.2, 0.7, 0.7, 2.4])
+    before = rng.normal(size=(200_000, 4)) * norms / np.sqrt(np.mean(norms**2))
+    after = np.maximum(before, 0)
+    alike = np.mean(norms) / np.sqrt(np.mean(norms**2))
+    expected = np.mean(after**2) - np.mean(after) ** 2
+    assert study.variance_in_theory(alike) == pytest.approx(expected, rel=0.01)
+    assert expected > 1.1 * study.VARIANCE
+    layer = study.Norms()
+    layer(keras.ops.convert_to_tensor(before.T.astype("float32")))
+    assert float(layer.alike) == pytest.approx(alike, rel=1e-3)
+
+
 def test_gradients_stored_by_the_optimizer(example):
     """They are those of the loss, by differences."""
     keras, study = example("keras"), example("gradient_explosion")
