@@ -124,7 +124,10 @@ def quantize_aware(
     check_graph(model)
     check_layers(model)
     if quantizers(model):
-        raise ValueError(f"'{model.name}' is from `quantize_aware` already.")
+        raise ValueError(
+            f"'{model.name}' is from `quantize_aware` already. Train it, then write it "
+            "by `keras_bn.export_int8`; for other bits, start from the model before."
+        )
     copy = from_keras(model, compiled=compiled)
     _check_optimizers(copy)
     with scope(copy):

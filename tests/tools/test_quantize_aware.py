@@ -1,5 +1,7 @@
 """Training with quantization: what is computed, what trains, what the file says."""
 
+import pickle
+
 import keras
 import numpy as np
 import pytest
@@ -315,12 +317,13 @@ def test_a_report_without_data_draws_samples():
     assert report.error < 0.02
 
 
-@pytest.mark.parametrize("steps", [0, 5, 6])
+@pytest.mark.parametrize("steps", [0, 5, 6, 7])
 @pytest.mark.parametrize("together", [1, 3])
-def test_freeze_after(steps, together):
+@pytest.mark.parametrize("batches", [3, 4])
+def test_freeze_after(steps, together, batches):
     model = keras.Sequential([keras.Input((2,)), keras_bn.BatchNormalization()])
     model.compile("sgd", "mse", steps_per_execution=together)
-    x = np.ones((24, 2))
+    x = np.ones((8 * batches, 2))
     callback = keras_bn.FreezeAfter(steps)
     seen = []
 
@@ -332,8 +335,26 @@ def test_freeze_after(steps, together):
     for _ in range(2):
         callbacks = [callback, Watch()]
         model.fit(x, x, batch_size=8, epochs=2, verbose=0, callbacks=callbacks)
-    assert seen
+    assert seen[-1] == (4 * batches, True)
     assert all(frozen is bool(done >= steps) for done, frozen in seen)
+
+
+def test_freeze_after_in_a_loop_of_ones_own_and_without_a_length():
+    model = keras.Sequential([keras.Input((2,)), keras_bn.BatchNormalization()])
+    model.compile("sgd", "mse")
+    x = np.ones((8, 2))
+    by_hand = keras.callbacks.CallbackList([keras_bn.FreezeAfter(2)], model=model)
+    for done in range(1, 4):
+        model.train_on_batch(x, x)
+        by_hand.on_train_batch_end(done)
+        assert model.layers[0].freeze_statistics is (done >= 2)
+    keras_bn.unfreeze(model)
+    endless = ((x, x) for _ in range(5))
+    model.fit(endless, verbose=0, callbacks=[keras_bn.FreezeAfter(6)])
+    assert not model.layers[0].freeze_statistics
+    endless = ((x, x) for _ in range(5))
+    model.fit(endless, verbose=0, callbacks=[keras_bn.FreezeAfter(5)])
+    assert model.layers[0].freeze_statistics
 
 
 def test_freeze_after_takes_a_number_of_steps():
@@ -395,7 +416,7 @@ REFUSED = {
         lambda: chain(layers.ReLU(), layers.BatchNormalization(1, name="norm")),
         "'norm'.*last axis",
     ),
-    "twice": (lambda: keras_bn.quantize_aware(small(), images()), "already"),
+    "twice": (lambda: keras_bn.quantize_aware(small(), images()), "already.*export"),
 }
 
 
@@ -438,3 +459,47 @@ def test_diagnosis_and_recalibration_find_the_normalizations():
         "project/project_bn",
     }
     assert keras_bn.diagnose(aware, images(240)).record.not_called == ()
+
+
+def test_tools_on_a_model_that_rounds(tmp_path):
+    """Copies round as it does and make the same file; what cannot be, is said."""
+    aware = keras_bn.quantize_aware(small(), images())
+    expected, content = aware.predict(images(), verbose=0), integer_file(aware)[0]
+    cloned = keras.models.clone_model(aware)
+    cloned.set_weights(aware.get_weights())
+    by_weights = keras.models.clone_model(aware)
+    aware.save_weights(tmp_path / "aware.weights.h5")
+    by_weights.load_weights(tmp_path / "aware.weights.h5")
+    copies = {
+        "fold": keras_bn.fold(aware),
+        "from_keras": keras_bn.from_keras(aware),
+        "clone_model": cloned,
+        "weights": by_weights,
+        "pickle": pickle.loads(pickle.dumps(aware)),
+    }
+    for name, copy in copies.items():
+        np.testing.assert_array_equal(
+            copy.predict(images(), verbose=0), expected, err_msg=name
+        )
+        assert not {*map(id, copy.variables)} & {*map(id, aware.variables)}
+        assert integer_file(copy)[0] == content, name
+    assert keras_bn.from_keras(aware, in_place=True) is aware
+    report = integer_file(aware, images())[1]
+    assert (report.drawn, report.samples) == (False, len(images()))
+    for in_place in True, False:
+        with pytest.raises(ValueError, match=r"quantize_aware.*export_int8"):
+            keras_bn.to_keras(aware, in_place=in_place)
+    folds = keras_bn.plan_fold(aware)
+    assert [each.into for each in folds] == [None] * 3
+    assert all("folded already" in each.reason for each in folds)
+    told = keras_bn.freeze(aware, fuse=True)
+    assert list(told) == list(folds)
+    assert len(keras_bn.unfreeze(aware)) == 3
+    np.testing.assert_array_equal(aware.predict(images(), verbose=0), expected)
+
+
+def test_keras_has_no_rounding_of_activations_either():
+    model = keras.Sequential([keras.Input((6,)), layers.ReLU(name="relu")])
+    aware = keras_bn.quantize_aware(model, images(24, (6,)))
+    with pytest.raises(ValueError, match=r"'int8_input' is of.*no such layer"):
+        keras_bn.to_keras(aware)
