@@ -152,7 +152,7 @@ def test_the_report_is_a_page_and_a_part_of_the_diagnosis(exported):
         ]
         assert f"{report.size:,} bytes, all integer" in page
         assert f"output head: error {report.error:.2%}" in page
-        assert "http" not in page
+        assert not re.search("https?:", page)
     assert "default-src 'none'" in alone
     assert 'class="keras-bn cell"' in cell
     # The diagnosis is as it is without, and the layers in int8 come last.
@@ -503,8 +503,6 @@ def test_models_that_keras_quantizes():
     folded = keras_bn.fold(model)
     folded.quantize("int8")
     assert error(folded.predict(images(), verbose=0), expected) < 0.05
-    model.compile("adam", "mse")
-    model.fit(images(), expected, verbose=0)
     model.quantize("int8")
     expected = model.predict(images(), verbose=0)
     after = {each.layer: each for each in keras_bn.plan_fold(model)}
