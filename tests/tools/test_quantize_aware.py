@@ -473,6 +473,25 @@ def test_diagnosis_and_recalibration_find_the_normalizations(shared):
     assert keras_bn.diagnose(aware, images(240)).record.not_called == ()
 
 
+def test_a_fused_model_rounds_and_is_exported_as_an_unfused_one():
+    frozen = chain(keras_bn.BatchNormalization(), layers.ReLU(), shape=(6, 6, 3))
+    fused = keras_bn.from_keras(randomized(frozen))
+    keras_bn.freeze(frozen)
+    assert keras_bn.freeze(fused, fuse=True)[0].into is not None
+    x = images(24, (6, 6, 3))
+    files, trained = [], []
+    for model in frozen, fused:
+        files.append(outputs(integer_file(model, x)[0], x)[0])
+        aware = keras_bn.quantize_aware(model, x)
+        assert not any("call" in vars(la) for la in aware._flatten_layers())
+        aware.compile("sgd", "mse")
+        aware.fit(x, np.zeros((24, 4, 4, 4)), verbose=0)
+        trained.append([v.numpy() for v in aware.weights])
+    np.testing.assert_array_equal(*files)
+    for a, b in zip(*trained, strict=True):
+        np.testing.assert_allclose(a, b, 1e-5, 1e-6)
+
+
 def test_copies_of_a_model_that_rounds(shared, tmp_path):
     """They round as it does, and make the same file."""
     aware, content, _ = shared
