@@ -340,7 +340,7 @@ def both():
         layers.Flatten(),
         layers.Dense(5, name="dense"),
         OURS(name="bn_dense"),
-        layers.Dense(1),
+        layers.Dense(1, name="head"),
     ]
     return randomized(keras.Sequential(stack))
 
@@ -567,18 +567,18 @@ def shared_by_two(conv, x, other):
     return layers.add([OURS(name="bn")(conv(x)), OURS(name="bn_2")(conv(other))])
 
 
-def two_normalizations_of_one_output(conv, x, _):
-    y = conv(x)
+def two_normalizations_of_one_output(conv, x, other):
+    y = conv(layers.add([x, other]))
     return layers.add([OURS(name="bn")(y), OURS(name="bn_2", axis=1)(y)])
 
 
-def skip_around_the_normalization(conv, x, _):
-    y = conv(x)
+def skip_around_the_normalization(conv, x, other):
+    y = conv(layers.add([x, other]))
     return layers.add([OURS(name="bn")(y), y])
 
 
-def output_of_the_model(conv, x, _):
-    y = conv(x)
+def output_of_the_model(conv, x, other):
+    y = conv(layers.add([x, other]))
     return [OURS(name="bn")(y), y]
 
 
