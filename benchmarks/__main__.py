@@ -1,4 +1,4 @@
-"""All but `fold`, in five minutes: RESULTS.md, results.json and ratios.png."""
+"""All but `fold` and `int8`: RESULTS.md, results.json, ratios.png, in five minutes."""
 
 import argparse
 import json

@@ -25,7 +25,7 @@ def add(commands):
 
 def _run(arguments):
     model, layers, _, notes = open_model(arguments)
-    save(arguments, model, native=arguments.to == "keras")
+    notes = [*notes, *save(arguments, model, native=arguments.to == "keras")]
     rows = [[path, str(channels(layer))] for path, layer in layers.items()]
     results = {"converted": list(layers), "to": arguments.to}
     closing = f"{len(rows)} converted to {arguments.to}: {arguments.output}"

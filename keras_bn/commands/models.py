@@ -121,12 +121,17 @@ def save(arguments, model, native=False, file=None):
         model: the model.
         native: whether to write Keras's own layers, as its file had them.
         file: where; the output of the command by default.
+
+    Returns:
+        A list of what the conversion to Keras's layers warns of.
     """
+    notes: list[str] = []
     if native:
-        with refused(ValueError, TypeError):
+        with refused(ValueError, TypeError), noted() as notes:
             model = to_keras(model)
     with noted():
         output.write(arguments, file or arguments.output, model.save)
+    return notes
 
 
 def channels(layer):

@@ -1,4 +1,4 @@
-"""The drawings of a layer in HTML: its channels on an axis, its output gap as a bar."""
+"""The drawing of a layer in HTML: its channels on an axis."""
 
 import numpy as np
 
@@ -55,12 +55,6 @@ def strip(values, limit, healthy, seed):
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
         f'aria-label="channels of the layer">{"".join(parts)}</svg>'
     )
-
-
-def bar(gap):
-    """An output gap as a bar, full at `FULL_GAP` and beyond."""
-    share = min(gap / FULL_GAP, 1.0) if np.isfinite(gap) else 1.0
-    return f'<div class="bar"><div style="width:{share:.0%}"></div></div>'
 
 
 def said(values, typical, worst, unit=""):

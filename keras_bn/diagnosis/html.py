@@ -22,16 +22,18 @@ _MEAN, _RATIO, GAP = (
 )
 
 
-def page(report):
+def page(report, int8=None):
     """The report as one self-contained page.
 
     Args:
         report: a `Report`.
+        int8: an `Int8Report` whose layers to show as well, or None.
 
     Returns:
         A string of HTML.
     """
-    return display.page(f"{report.record.model}: {verdict(report)}", _body(report))
+    body = "\n".join([_body(report), *([int8.section()] if int8 else [])])
+    return display.page(f"{report.record.model}: {verdict(report)}", body)
 
 
 def fragment(report):
@@ -296,7 +298,7 @@ class Columns:
     def _gap(self, layer, seed):
         if layer is None or layer.data is None:
             return _NOTHING
-        return drawings.bar(layer.gap) + _small(f"{layer.gap:.2f}")
+        return display.bar(layer.gap, drawings.FULL_GAP) + _small(f"{layer.gap:.2f}")
 
 
 _NOTHING = "<small>no data</small>"

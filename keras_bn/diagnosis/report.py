@@ -183,29 +183,51 @@ class Report:
             "not_looked_for": self.not_looked_for,
         }
 
-    def to_html(self) -> str:
-        """The report as one page of HTML that loads nothing; a string."""
+    def to_html(self, int8: Any = None) -> str:
+        """The report as one page of HTML that loads nothing.
+
+        Args:
+            int8: what `keras_bn.export_int8` has returned for the model; its layers
+                then follow those of the diagnosis.
+
+        Returns:
+            A string.
+
+        Raises:
+            TypeError: if `int8` is something else.
+        """
         from keras_bn.diagnosis.html import page
 
-        return page(self)
+        if int8 is not None and not hasattr(int8, "section"):
+            raise TypeError(
+                "`int8` must be what keras_bn.export_int8 returns. Received: "
+                f"int8={int8!r}"
+            )
+        return page(self, int8)
 
     def _repr_html_(self):
         from keras_bn.diagnosis.html import fragment
 
         return fragment(self)
 
-    def open(self) -> Path:
+    def open(self, int8: Any = None) -> Path:
         """Show the page in the browser.
+
+        Args:
+            int8: as in `to_html`.
 
         Returns:
             The path of the page, a temporary file.
+
+        Raises:
+            TypeError: as `to_html`.
 
         Warns:
             UserWarning: if there is no browser.
         """
         from keras_bn.tools.display import opened
 
-        return opened(self.to_html(), self.record.model)
+        return opened(self.to_html(int8), self.record.model)
 
     def plot(self, path: str | os.PathLike[str] | None = None) -> Any:
         """Draw each layer's drift over its channels, and its output gap.

@@ -21,6 +21,7 @@ from keras_bn.tools.arrays import axes as axes_of
 from keras_bn.tools.convert import from_keras
 from keras_bn.tools.exchange import bypass, exchange, optimizers
 from keras_bn.tools.fold import Plan
+from keras_bn.tools.fuse import separate
 from keras_bn.tools.graph import graph_of, holders, scope, walk
 from keras_bn.tools.linear import is_linear
 from keras_bn.tools.norms import is_frozen, is_normalization
@@ -124,8 +125,12 @@ def quantize_aware(
     check_graph(model)
     check_layers(model)
     if quantizers(model):
-        raise ValueError(f"'{model.name}' is from `quantize_aware` already.")
+        raise ValueError(
+            f"'{model.name}' is from `quantize_aware` already. Train it, then write it "
+            "by `keras_bn.export_int8`; for other bits, start from the model before."
+        )
     copy = from_keras(model, compiled=compiled)
+    separate(copy)  # what `freeze(model, fuse=True)` has fused is rounded here
     _check_optimizers(copy)
     with scope(copy):
         _quantize_weights(copy, weight_bits, activation_bits)

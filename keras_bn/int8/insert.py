@@ -1,6 +1,5 @@
 """Putting further layers behind others in the graphs of a model, in place."""
 
-import keras
 from keras.src.ops.function import map_graph
 
 from keras_bn.tools.exchange import note_nodes, replace
@@ -58,8 +57,7 @@ def _redraw(holder, graph, made):
     for each in {id(holder): holder, id(graph): graph}.values():
         for layer in made:
             each._tracker.track(layer)
-    if isinstance(holder, keras.Sequential):
-        chain = [graph._nodes_by_depth[d] for d in sorted(graph._nodes_by_depth)[::-1]]
-        list.__setitem__(
-            holder._layers, slice(None), [node.operation for (node,) in chain]
-        )
+        # In the order of the graph, as the layers, and so the weights, of a clone are.
+        inside = {id(layer) for layer in graph.layers}
+        others = [layer for layer in each._layers if id(layer) not in inside]
+        list.__setitem__(each._layers, slice(None), [*graph.layers, *others])

@@ -43,6 +43,8 @@ class FakeQuantizer(keras.layers.Layer):
         **kwargs: arguments of `keras.layers.Layer`.
     """
 
+    rounds_as_int8 = True  # for `tools.norms.rounds`
+
     def __init__(self, bits=8, momentum=0.99, fixed=None, **kwargs):
         super().__init__(**kwargs)
         self.bits, self.momentum = bits, momentum
@@ -111,6 +113,8 @@ class FakeQuantizer(keras.layers.Layer):
 
 class _Wrapper(keras.layers.Layer):
     """A layer around others, whose names and variables stay."""
+
+    rounds_as_int8 = True
 
     def get_config(self):
         return {

@@ -2,9 +2,16 @@
 
 import math
 from dataclasses import dataclass
+from html import escape
+from pathlib import Path
 from typing import NamedTuple
 
+from keras_bn.tools import display
 from keras_bn.tools.plain import number, table
+
+# The error that fills the bar of a layer: what the command allows for an output.
+FULL_ERROR = 0.1
+_HEADER = ["Layer", "Operation", "Error"]
 
 
 class Int8Layer(NamedTuple):
@@ -59,19 +66,27 @@ class Int8Report:
         return max(self.outputs.values(), key=lambda e: math.inf if e != e else e)
 
     def __str__(self):
-        drawn = " drawn at random" if self.drawn else ""
-        lines = [
-            f"{self.model}: {self.size:,} bytes, all integer; compared with float on "
-            f"{self.samples} samples{drawn}"
-        ]
-        lines += [f"output {n}: error {e:.2%}" for n, e in self.outputs.items()]
-        if self.equalized:
-            lines.append(f"{len(self.equalized)} pairs of layers equalized")
-        if self.corrected:
-            lines.append(f"{len(self.corrected)} biases corrected")
-        if self.kept:
-            lines.append(f"{len(self.kept)} batch normalizations not folded: plan_fold")
+        lines = [f"{self.model}: {self._about()}", *self._said()]
         return "\n".join([*lines, "", *table([HEADER], self.rows(), left=3)])
+
+    def _about(self):
+        drawn = " drawn at random" if self.drawn else ""
+        return (
+            f"{self.size:,} bytes, all integer; compared with float on "
+            f"{self.samples} samples{drawn}"
+        )
+
+    def _said(self):
+        """The errors of the outputs, and what was done on the way: lines of text."""
+        lines = [f"output {n}: error {e:.2%}" for n, e in self.outputs.items()]
+        if self.equalized:
+            lines.append(f"pairs of layers equalized: {len(self.equalized)}")
+        if self.corrected:
+            lines.append(f"biases corrected: {len(self.corrected)}")
+        if self.kept:
+            many = len(self.kept)
+            lines.append(f"normalizations not folded: {many} (plan_fold says why)")
+        return lines
 
     def rows(self):
         """The layers as rows of strings, under `HEADER`."""
@@ -101,6 +116,55 @@ class Int8Report:
             "corrected": list(self.corrected),
             "kept": dict(self.kept),
         }
+
+    def section(self) -> str:
+        """The layers as a section of a page in HTML, as on that of a diagnosis."""
+        rows = []
+        for each in self.layers:
+            others = "" if each.output == each.layer else f"with {each.output}"
+            error = display.bar(each.error, FULL_ERROR) + _small(f"{each.error:.2%}")
+            cells = (
+                display.cell("Operation", each.operation),
+                display.cell("Error", error),
+            )
+            rows.append(
+                ('class="note"', [escape(each.layer) + _small(escape(others)), *cells])
+            )
+        said = "".join(f"<br>{escape(line)}" for line in self._said())
+        return f"""<section>
+<h2>Layers in int8, the largest error first</h2>
+<p class="legend">{self._about()}.{said}</p>
+<p class="legend">An error is the root mean square of int8 less float, over the standard
+deviation of float; a bar is full at {FULL_ERROR:.0%}.</p>
+<div class="rows layers">
+{display.table(_HEADER, rows)}
+</div>
+</section>"""
+
+    def to_html(self) -> str:
+        """The report as one page of HTML that loads nothing; a string."""
+        return display.page(f"{self.model} in int8", self._body())
+
+    def _repr_html_(self):
+        return display.fragment(self._body())
+
+    def open(self) -> Path:
+        """Show the page in the browser.
+
+        Returns:
+            The path of the page, a temporary file.
+
+        Warns:
+            UserWarning: if there is no browser.
+        """
+        return display.opened(self.to_html(), self.model)
+
+    def _body(self):
+        return f"<header><h1>{escape(self.model)}</h1></header>\n{self.section()}"
+
+
+def _small(content):
+    return f"<small>{content}</small>"
 
 
 HEADER = ["layer", "with", "operation", "error"]

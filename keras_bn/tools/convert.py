@@ -1,12 +1,13 @@
 """Replacing Keras's batch normalization by ours in a model, and back."""
 
 import inspect
+import warnings
 from typing import Any
 
 import keras
 
 from keras_bn import kernels
-from keras_bn.frozen import forget_traces
+from keras_bn.frozen import AFFINE, forget_traces
 from keras_bn.layer import BatchNormalization
 from keras_bn.tools.copying import copy_model
 from keras_bn.tools.exchange import (
@@ -18,15 +19,20 @@ from keras_bn.tools.exchange import (
 )
 from keras_bn.tools.fuse import separate
 from keras_bn.tools.graph import holders, scope, walk
-from keras_bn.tools.norms import check_layer, computes_otherwise, is_keras, is_ours
+from keras_bn.tools.norms import (
+    check_layer,
+    computes_otherwise,
+    is_frozen,
+    is_keras,
+    is_ours,
+    rounds,
+)
 
 # Arguments that only our layer has, with the value that means "not used".
 _BEYOND_KERAS = {
     "virtual_batch_size": None,
     "unbiased": False,
     "debias": False,
-    "freeze_statistics": False,
-    "freeze_affine": False,
 }
 # Older releases of Keras have no renorm.
 _TAKEN_BY_KERAS = inspect.signature(keras.layers.BatchNormalization).parameters
@@ -87,7 +93,9 @@ def to_keras(
     """A copy of a model in which every layer of ours is Keras's BatchNormalization.
 
     The inverse of `from_keras`, with the same guarantees, for layers whose options
-    Keras has.
+    Keras has. Frozen statistics become Keras's `trainable=False`: such a layer gives
+    the same outputs in training and inference, but its gamma and beta do not train.
+    Layers that `freeze(model, fuse=True)` has fused are computed one by one again.
 
     Args:
         model: a model, or a single layer.
@@ -99,7 +107,12 @@ def to_keras(
     Raises:
         TypeError: if `model` is not a Keras layer or model.
         ValueError: for a layer with an option that Keras does not have, naming both;
-            and for a subclass of ours with its own `call`.
+            for a subclass of ours with its own `call`; and for a model from
+            `keras_bn.quantize_aware`, whose layers Keras does not have.
+
+    Warns:
+        UserWarning: if gamma and beta trained beside frozen statistics, with the paths
+            of these layers.
 
     Example:
 
@@ -125,25 +138,35 @@ def _convert(model, wanted, kind, in_place, compiled):
         )
     for path, layer in walk(model):
         _check(layer, path or layer.name, wanted, kind)
+    if wanted(model) and in_place:
+        raise ValueError(
+            f"'{model.name}' is a normalization itself: an object cannot change its "
+            "class. Convert it without `in_place`; this gives a new layer."
+        )
+    if kind is not BatchNormalization:
+        _warn_of_affine(model)
     if wanted(model):
-        if in_place:
-            raise ValueError(
-                f"'{model.name}' is a normalization itself: an object cannot change "
-                "its class. Convert it without `in_place`; this gives a new layer."
-            )
-        return remade(copy_model(model)[0], kind)
+        return _replacement(copy_model(model)[0], kind)
     if not in_place:
         model, _ = copy_model(model, compiled)
     if kind is not BatchNormalization:
         separate(model)  # layers of Keras follow no notes
     layers = [layer for _, layer in walk(model) if wanted(layer)]
     with scope(model):
-        pairs = [(layer, remade(layer, kind)) for layer in layers]
+        pairs = [(layer, _replacement(layer, kind)) for layer in layers]
     exchange(pairs, holders_alive(layers) if in_place else holders(model))
     _hand_over_variables(model, pairs)
     if in_place:
         forget_traces(new for _, new in pairs)
     return model
+
+
+def _replacement(layer, kind):
+    """The layer that takes the place of another; Keras freezes by `trainable`."""
+    new = remade(layer, kind)
+    if kind is not BatchNormalization and is_frozen(layer):
+        new.trainable = False
+    return new
 
 
 def remade(layer, kind, **changes):
@@ -228,9 +251,34 @@ def _hand_over_variables(model, pairs):
         rekey(optimizer, keys)
 
 
+def _warn_of_affine(model):
+    """Warn of parameters that train now, and will not in a layer of Keras's."""
+    paths = [
+        f"'{path or layer.name}'"
+        for path, layer in walk(model)
+        if is_ours(layer) and layer.trainable and layer.freeze_statistics
+        if any(
+            present and layer.freeze_affine not in (True, name)
+            for name, present in zip(AFFINE, (layer.scale, layer.center), strict=True)
+        )
+    ]
+    if paths:
+        warnings.warn(
+            "Keras freezes statistics by `trainable=False`, and gamma and beta with "
+            f"them: they no longer train in {', '.join(paths)}.",
+            stacklevel=4,
+        )
+
+
 def _check(layer, path, wanted, kind):
     """Refuse a layer that no layer of the wanted class can replace."""
     theirs = kind is BatchNormalization
+    if not theirs and rounds(layer):
+        raise ValueError(
+            f"'{path}' is of `keras_bn.quantize_aware`, and Keras has no such layer. "
+            "Write the model by `keras_bn.export_int8`, or convert the one that you "
+            "gave to `quantize_aware`."
+        )
     base = keras.layers.BatchNormalization if theirs else BatchNormalization
     if isinstance(layer, base) and computes_otherwise(layer):
         raise ValueError(
@@ -249,6 +297,8 @@ def _check_expressible(layer, path):
         for name, default in _BEYOND_KERAS.items()
         if getattr(layer, name) != default
     ]
+    if layer.freeze_affine and not is_frozen(layer):
+        refused.append(f"freeze_affine={layer.freeze_affine!r}")
     if isinstance(layer.axis, list):
         refused.append(f"axis={layer.axis}")
     if layer.momentum is None:

@@ -4,6 +4,7 @@ A fragment brings its style along. The style holds within `class="keras-bn"` onl
 is light or dark as the notebook or the system is.
 """
 
+import math
 import re
 import tempfile
 import warnings
@@ -82,6 +83,12 @@ def table(header, rows):
 def cell(label, content):
     """A cell of a table; on a narrow screen the label is above its content."""
     return f'<td data-label="{escape(label)}">{content}</td>'
+
+
+def bar(value, full):
+    """A number, 0 or greater, as a bar that is full at `full` and beyond."""
+    share = min(value / full, 1.0) if math.isfinite(value) else 1.0
+    return f'<div class="bar"><div style="width:{share:.0%}"></div></div>'
 
 
 def opened(text, name):

@@ -33,6 +33,7 @@ from keras_bn.tools.norms import (
     is_normalization,
     is_ours,
     plain,
+    rounds,
 )
 
 
@@ -179,11 +180,15 @@ class Plan:
                 if self._concerns(norm) and id(norm) not in found:
                     found[id(norm)] = self._place(graph, node)
         self.folds = Folds()
+        within = {
+            id(held) for _, each in walk(model) if rounds(each) for held in each._layers
+        }
         for path, layer in walk(model):
             if computes_otherwise(layer):
                 self.folds.append(Fold(path or layer.name, None, _OTHERWISE))
             elif self._concerns(layer):
-                outside = Fold(path or layer.name, None, _OUTSIDE)
+                reason = _WITHIN if id(layer) in within else _OUTSIDE
+                outside = Fold(path or layer.name, None, reason)
                 self.folds.append(found.get(id(layer)) or outside)
 
     def _concerns(self, layer):
@@ -307,6 +312,7 @@ class Plan:
 
 
 _OUTSIDE = "it is an attribute of a layer, and only graphs show what is next to it"
+_WITHIN = "it is folded already, by the layer of `quantize_aware` around it"
 _OTHERWISE = "its class has a `call` of its own, so what it computes is not known"
 
 

@@ -11,10 +11,13 @@ class FreezeAfter(keras.callbacks.Callback):
     """Freezes the statistics of the fitted model after so many steps.
 
     It calls `keras_bn.freeze(model)` once. For a model from `keras_bn.quantize_aware`,
-    the last part of training then runs with the very weights of the file.
+    the last part of training then runs with the very weights of the file. With
+    `steps_per_execution`, it waits for the execution to end in which the step is.
 
     Args:
         steps: how many steps of training come before; those of several `fit` together.
+            The last execution of an epoch counts as a whole one if Keras does not know
+            how many steps an epoch has.
 
     Raises:
         ValueError: if `steps` is no whole number, 0 or greater.
@@ -38,21 +41,29 @@ class FreezeAfter(keras.callbacks.Callback):
                 f"`steps` must be a whole number, 0 or greater. Received: {steps!r}"
             )
         self.steps = steps
-        self._done, self._before, self._frozen = 0, -1, False
+        self._done, self._at, self._frozen = 0, 0, False
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
-        self._before = -1
         self._freeze_if_due()
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        self._before = -1
+        self._at = 0
+
+    def on_train_batch_begin(
+        self, batch: int, logs: dict[str, Any] | None = None
+    ) -> None:
+        self._at = batch
 
     def on_train_batch_end(
         self, batch: int, logs: dict[str, Any] | None = None
     ) -> None:
-        # With `steps_per_execution`, the batches of one execution end together.
-        self._done += batch - self._before
-        self._before = batch
+        # An execution is several batches, of which Keras 3.10 names the first here,
+        # and later releases the last, as if none were missing at the end of an epoch.
+        end = self._at + self.model.steps_per_execution
+        if length := (self.params or {}).get("steps"):
+            end = min(end, length)
+        self._done += end - self._at
+        self._at = end
         self._freeze_if_due()
 
     def _freeze_if_due(self):

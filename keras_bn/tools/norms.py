@@ -64,6 +64,14 @@ def is_frozen(layer) -> bool:
     return not layer.trainable or getattr(layer, "freeze_statistics", False)
 
 
+def rounds(layer) -> bool:
+    """Whether a layer is of `keras_bn.quantize_aware`.
+
+    It may hold a normalization, which has to be ours and is folded as it computes.
+    """
+    return getattr(layer, "rounds_as_int8", False)
+
+
 def normalizations(model) -> dict:
     """The batch normalizations of a built model, by path; a layer alone by its name.
 

@@ -205,6 +205,19 @@ def test_options_that_keras_lacks(tmp_path, capsys):
     assert count(tmp_path / "out.keras") == (0, 1)
 
 
+def test_a_frozen_model_goes_to_keras_with_a_note(tmp_path, capsys):
+    model = randomized(convolutional(keras_bn.BatchNormalization))
+    keras_bn.freeze(model, fuse=True)
+    model.save(tmp_path / "in.keras")
+    files = tmp_path / "in.keras", tmp_path / "out.keras"
+    assert run("convert", *files, "--to", "keras") == 0
+    assert "no longer train in 'first', 'second'" in capsys.readouterr().out
+    loaded = keras.saving.load_model(tmp_path / "out.keras")
+    assert not any(la.trainable for _, la in walk(loaded) if is_keras(la))
+    x = inputs_of(model)
+    np.testing.assert_array_equal(loaded(x), model(x))
+
+
 def test_models_with_integer_input_are_compared(tmp_path, capsys):
     randomized(masked()).save(tmp_path / "in.keras")
     assert run("fold", tmp_path / "in.keras", tmp_path / "out.keras") == 0

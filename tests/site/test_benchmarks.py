@@ -22,6 +22,7 @@ from benchmarks import (
     backends,
     first,
     frozen,
+    int8,
     layer,
     markdown,
     memory,
@@ -137,6 +138,26 @@ def test_models_differ_in_nothing_but_their_normalization():
         for kind, each in zip(built, layers, strict=True):
             assert type(each) is (instead[kind] if is_norm else theirs)
     assert norms == 52
+
+
+def test_files_of_integers_and_floats_are_of_one_model(monkeypatch):
+    stack = [keras.Input((8, 8, 3)), keras.layers.Conv2D(64, 3)]
+    stack += [keras_bn.BatchNormalization(), keras.layers.Flatten()]
+    model = keras.Sequential([*stack, keras.layers.Dense(10)])
+    monkeypatch.setattr(keras.applications, "Small", lambda **_: model, raising=False)
+    image = np.random.default_rng(0).uniform(-1, 1, (1, 8, 8, 3)).astype("float32")
+    run = int8.runner(int8.float_file(model), image)
+    run()
+    interpreter = run.__self__
+    (made,) = interpreter.get_output_details()
+    value = interpreter.get_tensor(made["index"])
+    np.testing.assert_allclose(value, model.predict(image, verbose=0), 1e-4, 1e-5)
+    row = int8.measure("Small", 8, seconds=0.01)
+    assert 0.2 < row["smaller"] < 0.4
+    assert row["ratio"] == row["ms"]["int8"]["median"] / row["ms"]["float"]["median"]
+    cells = int8.table([row]).splitlines()[-1]
+    assert f"| Small, 8×8 | {row['bytes']['float'] / 1e6:.1f} |" in cells
+    assert cells.endswith(f"| {row['ratio']:.2f} |")
 
 
 def test_jit_reaches_the_model():

@@ -332,7 +332,7 @@ def test_subclasses():
         ({"virtual_batch_size": 4}, "virtual_batch_size=4"),
         ({"unbiased": True}, "unbiased=True"),
         ({"debias": True}, "debias=True"),
-        ({"freeze_statistics": True}, "freeze_statistics=True"),
+        ({"freeze_affine": "beta"}, "freeze_affine='beta'"),
         ({"momentum": None}, "momentum=None"),
         (
             {"renorm": True, "renorm_clipping": keras_bn.renorm_ramp()},
@@ -344,6 +344,75 @@ def test_to_keras_names_what_keras_lacks(options, named):
     layer = OURS(**options, name="norm")
     with pytest.raises(ValueError, match=f"{named}.*'norm'"):
         keras_bn.to_keras(layer)
+
+
+def frozen_in_part():
+    """A model with a layer of each kind, and which of them train gamma and beta."""
+    kinds = {
+        "statistics": {"freeze_statistics": True},
+        "no_scale": {"freeze_statistics": True, "scale": False},
+        "gamma_too": {"freeze_statistics": True, "freeze_affine": "gamma"},
+        "all": {"freeze_statistics": True, "freeze_affine": True},
+        "no_affine": {"freeze_statistics": True, "scale": False, "center": False},
+        "not_trainable": {"freeze_affine": True, "trainable": False},
+        "free": {},
+    }
+    parts = [
+        layers.Dense(4, name="dense"),
+        *(OURS(name=n, **how) for n, how in kinds.items()),
+    ]
+    model = randomized(keras.Sequential([keras.Input((3,)), *parts]))
+    return model, ["statistics", "no_scale", "gamma_too"], {*kinds} - {"free"}
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_frozen_statistics_become_layers_that_do_not_train(in_place):
+    model, warned, frozen = frozen_in_part()
+    x, y = np.random.default_rng(0).normal(3.0, 1.0, size=(2, 16, 4))
+    x = x[:, :3]
+    before, expected = {v.path: array(v) for v in model.variables}, array(model(x))
+    in_training = array(keras_bn.from_keras(model)(x, training=True))
+    with pytest.warns(UserWarning, match="no longer train in") as told:
+        theirs = keras_bn.to_keras(model, in_place=in_place)
+    said = str(told[0].message)
+    assert [name for name in norms(theirs) if f"'{name}'" in said] == warned
+    assert told[0].filename == __file__
+    assert norms(theirs, KERAS).keys() == frozen | {"free"}
+    assert {n for n, la in norms(theirs).items() if not la.trainable} == frozen
+    np.testing.assert_array_equal(array(theirs(x)), expected)
+    value = array(theirs(x, training=True))
+    np.testing.assert_allclose(value, in_training, rtol=1e-5, atol=1e-5)
+    theirs.compile("sgd", "mse")
+    theirs.fit(x, y, verbose=0)
+    moved = {
+        v.path.split("/")[-2]
+        for v in theirs.variables
+        if not np.array_equal(array(v), before[v.path])
+    }
+    assert moved == {"dense", "free"}
+
+
+def test_a_frozen_layer_alone():
+    layer = OURS(freeze_statistics=True, name="alone")
+    with pytest.warns(UserWarning, match="train in 'alone'"):
+        assert not keras_bn.to_keras(layer).trainable
+    assert layer.trainable
+    back = keras_bn.from_keras(keras_bn.to_keras(OURS(trainable=False)))
+    assert (back.trainable, back.freeze_statistics) == (False, False)
+
+
+def test_the_optimizer_goes_on_without_what_keras_freezes():
+    model = randomized(sequential(OURS))
+    model.compile(keras.optimizers.Adam(0.01), "mse")
+    x, y = np.ones((8, 8)), np.ones((8, 3))
+    model.fit(x, y, verbose=0)
+    keras_bn.freeze(model)
+    with pytest.warns(UserWarning, match="train in 'first'"):
+        theirs = keras_bn.to_keras(model)
+    gamma = array(theirs.get_layer("first").gamma)
+    theirs.fit(x, y, verbose=0)
+    assert theirs.optimizer.iterations == 2
+    np.testing.assert_array_equal(array(theirs.get_layer("first").gamma), gamma)
 
 
 @pytest.mark.skipif(not HAS_RENORM, reason="this Keras has no renorm")

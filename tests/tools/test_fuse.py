@@ -4,6 +4,7 @@ import collections
 import contextlib
 import copy
 import pickle
+import re
 
 import keras
 import numpy as np
@@ -84,6 +85,23 @@ KINDS = {
         (7, 7, 3),
         -1,
     ),
+    "Conv2D, grouped": (lambda: layers.Conv2D(6, 3, groups=2), (7, 7, 4), -1),
+    # Of another width than it has filters: else Keras 3.15.1 adds the bias to columns.
+    "Conv1D, channels first": (
+        lambda: layers.Conv1D(4, 3, data_format="channels_first"),
+        (3, 9),
+        1,
+    ),
+    "Conv2D, channels first": (
+        lambda: layers.Conv2D(4, 3, data_format="channels_first"),
+        (3, 7, 8),
+        1,
+    ),
+    "Conv2DTranspose, channels first": (
+        lambda: layers.Conv2DTranspose(4, 3, 2, data_format="channels_first"),
+        (3, 5, 4),
+        1,
+    ),
 }
 
 
@@ -120,23 +138,31 @@ def float64():
         yield
 
 
-def gradients(model, x, upstream, training=True, **how):
-    """The output, and the gradients of the input and of every variable that trains."""
+def gradients(model, x, upstream, **how):
+    """The output, and the gradients of the input and of every variable that trains.
+
+    In training, then in inference: a list of arrays.
+    """
     weights = [v.value for v in model.trainable_variables]
 
-    @tf.function(autograph=False, **how)
-    def run(x):
+    def of(x, training):
         with tf.GradientTape() as tape:
             tape.watch(x)
             y = model(x, training=training)
-        return y, tape.gradient(y, [x, *weights], output_gradients=upstream)
+        return y, *tape.gradient(y, [x, *weights], output_gradients=upstream)
 
-    y, found = run(tf.constant(x))
-    return [np.asarray(value) for value in (y, *found)]
+    @tf.function(autograph=False, **how)
+    def run(x):
+        return *of(x, True), *of(x, False)
+
+    return [np.asarray(value) for value in run(tf.constant(x))]
 
 
 def upstream_of(model, x):
-    return np.random.default_rng(3).normal(size=model(x).shape)
+    shape = (len(x), *model.output_shape[1:])
+    if None in shape:
+        shape = model(x).shape
+    return np.random.default_rng(3).normal(size=shape)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -148,14 +174,15 @@ def test_outputs_and_gradients_are_those_of_the_unfused_layers(kind, float64):
     assert told.into == model.layers[1].name
     asked = []
     again = fuse.Noting._again
+    # On a CPU, TensorFlow has gradients of channels first under XLA alone.
+    how = {"jit_compile": "channels first" in kind}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fuse.Noting, "_again", lambda *a: asked.append(a) or again(*a))
-        for training in (True, False):
-            expected = gradients(frozen, x, upstream, training)
-            found = gradients(fused, x, upstream, training)
-            assert len(found) == len(expected)
-            for a, b in zip(found, expected, strict=True):
-                np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-10)
+        expected = gradients(frozen, x, upstream, **how)
+        found = gradients(fused, x, upstream, **how)
+    assert len(found) == len(expected)
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-10)
     assert len(asked) == 2
 
 
@@ -206,10 +233,9 @@ def trained(model, data, steps=20, **options):
 @pytest.mark.parametrize(
     ("make", "options"),
     [
-        (lambda: chain(), {}),
-        (lambda: (small(), (ROWS, TARGETS)), {"jit_compile": True}),
-        (lambda: (small(), (ROWS, TARGETS)), {"run_eagerly": True}),
-        (lambda: (small(), (ROWS, TARGETS)), {"steps_per_execution": 2}),
+        (lambda: chain(), {"steps_per_execution": 2}),
+        (lambda: (both(), (ROWS, TARGETS)), {"jit_compile": True}),
+        (lambda: (both(), (ROWS, TARGETS)), {"run_eagerly": True}),
     ],
 )
 def test_twenty_steps_end_at_the_same_weights(make, options, float64):
@@ -218,9 +244,9 @@ def test_twenty_steps_end_at_the_same_weights(make, options, float64):
     expected = trained(frozen, data, **options)
     for a, b in zip(trained(fused, data, **options), expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-9)
-    np.testing.assert_allclose(
-        fused.evaluate(*data, verbose=0), frozen.evaluate(*data, verbose=0), rtol=1e-9
-    )
+    if not options.get("jit_compile"):  # which takes long to compile
+        losses = [each.evaluate(*data, verbose=0) for each in (fused, frozen)]
+        np.testing.assert_allclose(*losses, rtol=1e-9)
 
 
 def test_it_computes_one_convolution_and_no_product_of_full_size():
@@ -284,7 +310,7 @@ def test_replicas(float64):
     ends = []
     for fuse_too in (False, True):
         with strategy.scope():
-            model = small()
+            model = both()
             model.compile(keras.optimizers.SGD(0.05, momentum=0.9))
         keras_bn.freeze(model, fuse=fuse_too)
         loop = Loop(strategy, model, (3, 5))
@@ -300,6 +326,23 @@ def small():
     keras.utils.set_random_seed(0)
     parts = [keras.Input((6,)), layers.Dense(5, name="dense"), OURS(name="bn")]
     return randomized(keras.Sequential([*parts, layers.Dense(1, name="head")]))
+
+
+def both():
+    """A convolution and a Dense layer with their normalizations, for the same rows."""
+    keras.utils.set_random_seed(0)
+    stack = [
+        keras.Input((6,)),
+        layers.Reshape((2, 3, 1)),
+        layers.Conv2D(4, 2, name="conv"),
+        OURS(name="bn"),
+        layers.ReLU(),
+        layers.Flatten(),
+        layers.Dense(5, name="dense"),
+        OURS(name="bn_dense"),
+        layers.Dense(1, name="head"),
+    ]
+    return randomized(keras.Sequential(stack))
 
 
 def asked(model, x):
@@ -409,7 +452,7 @@ def test_unfreeze_goes_back():
 
 @pytest.mark.parametrize("by_tool", [True, False])
 def test_one_layer_of_them_is_unfrozen_during_fit(by_tool):
-    model, data = chain()
+    model = both()
     keras_bn.freeze(model, fuse=True)
     norm = model.get_layer("bn")
     model.compile("sgd", "mse")
@@ -422,18 +465,18 @@ def test_one_layer_of_them_is_unfrozen_during_fit(by_tool):
             elif epoch == 1:
                 norm.freeze_statistics = False
 
-    model.fit(*data, epochs=2, verbose=0, callbacks=[Unfreeze()])
+    model.fit(ROWS, TARGETS, epochs=2, verbose=0, callbacks=[Unfreeze()])
     moved = {
         name
         for name, value in before.items()
         if not np.array_equal(value, model.get_layer(name).moving_mean.numpy())
     }
     assert moved == {"bn"}
-    assert asked(model, data[0]) == ["depthwise", "depthwise", "dense"]
+    assert asked(model, ROWS) == ["dense"]
     norm.freeze_statistics = True
-    assert "conv" not in asked(model, data[0])
+    assert "conv" not in asked(model, ROWS)
     keras_bn.freeze(model, fuse=True)
-    assert "conv" in asked(model, data[0])
+    assert "conv" in asked(model, ROWS)
 
 
 def test_tools_work_on_a_fused_model():
@@ -466,17 +509,21 @@ def test_tools_work_on_a_fused_model():
 
 
 @pytest.mark.parametrize("in_place", [True, False])
-def test_keras_gets_layers_as_its_classes_make_them(in_place):
+@pytest.mark.parametrize("fused", [True, False])
+def test_keras_gets_layers_as_its_classes_make_them(in_place, fused):
     model = small()
     keras_bn.freeze(model, fuse=True)
     expected = model.predict(ROWS, verbose=0)
-    with pytest.raises(ValueError, match="no equivalent of freeze_statistics=True"):
-        keras_bn.to_keras(model, in_place=in_place)
     assert asked(model, ROWS) == ["dense"]
     # A layer that is unfrozen by its attribute leaves the layer before it noting.
-    model.get_layer("bn").freeze_statistics = False
-    theirs = keras_bn.to_keras(model, in_place=in_place)
+    model.get_layer("bn").freeze_statistics = fused
+    told = pytest.warns(UserWarning, match="no longer train")
+    with told if fused else contextlib.nullcontext():
+        theirs = keras_bn.to_keras(model, in_place=in_place)
+    assert theirs.get_layer("bn").trainable is not fused
     assert not any("call" in vars(layer) for layer in theirs.layers)
+    assert asked(theirs, ROWS) == []
+    assert in_place or asked(model, ROWS) == ["dense"] * fused
     np.testing.assert_allclose(theirs.predict(ROWS, verbose=0), expected, 1e-5)
 
 
@@ -514,6 +561,65 @@ def test_layers_used_elsewhere_give_their_own_output():
         )
     for a, b in zip(*outputs, strict=True):
         np.testing.assert_allclose(a, b, 1e-4, 1e-5)
+
+
+def shared_by_two(conv, x, other):
+    return layers.add([OURS(name="bn")(conv(x)), OURS(name="bn_2")(conv(other))])
+
+
+def two_normalizations_of_one_output(conv, x, other):
+    y = conv(layers.add([x, other]))
+    return layers.add([OURS(name="bn")(y), OURS(name="bn_2", axis=1)(y)])
+
+
+def skip_around_the_normalization(conv, x, other):
+    y = conv(layers.add([x, other]))
+    return layers.add([OURS(name="bn")(y), y])
+
+
+def output_of_the_model(conv, x, other):
+    y = conv(layers.add([x, other]))
+    return [OURS(name="bn")(y), y]
+
+
+def one_normalization_of_two(conv, x, other):
+    bn = OURS(name="bn")
+    second = layers.Conv2D(4, 3, name="second")
+    return layers.add([bn(conv(x)), bn(second(other))])
+
+
+SHARED = {
+    shared_by_two: "'conv' is shared: it is called in 2 places",
+    two_normalizations_of_one_output: "also uses the output of 'conv'",
+    skip_around_the_normalization: "'add.*' also uses the output of 'conv'",
+    output_of_the_model: "'conv' before it is an output of the model",
+    one_normalization_of_two: "it is shared: it is called in 2 places",
+}
+
+
+@pytest.mark.parametrize("make", SHARED, ids=lambda make: make.__name__)
+def test_what_others_use_is_not_fused(make):
+    keras.utils.set_random_seed(0)
+    x, other = keras.Input((6, 6, 2)), keras.Input((6, 6, 2))
+    conv = layers.Conv2D(4, 3, name="conv")
+    model = randomized(keras.Model([x, other], make(conv, x, other)))
+    frozen, fused, told = pair_of(model)
+    assert told
+    for each in told:
+        assert each.into is None
+        assert re.search(SHARED[make], each.reason)
+    data = inputs_of(model)
+    assert not any("call" in vars(layer) for layer in fused.layers)
+    assert asked(fused, data) == []
+    for training in True, False:
+        for a, b in zip(
+            *(
+                keras.tree.flatten(each(data, training=training))
+                for each in (fused, frozen)
+            ),
+            strict=True,
+        ):
+            np.testing.assert_array_equal(a, b)
 
 
 def test_a_normalization_along_other_axes_does_not_follow():

@@ -1,6 +1,8 @@
 """Files of integers: what is in them, how far they are from float, what is refused."""
 
 import functools
+import math
+import re
 
 import applications
 import keras
@@ -15,6 +17,7 @@ from keras_bn.int8 import correct as correction
 from keras_bn.int8 import kernels, tflite
 from keras_bn.int8.equalize import equalize
 from keras_bn.int8.export import integer_file
+from keras_bn.int8.report import Int8Layer, Int8Report
 from keras_bn.tools.compare import relative_difference
 
 WEIGHTED = {"Conv2D", "DepthwiseConv2D", "Dense"}
@@ -119,6 +122,75 @@ def test_the_report_names_layers_worst_first(exported):
     assert "depthwise_relu" in text
     assert record["layers"][0]["error"] == errors[0]
     assert record["outputs"] == report.outputs
+
+
+def rows_of(page):
+    """What the section of int8 says of each layer: path, with, operation, error."""
+    section = page[page.index("Layers in int8") :]
+    row = (
+        r'<tr class="note"><th scope="row">(.*?)<small>(.*?)</small></th>'
+        r'<td data-label="Operation">(\w+)</td>.*?width:(\d+)%.*?<small>(.*?)</small>'
+    )
+    return re.findall(row, section, re.S)
+
+
+def test_the_report_is_a_page_and_a_part_of_the_diagnosis(exported):
+    model, _, report = exported
+    diagnosis = keras_bn.diagnose(model, images())
+    alone, cell = report.to_html(), report._repr_html_()
+    both = diagnosis.to_html(report)
+    for page in (alone, cell, both):
+        assert rows_of(page) == [
+            (
+                each.layer,
+                "" if each.output == each.layer else f"with {each.output}",
+                each.operation,
+                f"{each.error / 0.1:.0%}"[:-1],
+                f"{each.error:.2%}",
+            )
+            for each in report.layers
+        ]
+        assert f"{report.size:,} bytes, all integer" in page
+        assert f"output head: error {report.error:.2%}" in page
+        assert not re.search("https?:", page)
+    assert "default-src 'none'" in alone
+    assert 'class="keras-bn cell"' in cell
+    # The diagnosis is as it is without, and the layers in int8 come last.
+    assert both.startswith(diagnosis.to_html().partition("</main>")[0].rstrip())
+    for wrong in "report", diagnosis:
+        with pytest.raises(TypeError, match=r"`int8` must be .*export_int8 returns"):
+            diagnosis.to_html(wrong)
+
+
+def test_names_are_escaped_and_errors_beyond_the_scale_fill_the_bar():
+    layer_of = functools.partial(Int8Layer, "<i>&", "<b>&", "CONV_2D")
+    layers_of = [layer_of(math.nan), layer_of(0.7), layer_of(0.025)]
+    counts = {"size": 9, "samples": 1, "drawn": False}
+    empty = {"equalized": [("a", "b")], "corrected": ["a"], "kept": {"a": "<u>&"}}
+    report = Int8Report(
+        "<s>&", **counts, outputs={"<q>&": 0.7}, layers=layers_of, **empty
+    )
+    page = report.to_html()
+    for letter in "isbq":
+        assert f"&lt;{letter}&gt;&amp;" in page
+        assert f"<{letter}>&" not in page
+    assert [row[3:] for row in rows_of(page)] == [
+        ("100", "nan%"),
+        ("100", "70.00%"),
+        ("25", "2.50%"),
+    ]
+    for said in "layers equalized: 1", "corrected: 1", "not folded: 1 (plan_fold":
+        assert said in page
+
+
+def test_the_report_opens_in_the_browser(exported, monkeypatch):
+    shown = []
+    monkeypatch.setattr("webbrowser.open", lambda uri: shown.append(uri) or True)
+    model, _, report = exported
+    pages = [report.open(), keras_bn.diagnose(model).open(report)]
+    assert [page.as_uri() for page in pages] == shown
+    for page in pages:
+        assert rows_of(page.read_text())
 
 
 def test_an_error_of_a_layer_is_that_of_its_tensor(exported):
@@ -431,8 +503,6 @@ def test_models_that_keras_quantizes():
     folded = keras_bn.fold(model)
     folded.quantize("int8")
     assert error(folded.predict(images(), verbose=0), expected) < 0.05
-    model.compile("adam", "mse")
-    model.fit(images(), expected, verbose=0)
     model.quantize("int8")
     expected = model.predict(images(), verbose=0)
     after = {each.layer: each for each in keras_bn.plan_fold(model)}

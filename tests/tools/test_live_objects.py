@@ -363,16 +363,48 @@ def test_models_that_changed_after_a_fit(change):
     ours.fit(x, y, verbose=0)
 
 
-def test_a_quantized_model_is_copied():
-    model = keras.Sequential(
-        [keras.Input((8,)), layers.Dense(6), KERAS(), layers.Dense(3)]
-    )
-    model.compile("adam", "mse")
-    x = np.random.default_rng(0).normal(size=(32, 8)).astype("float32")
-    model.fit(x, x[:, :3], verbose=0)
-    model.quantize("int8")
-    ours = keras_bn.from_keras(model)
-    np.testing.assert_allclose(ours(x), model(x), rtol=1e-4, atol=1e-5)
+def to_be_quantized():
+    """Every layer that Keras quantizes, shared layers, a model in it, and data."""
+    numbers, words = keras.Input((8,)), keras.Input((5,), dtype="int32")
+    h = layers.Reshape((2, 4))(numbers)
+    h = layers.EinsumDense("abc,cd->abd", (2, 4), bias_axes="d")(h)
+    h = layers.Flatten()(KERAS()(h))
+    shared, norm = layers.Dense(8), KERAS()
+    h = norm(shared(norm(shared(h))))
+    inner = keras.Sequential([keras.Input((8,)), layers.Dense(8), KERAS()])
+    h = inner(inner(h))
+    embedded = KERAS()(layers.Embedding(10, 4)(words))
+    h = layers.Concatenate()([h, layers.Flatten()(embedded)])
+    model = randomized(keras.Model([numbers, words], layers.Dense(3)(h)))
+    return model, inputs_of(model, 16), np.zeros((16, 3))
+
+
+@pytest.mark.filterwarnings("ignore:Layer .* does not have a `quantize` method")
+@pytest.mark.parametrize(
+    ("mode", "trained"),
+    [("int8", ""), ("int8", "before, after"), ("int8", "after"), ("float8", "")],
+)
+def test_a_quantized_model_is_converted(mode, trained):
+    """With the optimizer of a model that was compiled before or after."""
+    model, x, y = to_be_quantized()
+    if "before" in trained:
+        model.compile("adam", "mse")
+        model.fit(x, y, verbose=0)
+    model.quantize(mode)
+    if trained == "after":
+        model.compile("adam", "mse")
+    if trained:
+        model.fit(x, y, verbose=0)
+    expected = model(x)
+    for ours in keras_bn.from_keras(model), keras_bn.from_keras(model, in_place=True):
+        assert [la.quantization_mode for _, la in walk(ours)].count(mode) >= 4
+        np.testing.assert_allclose(ours(x), expected, rtol=1e-4, atol=1e-5)
+        back = keras_bn.to_keras(ours)
+        np.testing.assert_allclose(back(x), expected, rtol=1e-4, atol=1e-5)
+        if trained:
+            before = ours.optimizer.iterations.numpy()
+            ours.fit(x, y, verbose=0)
+            assert ours.optimizer.iterations == before + 1
 
 
 @pytest.mark.parametrize("make", GRAPHS)

@@ -1,5 +1,7 @@
 """Training with quantization: what is computed, what trains, what the file says."""
 
+import pickle
+
 import keras
 import numpy as np
 import pytest
@@ -38,6 +40,19 @@ def test_a_model_that_keras_quantized_is_refused():
         keras_bn.quantize_aware(model, images())
 
 
+@pytest.fixture(scope="module")
+def shared():
+    """A model that rounds, its file and report. No test changes it."""
+    keras.utils.set_random_seed(0)
+    aware = keras_bn.quantize_aware(small(), images(32), batch_size=16)
+    return aware, *integer_file(aware)
+
+
+def called(model, x):
+    """What a model gives in inference, without a trace for so few samples."""
+    return model(x, training=False).numpy()
+
+
 def outputs(content, x):
     """The outputs of a file, and the step between two of its values."""
     interpreter = tflite.Interpreter(content)
@@ -57,7 +72,7 @@ def check_file(model, x, same=0.4, most=5):
     """
     content, report = integer_file(model, x)
     value, step = outputs(content, x)
-    off = np.abs(value - model.predict(x, verbose=0)) / step
+    off = np.abs(value - called(model, x)) / step
     assert off.max() < most + 0.1
     assert np.mean(off < 0.5) > same
     return report
@@ -74,14 +89,13 @@ def test_the_file_computes_what_the_model_does(kind, bits):
     assert not any(isinstance(each, type(bn)) for each in aware.layers)
     exact = bits == 8 and kind != "separable"  # which is two operations
     check_file(aware, images(16, shape), *((0.97, 1) if exact else (0.85, 5)))
-    expected = model.predict(images(16, shape), verbose=0)
-    found = error(aware.predict(images(16, shape), verbose=0), expected)
+    expected = called(model, images(16, shape))
+    found = error(called(aware, images(16, shape)), expected)
     assert (0.001 < found < 0.04) if bits == 8 else (0.03 < found < 0.3)
 
 
-def test_a_whole_network():
-    model = small()
-    aware = keras_bn.quantize_aware(model, images())
+def test_a_whole_network(shared):
+    aware, *_ = shared
     assert [each.name for each in aware.layers] == [
         "image",
         "int8_input",
@@ -112,7 +126,7 @@ def test_a_whole_network():
         "head",
     }
     assert max(each.error for each in report.layers) < 0.02
-    names = {v.path for v in model.variables}
+    names = {v.path for v in small().variables}
     assert names < {v.path for v in aware.variables}
 
 
@@ -147,7 +161,7 @@ def test_other_layers(name):
     x = images(24, (8, 8, 4))
     aware = keras_bn.quantize_aware(model, x)
     check_file(aware, x)
-    assert error(aware.predict(x, verbose=0), model.predict(x, verbose=0)) < 0.04
+    assert error(called(aware, x), called(model, x)) < 0.04
 
 
 def test_a_softmax_has_the_range_that_tflite_gives_it():
@@ -251,9 +265,8 @@ def test_quantizers_follow_their_input():
     assert (float(layer.low), float(layer.high)) == (-0.75, 2.0)
 
 
-def test_the_first_ranges_are_those_of_the_data():
-    x = images(32)
-    aware = keras_bn.quantize_aware(small(), x, batch_size=16)
+def test_the_first_ranges_are_those_of_the_data(shared):
+    (aware, *_), x = shared, images(32)
     quantizer = quantizers(aware)["int8_input"]
     expected = np.mean([x[:16].max(), x[16:].max()])
     assert float(quantizer.high) == pytest.approx(expected, rel=1e-6)
@@ -286,14 +299,10 @@ def test_training_goes_on_with_the_optimizer_and_the_original_stays():
     check_file(aware, images())
 
 
-def test_a_file_saved_in_between(tmp_path):
-    for model in (
-        small(),
-        keras.Sequential(
-            [keras.Input((8, 8, 3)), layers.SeparableConv2D(4, 3, activation="tanh")]
-        ),
-    ):
-        aware = keras_bn.quantize_aware(model, images())
+def test_a_file_saved_in_between(shared, tmp_path):
+    stack = [keras.Input((8, 8, 3)), layers.SeparableConv2D(4, 3, activation="tanh")]
+    other = keras_bn.quantize_aware(keras.Sequential(stack), images())
+    for aware in shared[0], other:
         aware.save(tmp_path / "aware.keras")
         loaded = keras.saving.load_model(tmp_path / "aware.keras")
         np.testing.assert_array_equal(loaded(images()), aware(images()))
@@ -306,45 +315,16 @@ def test_a_file_saved_in_between(tmp_path):
         np.testing.assert_array_equal(*values)
 
 
-def test_a_report_without_data_draws_samples():
-    aware = keras_bn.quantize_aware(small(), images())
-    report = integer_file(aware)[1]
+def test_a_report_without_data_draws_samples(shared):
+    *_, report = shared
     assert report.drawn
     assert report.samples == 64
     assert "drawn at random" in str(report)
     assert report.error < 0.02
 
 
-@pytest.mark.parametrize("steps", [0, 5, 6])
-@pytest.mark.parametrize("together", [1, 3])
-def test_freeze_after(steps, together):
-    model = keras.Sequential([keras.Input((2,)), keras_bn.BatchNormalization()])
-    model.compile("sgd", "mse", steps_per_execution=together)
-    x = np.ones((24, 2))
-    callback = keras_bn.FreezeAfter(steps)
-    seen = []
-
-    class Watch(keras.callbacks.Callback):
-        def on_train_batch_end(self, batch, logs=None):
-            seen.append((model.optimizer.iterations.numpy(), layer.freeze_statistics))
-
-    layer = model.layers[0]
-    for _ in range(2):
-        callbacks = [callback, Watch()]
-        model.fit(x, x, batch_size=8, epochs=2, verbose=0, callbacks=callbacks)
-    assert seen
-    assert all(frozen is bool(done >= steps) for done, frozen in seen)
-
-
-def test_freeze_after_takes_a_number_of_steps():
-    for steps in -1, 1.5, True, "end":
-        with pytest.raises(ValueError, match="`steps` must be a whole number"):
-            keras_bn.FreezeAfter(steps)
-
-
-def test_frozen_training_is_inference_with_gradients():
-    model = compiled()
-    aware = keras_bn.quantize_aware(model, images())
+def test_frozen_training_is_inference_with_gradients(shared):
+    aware = keras_bn.from_keras(shared[0])
     assert len(keras_bn.freeze(aware)) == 3
     ranges = list(quantizers(aware).values())
     for quantizer in ranges:
@@ -355,13 +335,15 @@ def test_frozen_training_is_inference_with_gradients():
 
 
 def test_under_xla_and_eagerly():
+    norm = keras_bn.BatchNormalization()
+    pool = layers.GlobalAveragePooling2D()
+    model = keras_bn.quantize_aware(chain(norm, layers.ReLU(), pool), images())
     losses = []
     for options in {"jit_compile": True}, {"jit_compile": False}, {"run_eagerly": True}:
-        keras.utils.set_random_seed(0)
-        aware = keras_bn.quantize_aware(small(), images())
+        aware = keras_bn.from_keras(model)
         aware.compile("sgd", "mse", **options)
         history = aware.fit(
-            images(), np.zeros((24, 5)), batch_size=24, epochs=2, verbose=0
+            images(), np.zeros((24, 4)), batch_size=24, epochs=2, verbose=0
         )
         losses.append(history.history["loss"])
     np.testing.assert_allclose(losses[0], losses[1], rtol=0.01)
@@ -377,7 +359,7 @@ def unknown():
     model = small()
     model.get_layer("head").trainable = False
     model.compile("adam", "mse")
-    model.fit(images(), np.zeros((24, 5)), verbose=0)
+    model.optimizer.build(model.trainable_variables)
     model.get_layer("head").trainable = True
     return model
 
@@ -395,7 +377,6 @@ REFUSED = {
         lambda: chain(layers.ReLU(), layers.BatchNormalization(1, name="norm")),
         "'norm'.*last axis",
     ),
-    "twice": (lambda: keras_bn.quantize_aware(small(), images()), "already"),
 }
 
 
@@ -419,9 +400,14 @@ def test_refused_arguments():
     wide = keras_bn.quantize_aware(model, images(), activation_bits=12)
     with pytest.raises(ValueError, match="rounds to 12 bits"):
         integer_file(wide)
-    aware = keras_bn.quantize_aware(model, images())
+
+
+def test_a_model_that_rounds_already_is_refused(shared):
+    aware, *_ = shared
     with pytest.raises(ValueError, match="not from `keras_bn"):
         integer_file(aware, equalize=True)
+    with pytest.raises(ValueError, match=r"already.*export_int8"):
+        keras_bn.quantize_aware(aware, images())
 
 
 def test_an_optimizer_that_does_not_carry_over_can_be_left_behind():
@@ -429,8 +415,8 @@ def test_an_optimizer_that_does_not_carry_over_can_be_left_behind():
     assert not aware.compiled
 
 
-def test_diagnosis_and_recalibration_find_the_normalizations():
-    aware = keras_bn.quantize_aware(small(), images())
+def test_diagnosis_and_recalibration_find_the_normalizations(shared):
+    aware = keras_bn.from_keras(shared[0])
     found = keras_bn.recalibrate(aware, images(), verbose=0)
     assert set(found) == {
         "conv/conv_bn",
@@ -438,3 +424,70 @@ def test_diagnosis_and_recalibration_find_the_normalizations():
         "project/project_bn",
     }
     assert keras_bn.diagnose(aware, images(240)).record.not_called == ()
+
+
+def test_a_fused_model_rounds_and_is_exported_as_an_unfused_one():
+    frozen = chain(keras_bn.BatchNormalization(), layers.ReLU(), shape=(6, 6, 3))
+    fused = keras_bn.from_keras(randomized(frozen))
+    keras_bn.freeze(frozen)
+    assert keras_bn.freeze(fused, fuse=True)[0].into is not None
+    x = images(24, (6, 6, 3))
+    files, trained = [], []
+    for model in frozen, fused:
+        files.append(outputs(integer_file(model, x)[0], x)[0])
+        aware = keras_bn.quantize_aware(model, x)
+        assert not any("call" in vars(la) for la in aware._flatten_layers())
+        aware.compile("sgd", "mse")
+        aware.fit(x, np.zeros((24, 4, 4, 4)), verbose=0)
+        trained.append([v.numpy() for v in aware.weights])
+    np.testing.assert_array_equal(*files)
+    for a, b in zip(*trained, strict=True):
+        np.testing.assert_allclose(a, b, 1e-5, 1e-6)
+
+
+def test_copies_of_a_model_that_rounds(shared, tmp_path):
+    """They round as it does, and make the same file."""
+    aware, content, _ = shared
+    expected, (of_file, _) = called(aware, images()), outputs(content, images())
+    cloned = keras.models.clone_model(aware)
+    cloned.set_weights(aware.get_weights())
+    by_weights = keras.models.clone_model(aware)
+    aware.save_weights(tmp_path / "aware.weights.h5")
+    by_weights.load_weights(tmp_path / "aware.weights.h5")
+    copies = {
+        "fold": keras_bn.fold(aware),
+        "from_keras": keras_bn.from_keras(aware),
+        "clone_model": cloned,
+        "weights": by_weights,
+        "pickle": pickle.loads(pickle.dumps(aware)),
+    }
+    for name, copy in copies.items():
+        np.testing.assert_array_equal(called(copy, images()), expected, err_msg=name)
+        assert not {*map(id, copy.variables)} & {*map(id, aware.variables)}
+        if name in ("fold", "clone_model"):  # live objects copied, and a config
+            found, _ = outputs(integer_file(copy)[0], images())
+            np.testing.assert_array_equal(found, of_file, err_msg=name)
+
+
+def test_tools_on_a_model_that_rounds(shared):
+    aware = keras_bn.from_keras(shared[0])
+    expected = called(aware, images())
+    assert keras_bn.from_keras(aware, in_place=True) is aware
+    report = integer_file(aware, images())[1]
+    assert (report.drawn, report.samples) == (False, len(images()))
+    for in_place in True, False:
+        with pytest.raises(ValueError, match=r"quantize_aware.*export_int8"):
+            keras_bn.to_keras(aware, in_place=in_place)
+    folds = keras_bn.plan_fold(aware)
+    assert [each.into for each in folds] == [None] * 3
+    assert all("folded already" in each.reason for each in folds)
+    assert list(keras_bn.freeze(aware, fuse=True)) == list(folds)
+    assert len(keras_bn.unfreeze(aware)) == 3
+    np.testing.assert_array_equal(called(aware, images()), expected)
+
+
+def test_keras_has_no_rounding_of_activations_either():
+    model = keras.Sequential([keras.Input((6,)), layers.ReLU(name="relu")])
+    aware = keras_bn.quantize_aware(model, images(24, (6,)))
+    with pytest.raises(ValueError, match=r"'int8_input' is of.*no such layer"):
+        keras_bn.to_keras(aware)

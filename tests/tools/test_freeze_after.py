@@ -1,0 +1,58 @@
+"""FreezeAfter: at which step of training the statistics begin to hold still."""
+
+import keras
+import numpy as np
+import pytest
+from support import backend
+
+import keras_bn
+
+
+@backend.only("tensorflow", "elsewhere the optimizer's steps show after `fit` alone")
+@pytest.mark.parametrize(
+    ("steps", "together", "batches"),
+    [(0, 1, 3), (5, 1, 3), (5, 3, 3), (6, 3, 3), (5, 3, 4), (7, 3, 4), (8, 3, 4)],
+)
+def test_freeze_after(steps, together, batches):
+    model = keras.Sequential([keras.Input((2,)), keras_bn.BatchNormalization()])
+    model.compile("sgd", "mse", steps_per_execution=together)
+    x = np.ones((8 * batches, 2))
+    callback = keras_bn.FreezeAfter(steps)
+    seen = []
+
+    class Watch(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            seen.append((model.optimizer.iterations.numpy(), layer.freeze_statistics))
+
+    layer = model.layers[0]
+    for _ in range(2):
+        callbacks = [callback, Watch()]
+        model.fit(x, x, batch_size=8, epochs=2, verbose=0, callbacks=callbacks)
+    assert seen[-1] == (4 * batches, True)
+    assert all(frozen is bool(done >= steps) for done, frozen in seen)
+
+
+@pytest.mark.filterwarnings("ignore:Your input ran out of data")
+@pytest.mark.filterwarnings("ignore:`shuffle=True` was passed")
+def test_freeze_after_in_a_loop_of_ones_own_and_without_a_length():
+    model = keras.Sequential([keras.Input((2,)), keras_bn.BatchNormalization()])
+    model.compile("sgd", "mse")
+    x = np.ones((8, 2))
+    by_hand = keras.callbacks.CallbackList([keras_bn.FreezeAfter(2)], model=model)
+    for done in range(1, 4):
+        model.train_on_batch(x, x)
+        by_hand.on_train_batch_end(done)
+        assert model.layers[0].freeze_statistics is (done >= 2)
+    keras_bn.unfreeze(model)
+    endless = ((x, x) for _ in range(5))
+    model.fit(endless, verbose=0, callbacks=[keras_bn.FreezeAfter(6)])
+    assert not model.layers[0].freeze_statistics
+    endless = ((x, x) for _ in range(5))
+    model.fit(endless, verbose=0, callbacks=[keras_bn.FreezeAfter(5)])
+    assert model.layers[0].freeze_statistics
+
+
+def test_freeze_after_takes_a_number_of_steps():
+    for steps in -1, 1.5, True, "end":
+        with pytest.raises(ValueError, match="`steps` must be a whole number"):
+            keras_bn.FreezeAfter(steps)
