@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from keras import layers
 from support import backend
-from support.backend import array, dataset, tf
+from support.backend import COMPILED, array, dataset, in_mode, tf
 from support.zoo import (
     Subclassed,
     convolutional,
@@ -124,8 +124,9 @@ def test_wrapped_shared_and_recurrent_layers_pool_all_their_calls():
         by_name["in_frame"].variance, inner.var((0, 1, 2)), rtol=1e-4
     )
     np.testing.assert_array_equal(by_name["per_step"].count, 20 * 3)
-    # Keras calls a cell once more than there are steps, to see what it puts out.
-    np.testing.assert_array_equal(by_name["cell_norm"].count, 20 * 4)
+    # But on JAX, Keras calls a cell once more than there are steps, to see what it gives.
+    calls = 3 if backend.NAME == "jax" else 4
+    np.testing.assert_array_equal(by_name["cell_norm"].count, 20 * calls)
 
     norm = OURS(name="twice")
     a, b = keras.Input((4,)), keras.Input((4,))
@@ -400,11 +401,15 @@ def test_what_cannot_be_recalibrated():
     with pytest.raises(ValueError, match="not built"):
         recalibrate(keras.Sequential([OURS()]), data())
 
+
+@backend.but_on("torch", "functions are not compiled there")
+def test_a_layer_inside_a_compiled_function_is_refused():
     class Compiled(keras.Model):
         def __init__(self):
             super().__init__()
             self.norm = OURS(name="norm")
-            self.run = tf.function(self.norm)
+            self.norm.build((None, 4))
+            self.run = in_mode(self.norm, COMPILED, self.norm.variables)
 
         def call(self, x):
             return self.run(x)
