@@ -7,6 +7,7 @@ context: elsewhere the model works as always.
 
 import contextlib
 import contextvars
+import copy
 import functools
 import threading
 import types
@@ -269,11 +270,19 @@ def state_kept(model):
     for metric in metrics:
         variables += metric.variables
     before = [keras.ops.convert_to_numpy(variable) for variable in variables]
+    # A module of PyTorch has statistics that Keras does not know of.
+    modules = [
+        (layer.module, copy.deepcopy(layer.module.state_dict()))
+        for _, layer in walk(model)
+        if isinstance(layer, keras.layers.TorchModuleWrapper)
+    ]
     try:
         yield
     finally:
         for variable, value in zip(variables, before, strict=True):
             variable.assign(value)
+        for module, state in modules:
+            module.load_state_dict(state)
         # Keras makes the metrics of a loss when it first computes it.
         for metric in getattr(model, "metrics", []):
             if all(metric is not known for known in metrics):

@@ -6,6 +6,7 @@ import keras
 import numpy as np
 import pytest
 from keras import layers, ops
+from support import backend
 from support.backend import array, descend, tf
 from support.zoo import GRAPHS, convolutional, inputs_of, randomized
 
@@ -586,3 +587,98 @@ def test_nothing_of_the_original_is_kept_alive():
     assert len(reached) > 100
     assert not originals & reached
     gc.collect()
+
+
+class Wrapping(layers.Layer):
+    """Two modules of PyTorch: one that Keras wraps, and one in a list of the user's."""
+
+    def __init__(self):
+        import torch
+
+        super().__init__()
+        self.wrapped = torch.nn.Sequential(
+            torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4)
+        )
+        self.plain = [torch.nn.Linear(4, 4)]
+
+    def call(self, x, training=None):
+        return self.plain[0](self.wrapped(x, training=training))
+
+
+def wrapping():
+    model = keras.Sequential(
+        [keras.Input((4,)), Wrapping(), layers.Dense(3, name="before"), KERAS()]
+    )
+    model.compile(keras.optimizers.SGD(0.1), "mse")
+    return model
+
+
+def tensors(model):
+    """Every tensor of a model that has modules of PyTorch in it, by name."""
+    layer = model.layers[0]
+    held = [v.value for v in model.variables]
+    for module in (layer.wrapped.module, layer.plain[0]):
+        held += module.state_dict(keep_vars=True).values()
+    return held
+
+
+TORCH = backend.only("torch", "modules of PyTorch are layers only there")
+
+
+@TORCH
+@pytest.mark.parametrize("tool", [keras_bn.from_keras, keras_bn.fold])
+def test_modules_of_pytorch_are_copied(tool):
+    model = wrapping()
+    x = np.random.default_rng(0).normal(size=(16, 4)).astype("float32")
+    model.fit(x, x[:, :3], verbose=0)
+    expected, values = model.predict(x, verbose=0), [array(t) for t in tensors(model)]
+    copy = tool(model)
+    np.testing.assert_allclose(copy.predict(x, verbose=0), expected, 1e-5, 1e-6)
+    storage = [{t.data_ptr() for t in tensors(each)} for each in (model, copy)]
+    assert not set.intersection(*storage)
+    # Keras trains what PyTorch computes with.
+    wrapper = copy.layers[0].wrapped
+    parameters = {id(p) for p in wrapper.module.parameters()}
+    assert {id(v.value) for v in wrapper.variables} == parameters
+    copy.compile(keras.optimizers.SGD(0.1), "mse")
+    copy.fit(x, x[:, :3], verbose=0)
+    assert np.abs(copy.predict(x, verbose=0) - expected).max() > 1e-3
+    for tensor, value in zip(tensors(model), values, strict=True):
+        np.testing.assert_array_equal(array(tensor), value)
+
+
+@TORCH
+def test_modules_that_share_a_parameter_do_so_in_the_copy():
+    import torch
+
+    first, second = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
+    second.weight = first.weight
+    wrappers = [layers.TorchModuleWrapper(module) for module in (first, second)]
+    copy = keras_bn.from_keras(keras.Sequential([keras.Input((4,)), *wrappers]))
+    one, other = (layer.module.weight for layer in copy.layers)
+    assert one is other
+    assert one is not first.weight
+
+
+@TORCH
+def test_a_module_that_cannot_be_copied_is_named():
+    import torch
+
+    module = torch.nn.Linear(4, 4)
+    module.twice = module.weight * 2
+    model = keras.Sequential([keras.Input((4,)), layers.TorchModuleWrapper(module)])
+    with pytest.raises(ValueError, match="The PyTorch module Linear cannot be copied"):
+        keras_bn.from_keras(model)
+
+
+@TORCH
+@pytest.mark.parametrize("tool", [keras_bn.diagnose, keras_bn.recalibrate])
+@pytest.mark.filterwarnings("ignore:The statistics of")
+def test_a_pass_leaves_the_statistics_of_modules_alone(tool):
+    model = keras_bn.from_keras(wrapping())
+    x = np.random.default_rng(0).normal(3, 2, size=(16, 4)).astype("float32")
+    before = [array(t) for t in model.layers[0].wrapped.module.buffers()]
+    tool(model, x)
+    after = [array(t) for t in model.layers[0].wrapped.module.buffers()]
+    for was, now in zip(before, after, strict=True):
+        np.testing.assert_array_equal(was, now)

@@ -124,7 +124,7 @@ def test_wrapped_shared_and_recurrent_layers_pool_all_their_calls():
         by_name["in_frame"].variance, inner.var((0, 1, 2)), rtol=1e-4
     )
     np.testing.assert_array_equal(by_name["per_step"].count, 20 * 3)
-    # But on JAX, Keras calls a cell once more than there are steps, to see what it gives.
+    # Except on JAX, Keras calls a cell once more, to see what it gives.
     calls = 3 if backend.NAME == "jax" else 4
     np.testing.assert_array_equal(by_name["cell_norm"].count, 20 * calls)
 
