@@ -262,7 +262,7 @@ class Largest(keras.metrics.Metric):
         self.total.assign(ops.maximum(self.total, ops.max(ops.abs(y - p))))
 
     def result(self):
-        return self.total
+        return self.total.value
 
 
 def excluding():
@@ -287,7 +287,10 @@ OPTIMIZERS = {
     ("kind", "in_place"),
     [
         *((kind, False) for kind in OPTIMIZERS),
-        *((kind, True) for kind in ("schedule", "averages", "scaled")),
+        *((kind, True) for kind in ("schedule", "scaled")),
+        pytest.param(
+            "averages", True, marks=backend.but_on("jax", "Keras fits these once only")
+        ),
     ],
 )
 def test_training_goes_on(kind, in_place):
@@ -469,6 +472,7 @@ def adversarial():
     return model
 
 
+@backend.but_on("jax", "a training step there is written without effects")
 @pytest.mark.parametrize("in_place", [False, True])
 def test_a_gan_trains_on_after_conversion(in_place):
     model = adversarial()
