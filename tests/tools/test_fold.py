@@ -58,6 +58,7 @@ VECTOR, LINE = (6,), (9, 6)
 IMAGE, VOLUME = (9, 8, 6), (5, 6, 4, 4)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("bn", [OURS, KERAS])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize(

@@ -138,6 +138,7 @@ def upstream_of(model, x):
     return np.random.default_rng(3).normal(size=model(x).shape)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("kind", KINDS)
 def test_outputs_and_gradients_are_those_of_the_unfused_layers(kind, float64):
     model = model_of(kind)
