@@ -21,7 +21,7 @@ from keras.src.trainers.trainer import Trainer
 from keras.src.utils.tracking import Tracker
 
 from keras_bn import kernels
-from keras_bn.tools.exchange import is_wrapped, note_nodes, rekey, retrack
+from keras_bn.tools.exchange import is_wrapped, note_nodes, plain_dict, rekey, retrack
 from keras_bn.tools.graph import holders, scope
 
 # These are always copied; other objects only if one of these can be reached from them.
@@ -211,8 +211,9 @@ class _Copier:
 
         def fill():
             if issubclass(kind, dict):
-                for key, part in list(dict.items(value)):
-                    dict.__setitem__(new, self(key), self(part))
+                base = plain_dict(kind)
+                for key, part in list(base.items(value)):
+                    base.__setitem__(new, self(key), self(part))
             elif issubclass(kind, set):
                 set.update(new, [self(part) for part in value])
             elif issubclass(kind, list):

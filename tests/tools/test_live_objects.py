@@ -1,5 +1,6 @@
 """What a config cannot say, and what was traced before, through convert and fold."""
 
+import collections
 import gc
 
 import keras
@@ -235,6 +236,38 @@ def test_functions_that_hold_layers():
     np.testing.assert_allclose(ours(x), expected, rtol=1e-6)
     model.layers[0].dense.kernel.assign(model.layers[0].dense.kernel + 1.0)
     np.testing.assert_allclose(ours(x), expected, rtol=1e-6)
+
+
+class Ordered(layers.Layer):
+    """Layers in an ordered dict, which are called in its order."""
+
+    def __init__(self):
+        super().__init__()
+        steps = {"last": layers.Dense(3), "first": layers.Dense(5)}
+        self.steps = collections.OrderedDict(steps)
+        self.steps.move_to_end("last")
+
+    def call(self, x):
+        for step in self.steps.values():
+            x = step(x)
+        return x
+
+
+def test_an_ordered_dict_keeps_its_order():
+    model = keras.Sequential([keras.Input((4,)), Ordered(), KERAS()])
+    ours = keras_bn.from_keras(model)
+    assert list(ours.layers[0].steps) == list(model.layers[0].steps) != []
+    x = np.ones((2, 4), "float32")
+    np.testing.assert_allclose(ours(x), model(x), rtol=1e-6)
+
+
+def test_folding_takes_layers_out_of_an_ordered_dict():
+    model = keras.Sequential([keras.Input((4,)), layers.Dense(3), KERAS()])
+    model.named = collections.OrderedDict({la.name: la for la in model.layers})
+    folded = keras_bn.fold(model)
+    assert list(folded.named.values()) == folded.layers
+    assert len(folded.named) == 1
+    assert len(model.named) == 2
 
 
 class Halving(keras.optimizers.schedules.LearningRateSchedule):
