@@ -4,10 +4,10 @@ from studies.common.terminal import bad, console, good, new_table  # isort: skip
 
 import json
 import platform
+import sys
 
 import keras
 import numpy as np
-import tensorflow as tf
 from equivalence import FLOAT64_TOLERANCE, OURS, QUANTITIES, REORDERED
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
@@ -172,6 +172,7 @@ def save_table(path, runs, given, **more):
         given: namespace of the command line.
         **more: what else belongs into the table, beside what is there or in its place.
     """
+    backend = sys.modules[keras.backend.backend()]
     table = {
         "equivalent": all(run.equivalent() for run in runs),
         "settings": {
@@ -180,7 +181,7 @@ def save_table(path, runs, given, **more):
         },
         "versions": {
             "python": platform.python_version(),
-            **{m.__name__: m.__version__ for m in (np, tf, keras, keras_bn)},
+            **{m.__name__: m.__version__ for m in (np, backend, keras, keras_bn)},
         },
         "runs": [
             {

@@ -296,6 +296,11 @@ def _loss(model, x, y, outputs, sample_weight):
     own = type(model).compute_loss is not Trainer.compute_loss
     if model._compile_loss is None and not model.losses and not own:
         return None
+    # A loss of the user's gets tensors, as in `fit`.
+    x, y, sample_weight = keras.tree.map_structure(
+        lambda v: v if v is None else keras.ops.convert_to_tensor(v),
+        (x, y, sample_weight),
+    )
     loss = model._compute_loss(
         x=x, y=y, y_pred=outputs, sample_weight=sample_weight, training=False
     )

@@ -7,6 +7,7 @@ no traced functions.
 """
 
 import collections
+import copy
 import functools
 import types
 from typing import Any
@@ -20,7 +21,7 @@ from keras.src.trainers.trainer import Trainer
 from keras.src.utils.tracking import Tracker
 
 from keras_bn import kernels
-from keras_bn.tools.exchange import is_wrapped, note_nodes, rekey, retrack
+from keras_bn.tools.exchange import is_wrapped, note_nodes, plain_dict, rekey, retrack
 from keras_bn.tools.graph import holders, scope
 
 # These are always copied; other objects only if one of these can be reached from them.
@@ -72,12 +73,12 @@ class _Copier:
         self._uncompiled = None if compiled else model
 
     def whole(self, model):
-        copy = self(model)
+        whole = self(model)
         while self._unfilled:
             self._unfilled.popleft()()
         for original, new in list(self._copies.values()):
             self._mend(original, new)
-        return copy
+        return whole
 
     def __call__(self, value):
         """The copy of an object; the object itself if it holds nothing of Keras's."""
@@ -101,6 +102,10 @@ class _Copier:
             return kind(value.numpy(), **known)
         if issubclass(kind, np.ndarray):
             return value.copy()
+        if _is_torch_tensor(value):
+            return copy.deepcopy(value.detach() if value.grad_fn else value)
+        if _is_torch_module(value):
+            return self._module(value)
         if issubclass(kind, tuple | frozenset):
             return self._fixed(value)
         if issubclass(kind, list | dict | set | collections.deque):
@@ -150,7 +155,21 @@ class _Copier:
         new = type(value)(keras.ops.convert_to_numpy(value), **options)
         own = {"_value", "_shape", "_ndim"}
         vars(new).update({k: v for k, v in vars(value).items() if k not in own})
+        if _is_torch_tensor(value._value):
+            new._value = self(value._value)  # a module may hold it too
         return new
+
+    def _module(self, value):
+        """A module of PyTorch that is no layer, with the parameters of the copies."""
+        layers = [m for m in value.modules() if isinstance(m, keras.layers.Layer)]
+        held = [*value.parameters(), *value.buffers(), *layers]
+        try:
+            return copy.deepcopy(value, {id(each): self(each) for each in held})
+        except RuntimeError as error:  # of a tensor that was computed from others
+            raise ValueError(
+                f"The PyTorch module {type(value).__name__} cannot be copied: {error}. "
+                "Convert the model with `in_place=True`."
+            ) from error
 
     def _object(self, value):
         kind = type(value)
@@ -192,8 +211,9 @@ class _Copier:
 
         def fill():
             if issubclass(kind, dict):
-                for key, part in list(dict.items(value)):
-                    dict.__setitem__(new, self(key), self(part))
+                base = plain_dict(kind)
+                for key, part in list(base.items(value)):
+                    base.__setitem__(new, self(key), self(part))
             elif issubclass(kind, set):
                 set.update(new, [self(part) for part in value])
             elif issubclass(kind, list):
@@ -255,9 +275,9 @@ class _Copier:
     def _rekey(self, original, new):
         """Give a copied optimizer the keys of the copied variables."""
         keys = {}
-        for old, copy in self._copies.values():
-            if isinstance(old, keras.Variable) and copy is not old:
-                keys[original._var_key(old)] = new._var_key(copy)
+        for old, own in self._copies.values():
+            if isinstance(old, keras.Variable) and own is not old:
+                keys[original._var_key(old)] = new._var_key(own)
         rekey(new, keys)
 
 
@@ -267,6 +287,8 @@ def _leads_to_keras(value):
     while waiting:
         each = waiting.pop()
         if isinstance(each, _COPIED) or _is_plain_variable(each):
+            return True
+        if _is_torch_module(each):
             return True
         skipped = isinstance(each, type | types.ModuleType) or _is_strategy(each)
         if id(each) in seen or skipped:
@@ -279,6 +301,16 @@ def _leads_to_keras(value):
 def _is_strategy(value):
     """Whether a value is a distribution strategy, which all copies share."""
     return hasattr(type(value), "num_replicas_in_sync")
+
+
+def _is_torch_tensor(value):
+    return hasattr(type(value), "grad_fn")
+
+
+def _is_torch_module(value):
+    """Whether a value is a module of PyTorch, as in a `TorchModuleWrapper`."""
+    kind = type(value)
+    return hasattr(kind, "named_buffers") and not issubclass(kind, keras.layers.Layer)
 
 
 def _is_plain_variable(value):

@@ -4,8 +4,10 @@ All nodes, tensors, lists and trackers stay; layers in them are replaced, and wh
 depends on the `id` of an object is updated.
 """
 
+import collections
 import gc
 import operator
+from typing import Any
 
 import keras
 from keras.src.ops.function import make_node_key, map_graph
@@ -135,10 +137,11 @@ def replace(holder, others):
         elif issubclass(kind, dict):
             for key, part in list(dict.items(value)):
                 new_key, new = others.get(id(key), key), replaced(part)
+                base = plain_dict(kind)
                 if new_key is not key or new is GONE:
-                    dict.pop(value, key)
+                    base.pop(value, key)
                 if new_key is not GONE and new is not GONE:
-                    dict.__setitem__(value, new_key, new)
+                    base.__setitem__(value, new_key, new)
         return value
 
     for name, value in list(vars(holder).items()):
@@ -165,6 +168,15 @@ _TENSORFLOWS = "tensorflow.python.trackable.data_structures"
 def _flat(value):
     """The keys and values of a dict, or the parts of a tuple, in a list."""
     return [*value.keys(), *value.values()] if isinstance(value, dict) else list(value)
+
+
+def plain_dict(kind: Any) -> Any:
+    """The plain class whose methods change a dict of a kind, unseen by any tracking.
+
+    An `OrderedDict` has its order beside the dict that it is.
+    """
+    ordered = issubclass(kind, collections.OrderedDict)
+    return collections.OrderedDict if ordered else dict
 
 
 def is_wrapped(value):

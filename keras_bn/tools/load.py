@@ -27,7 +27,8 @@ def load_model(path: str | os.PathLike[str], **kwargs: Any) -> keras.Model:
     """Load a model that Keras 3 or Keras 2 saved, with our layers in it.
 
     Like `keras.saving.load_model`, with every BatchNormalization replaced by ours. It
-    also loads files that Keras 3 cannot: those of Keras 2 say `axis: [3]`. Keras's safe
+    also loads files that Keras 3 cannot: those of Keras 2 say `axis: [3]`, and those of
+    a model compiled on PyTorch name an optimizer that only trains there. Keras's safe
     mode is on by default: it refuses a file that would run code of its own.
 
     If moving statistics are lost (NaN, infinite, a negative variance), it warns and

@@ -7,6 +7,7 @@ context: elsewhere the model works as always.
 
 import contextlib
 import contextvars
+import copy
 import functools
 import threading
 import types
@@ -19,6 +20,7 @@ from keras.src.trainers.data_adapters.py_dataset_adapter import PyDatasetAdapter
 from keras.src.trainers.data_adapters.tf_dataset_adapter import TFDatasetAdapter
 from keras.src.trainers.epoch_iterator import EpochIterator
 
+from keras_bn import kernels
 from keras_bn.layer import BatchNormalization
 from keras_bn.moments import Moments, merged
 from keras_bn.tools.arrays import float64
@@ -185,6 +187,9 @@ class Watch:
             for path, layer in layers.items()
         }
         self._layers = list(layers.values())
+        # What is called at each time step has to show its values.
+        loops = any(isinstance(each, keras.layers.RNN) for _, each in walk(model))
+        self._context = kernels.unrolled if loops else contextlib.nullcontext
 
     def __enter__(self):
         self._stack = contextlib.ExitStack()
@@ -200,7 +205,8 @@ class Watch:
         """The outputs of the model, computed with the answers."""
         token = _ANSWERS.set(self._answers)
         try:
-            return self._model(x, training=training)
+            with self._context():
+                return self._model(x, training=training)
         finally:
             _ANSWERS.reset(token)
 
@@ -264,11 +270,19 @@ def state_kept(model):
     for metric in metrics:
         variables += metric.variables
     before = [keras.ops.convert_to_numpy(variable) for variable in variables]
+    # A module of PyTorch has statistics that Keras does not know of.
+    modules = [
+        (layer.module, copy.deepcopy(layer.module.state_dict()))
+        for _, layer in walk(model)
+        if isinstance(layer, keras.layers.TorchModuleWrapper)
+    ]
     try:
         yield
     finally:
         for variable, value in zip(variables, before, strict=True):
             variable.assign(value)
+        for module, state in modules:
+            module.load_state_dict(state)
         # Keras makes the metrics of a loss when it first computes it.
         for metric in getattr(model, "metrics", []):
             if all(metric is not known for known in metrics):
@@ -298,7 +312,7 @@ def observed(path, twin, inputs, mask):
     outputs, moments = twin.normalize_batch(inputs, mask)
     try:
         count, mean, variance = map(float64, moments)
-    except NotImplementedError:
+    except (NotImplementedError, TypeError):  # of TensorFlow, of JAX
         raise ValueError(
             f"'{path}' is called inside a compiled function, where its statistics "
             "cannot be had. Call the layers of the model directly in it."

@@ -7,6 +7,7 @@ import numpy as np
 import oracle
 import pytest
 from keras import ops
+from support.backend import NAME, array, but_on
 
 import keras_bn
 from keras_bn.kernels import modes
@@ -104,7 +105,7 @@ def test_inputs_are_numbers_of_the_dtype(dtype):
     draw = cases.draw(cases.Case(*SHAPE, dtype, "eager"), np.random.default_rng((0, 0)))
     for name, values in draw.items():
         held = policy.variable_dtype if name in DRAWN else policy.compute_dtype
-        again = np.asarray(ops.cast(values, held)).astype("float64")
+        again = array(ops.cast(values, held))
         np.testing.assert_array_equal(again, values)
 
 
@@ -201,8 +202,15 @@ class MeanOfSquares(keras_bn.BatchNormalization):
 
 BROKEN = [
     (WrongEpsilon, "float64", {"output", "dx", "dgamma", "inference"}),
-    (WrongEpsilon, "float32", {"output", "dx", "dgamma", "inference"}),
-    (WrongMomentum, "float32", {"moving mean", "moving variance"}),
+    *(
+        pytest.param(
+            *case, marks=but_on("torch", "sums there are expected to be off by as much")
+        )
+        for case in (
+            (WrongEpsilon, "float32", {"output", "dx", "dgamma", "inference"}),
+            (WrongMomentum, "float32", {"moving mean", "moving variance"}),
+        )
+    ),
     (UnbiasedVariance, "float64", {"moving variance"}),
     (UnbiasedVariance, "float32", {"moving variance"}),
     (UnbiasedVariance, "mixed_bfloat16", {"moving variance"}),
@@ -216,7 +224,7 @@ BROKEN = [
 ]
 
 
-@pytest.mark.parametrize("mode", ["eager", "graph"])
+@pytest.mark.parametrize("mode", sorted({"eager", modes.USUAL}))
 @pytest.mark.parametrize(("broken", "dtype", "quantities"), BROKEN)
 def test_a_wrong_layer_fails_where_it_is_wrong(
     broken, dtype, quantities, mode, monkeypatch
@@ -230,6 +238,7 @@ def test_a_wrong_layer_fails_where_it_is_wrong(
     assert failing(record) == quantities
 
 
+@but_on("jax", "a step that was traced before does not take another kernel")
 def test_a_kernel_of_the_wrong_sign_fails(monkeypatch):
     right = keras_bn.kernels.forward
 
@@ -237,13 +246,13 @@ def test_a_kernel_of_the_wrong_sign_fails(monkeypatch):
         return right(x, mask, gamma, -beta, **options)
 
     monkeypatch.setattr(keras_bn.kernels, "forward", wrong)
-    record = run(cases.Case(*SHAPE, "float32", "graph"))
+    record = run(cases.Case(*SHAPE, "float32", modes.USUAL))
     assert failing(record) == {"output", "dbeta"}
 
 
 def test_large_means_tell_two_passes_from_one(monkeypatch):
-    near = cases.Case(*SHAPE, "float32", "graph", mean=0.0)
-    far = cases.Case(*SHAPE, "float32", "graph", mean=1e3)
+    near = cases.Case(*SHAPE, "float32", modes.USUAL, mean=0.0)
+    far = cases.Case(*SHAPE, "float32", modes.USUAL, mean=1e3)
     assert run(far).verdict == "PASS"
     monkeypatch.setattr(judge, "BatchNormalization", MeanOfSquares)
     assert run(near).verdict == "PASS"
@@ -253,8 +262,13 @@ def test_large_means_tell_two_passes_from_one(monkeypatch):
 def test_missing_gradients_fail(monkeypatch):
     monkeypatch.setattr(judge, "BatchNormalization", NoGradient)
     record = run(cases.Case(*SHAPE, "float32", "eager"))
-    assert (record.verdict, record.checks) == ("FAIL", ())
-    assert "dx has the shape ()" in record.failure
+    assert record.verdict == "FAIL"
+    if NAME == "jax":  # where what has no gradient has one of zeros
+        assert failing(record) == {"dx", "dgamma", "dbeta"}
+        return
+    assert not record.checks
+    if NAME == "tensorflow":  # PyTorch raises itself
+        assert "dx has the shape ()" in record.failure
 
 
 def test_an_error_of_our_layer_is_a_failure(monkeypatch):

@@ -154,7 +154,7 @@ def test_compare_says_what_went_and_what_came():
     assert f"{drift.worst_mean:.2f}" in text
     assert text.index("Gone:") < text.index("New:") < text.index("Remaining:")
     page = compared.to_html()
-    assert page.count('class="dots"') == 2 * 2 * 2
+    assert page.count('class="zero"') == 2 * 2 * 2
     assert "BN007" in [each["rule"] for each in compared.to_dict()["new"]]
 
 

@@ -5,8 +5,9 @@ import csv
 import keras
 import numpy as np
 import pytest
+from conftest import require
 from keras import layers
-from support.backend import tf
+from support.backend import NAME, array, tf
 
 import keras_bn
 from keras_bn.diagnosis.logger import DriftRow
@@ -81,7 +82,7 @@ def test_the_gap_of_the_output_is_that_of_the_model():
     assert last[:2] == (2, "model")
     assert np.isnan(last[2:6]).all()
     inference, training = (
-        np.asarray(model(data(), training=mode), "float64") for mode in (False, True)
+        array(model(data(), training=mode)) for mode in (False, True)
     )
     gap = np.sqrt(np.mean((training - inference) ** 2)) / training.std()
     assert last.output_gap == pytest.approx(gap, rel=1e-4)
@@ -184,6 +185,8 @@ def test_a_model_without_any_is_refused():
 
 def scalars(folder):
     """What TensorBoard would read: {(tag, step): value}."""
+    if NAME != "tensorflow":
+        return scalars_by_tensorboard(folder)
     found = {}
     for file in sorted(folder.iterdir()):
         for raw in tf.data.TFRecordDataset(str(file)).as_numpy_iterator():
@@ -196,7 +199,22 @@ def scalars(folder):
     return found
 
 
+def scalars_by_tensorboard(folder):
+    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+    from tensorboard.util.tensor_util import make_ndarray
+
+    return {
+        (value.tag, event.step): float(make_ndarray(value.tensor))
+        for file in sorted(folder.iterdir())
+        for event in EventFileLoader(str(file)).Load()
+        for value in event.summary.value
+        if value.metadata.plugin_data.plugin_name == "scalars"
+    }
+
+
 def test_events_for_tensorboard(tmp_path):
+    if NAME != "tensorflow":
+        require("tensorboard")
     model = made()
     logger = keras_bn.StatisticsLogger(data(), log_dir=tmp_path / "logs")
     seen = []

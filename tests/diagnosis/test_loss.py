@@ -7,7 +7,7 @@ import keras
 import numpy as np
 import pytest
 from keras import layers
-from support.backend import tf
+from support.backend import dataset
 
 import keras_bn
 
@@ -111,7 +111,7 @@ def test_sample_weights():
     weight = RNG.uniform(0.0, 3.0, 40).astype("float32")
     plain = assert_as_evaluated(model, (X, CLASSES))
     weighted = assert_as_evaluated(model, (X, CLASSES, weight))
-    data = tf.data.Dataset.from_tensor_slices((X, CLASSES, weight)).batch(16)
+    data = dataset((X, CLASSES, weight), 16)
     np.testing.assert_allclose(assert_as_evaluated(model, data), weighted, rtol=0.2)
     assert abs(plain[0] - weighted[0]) > 1e-3
 
@@ -146,9 +146,7 @@ def test_several_outputs(names):
     model.compile("sgd", losses, loss_weights=weights, metrics=None)
     assert_as_evaluated(
         model,
-        tf.data.Dataset.from_tensor_slices(
-            (X, labels if names else tuple(labels))
-        ).batch(32),
+        dataset((X, labels if names else tuple(labels)), 32),
     )
 
 
@@ -212,7 +210,7 @@ def test_what_fit_logs_is_not_disturbed():
         model = several(True)
         model.compile("sgd", {"a": "mse", "b": "mae"}, metrics={"a": "mae"})
         y = {"a": ONE_HOT, "b": BINARY}
-        data = tf.data.Dataset.from_tensor_slices((X, y)).batch(32)
+        data = dataset((X, y), 32)
         callbacks = [keras_bn.StatisticsLogger(data)] if logged else []
         histories.append(model.fit(data, epochs=2, callbacks=callbacks, verbose=0))
     first, second = (history.history for history in histories)

@@ -12,6 +12,7 @@ from pathlib import Path
 import keras
 import pytest
 from conftest import require
+from support.backend import NAME
 
 import keras_bn
 
@@ -25,8 +26,11 @@ FILES = (
 # Tests of Keras that cannot apply to our layer, by node id, and why.
 NOT_APPLICABLE = {}
 
+# Tests that compare with files of Keras 2: `tf_keras` writes them, on TensorFlow.
+OF_KERAS_2 = "legacy_h5_format_test.py"
+
 # Of the 68 tests in these files, in Keras 3.15.1, those that make a layer of ours.
-LEAST = 42
+LEAST = 42 if NAME == "tensorflow" else 38
 
 
 def run_on_ours(site, record):
@@ -83,8 +87,10 @@ def test_keras_own_tests_pass_on_our_layer(tmp_path):
     assert set(NOT_APPLICABLE) <= set(record["found"])
     ran = record["ran"].values()
     assert not [one for one in ran if "theirs" in one["made"]]
-    if any(one["outcome"] == "skipped" for one in ran):
+    skipped = [k for k, one in record["ran"].items() if one["outcome"] == "skipped"]
+    if skipped and NAME == "tensorflow":
         require("tf_keras")
+    assert all(OF_KERAS_2 in name for name in skipped)
     passed = [one for one in ran if one["outcome"] == "passed"]
-    assert len(passed) == len(ran)
+    assert len(passed) == len(ran) - len(skipped)
     assert len([one for one in passed if "ours" in one["made"]]) >= LEAST

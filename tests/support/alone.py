@@ -1,5 +1,6 @@
 """Running a script in a process of its own."""
 
+import os
 import pathlib
 import subprocess
 import sys
@@ -15,13 +16,14 @@ else:
 """
 
 
-def run_alone(script, *arguments, without=None):
+def run_alone(script, *arguments, without=None, **environment):
     """Run a script of this folder in a new process, from elsewhere.
 
     Args:
         script: its file name.
         *arguments: passed on as strings.
         without: name of a package that can't be imported there, installed or not.
+        **environment: further variables of its environment.
 
     Returns:
         The lines it printed. Raises AssertionError with its error output if it failed.
@@ -32,6 +34,7 @@ def run_alone(script, *arguments, without=None):
     script = pathlib.Path(__file__).with_name(script)
     done = subprocess.run(
         [sys.executable, "-c", code, *map(str, (script, *arguments))],
+        env={**os.environ, **environment},
         capture_output=True,
         text=True,
         timeout=300,

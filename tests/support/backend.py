@@ -15,6 +15,12 @@ It takes nothing from the package, whose kernels have their own ways.
     `(y, gradients)` of a function without effects, here and now. `y` may be followed by
     what has no gradient: then `function` gives `(y, others)`, and so does this.
     `again`: whether the gradients will be differentiated.
+`descend(loss, optimizer, variables)`
+    A step of an optimizer down the gradient of `loss()`, for a training step of one's
+    own inside `fit`; gives the loss. There is none on JAX, where such a step is
+    written without effects.
+`dataset(parts, batch)`
+    Arrays, as the backend's own data set: a tuple, in which a part may be a dict.
 `call(layer, values, x, training=True, ...)`
     The layer's output with these values for its trainable variables, to be
     differentiated by them; without an effect on JAX, where only that can be.
@@ -44,6 +50,11 @@ def only(backend, reason):
     return pytest.mark.skipif(backend != NAME, reason=f"{backend} only: {reason}")
 
 
+def but_on(backend, reason):
+    """A mark for what cannot apply on one backend."""
+    return pytest.mark.skipif(backend == NAME, reason=f"not on {backend}: {reason}")
+
+
 def tensorflow(reason):
     """The module; on other backends the test, or the file of tests, is skipped."""
     if NAME != "tensorflow":
@@ -55,6 +66,8 @@ class _Absent:
     """Stands for TensorFlow on other backends: what uses it there is skipped."""
 
     def __getattr__(self, name):
+        if name.startswith("__"):  # pytest looks for these in every module
+            raise AttributeError(name)
         pytest.skip(f"tensorflow only: it takes tf.{name}", allow_module_level=True)
 
 
@@ -98,6 +111,15 @@ if NAME == "tensorflow":
         y = result[0] if isinstance(result, tuple) else result
         return result, tape.gradient(y, list(arguments), output_gradients=upstream)
 
+    def descend(loss, optimizer, variables):
+        with tf.GradientTape() as tape:
+            value = loss()
+        optimizer.apply(tape.gradient(value, variables), variables)
+        return value
+
+    def dataset(parts, batch):
+        return tf.data.Dataset.from_tensor_slices(parts).batch(batch)
+
     def call(layer, values, x, training=True, **options):
         return layer(x, training=training, **options)
 
@@ -131,6 +153,20 @@ elif NAME == "torch":
         )
         return result, list(gradients)
 
+    def descend(loss, optimizer, variables):
+        value = loss()
+        gradients = torch.autograd.grad(value, [v.value for v in variables])
+        with torch.no_grad():
+            optimizer.apply(gradients, variables)
+        return value.detach()
+
+    def dataset(parts, batch):
+        def sample(i):
+            return keras.tree.map_structure(lambda a: a[i], parts)
+
+        samples = [sample(i) for i in range(len(parts[0]))]
+        return torch.utils.data.DataLoader(samples, batch_size=batch)
+
     def call(layer, values, x, training=True, **options):
         return layer(x, training=training, **options)
 
@@ -138,6 +174,7 @@ else:
     import jax
 
     tf = _Absent()
+    descend = None
     MODES = ("eager", "xla")
     COMPILED = "xla"
 
@@ -190,6 +227,23 @@ else:
 
         y, pull, others = jax.vjp(inner, *arguments, has_aux=True)
         return y if others is None else (y, others), list(pull(upstream))
+
+    class Batches(keras.utils.PyDataset):
+        """JAX has no data set of its own."""
+
+        def __init__(self, parts, batch):
+            super().__init__()
+            self.parts, self.batch = parts, batch
+
+        def __len__(self):
+            return -(-len(self.parts[0]) // self.batch)
+
+        def __getitem__(self, index):
+            rows = slice(index * self.batch, (index + 1) * self.batch)
+            return keras.tree.map_structure(lambda a: a[rows], self.parts)
+
+    def dataset(parts, batch):
+        return Batches(parts, batch)
 
     def call(layer, values, x, training=True, **options):
         state = [v.value for v in layer.non_trainable_variables]

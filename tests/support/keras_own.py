@@ -50,7 +50,7 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    # Keras's mark for backends that don't train; TensorFlow does.
+    # Keras's mark for backends that don't train; all of ours do.
     config.addinivalue_line("markers", "requires_trainable_backend: runs here")
 
 

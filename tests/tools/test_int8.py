@@ -9,7 +9,7 @@ import keras
 import numpy as np
 import pytest
 from keras import layers
-from support.backend import tf
+from support import backend
 from support.zoo import randomized
 
 import keras_bn
@@ -19,6 +19,8 @@ from keras_bn.int8.equalize import equalize
 from keras_bn.int8.export import integer_file
 from keras_bn.int8.report import Int8Layer, Int8Report
 from keras_bn.tools.compare import relative_difference
+
+tf = backend.tensorflow("its converter writes these files")
 
 WEIGHTED = {"Conv2D", "DepthwiseConv2D", "Dense"}
 COUNTED = {"CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED"}

@@ -4,6 +4,7 @@ import keras
 import numpy as np
 import pytest
 from conftest import require
+from support import backend
 
 import keras_bn
 from keras_bn.tools import norms
@@ -27,6 +28,7 @@ def tf_keras_layer():
 
 
 def the_copy_in_tensorflow():
+    backend.tensorflow("it holds a copy of Keras")
     return require("tensorflow.python.keras.layers").Dense(3)
 
 

@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 import pytest
-from support.backend import tf
+from support.backend import array, training_step
 
 import keras_bn
 
@@ -83,12 +83,12 @@ def test_training_goes_on_as_in_pytorch(name, options, axis):
 
 
 def _gradients(layer, x, weight, learned):
-    with tf.GradientTape() as tape:
-        tape.watch(x)
-        y = layer(x, training=True)
-        loss = tf.reduce_sum(y * weight)
-    gradients = tape.gradient(loss, [x, *[w.value for w in learned]])
-    return y.numpy(), [gradient.numpy() for gradient in gradients]
+    others = layer.non_trainable_variables
+    step = training_step(
+        lambda x: layer(x, training=True), [*learned, *others], "eager"
+    )
+    y, gradients = step(x, keras.ops.convert_to_tensor(weight))
+    return array(y), [array(gradient) for gradient in gradients]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -6,14 +6,17 @@ import keras
 import numpy as np
 import pytest
 from keras import layers, ops
-from support.backend import tf
+from support import backend
 from support.zoo import randomized
-from test_int8 import KINDS, error, images, small
 
 import keras_bn
 from keras_bn.int8 import kernels, tflite
 from keras_bn.int8.export import integer_file
 from keras_bn.int8.layers import FakeQuantizedLinear, FakeQuantizer, quantizers
+
+tf = backend.tensorflow("its ops round")
+
+from test_int8 import KINDS, error, images, small  # noqa: E402
 
 OLD = tuple(map(int, tf.__version__.split(".")[:2])) < tflite.OLDEST_AWARE
 pytestmark = [

@@ -91,26 +91,26 @@ def test_averaged_weights_are_mended(seed):
 
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize(
-    ("shift", "least"),
+    ("shift", "least", "margin"),
     [
-        (lambda x, rng: 0.5 + 0.6 * (x - 0.5), 0.9),
-        (lambda x, rng: x + 0.5, 0.9),
-        (lambda x, rng: x + rng.normal(0.0, 0.3, x.shape), 0.4),
+        (lambda x, rng: 0.5 + 0.6 * (x - 0.5), 0.9, 0.05),
+        (lambda x, rng: x + 0.5, 0.9, 0.05),
+        (lambda x, rng: x + rng.normal(0.0, 0.3, x.shape), 0.4, 0.02),
     ],
     ids=["contrast", "brightness", "noise"],
 )
-def test_a_shifted_domain_is_adapted_to(shift, least, seed):
+def test_a_shifted_domain_is_adapted_to(shift, least, margin, seed):
     _, _, x, y = digits(seed)
     x = shift(x, np.random.default_rng(seed)).astype("float32")
     before = accuracy(trained(seed), x, y)
     model = copy(trained(seed))
     recalibrate(model, x)
     after = accuracy(model, x, y)
-    assert after > max(least, before + 0.05)
+    assert after > max(least, before + margin)
     # From 32 images, holding on to a little of what was known.
     model = copy(trained(seed))
     recalibrate(model, x[:32], prior=1)
-    assert accuracy(model, x, y) > max(least, before + 0.05) - 0.05
+    assert accuracy(model, x, y) > max(least, before + margin) - 0.05
 
 
 @pytest.mark.parametrize("seed", SEEDS)

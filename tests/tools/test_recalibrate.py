@@ -8,7 +8,8 @@ import keras
 import numpy as np
 import pytest
 from keras import layers
-from support.backend import tf
+from support import backend
+from support.backend import COMPILED, array, dataset, in_mode, tf
 from support.zoo import (
     Subclassed,
     convolutional,
@@ -72,7 +73,7 @@ def test_exact_is_the_training_mode_on_the_whole_data(make, bn):
     model = randomized(make(bn))
     x = inputs_of(model, 50)
     before = model.predict(x, verbose=0)
-    expected = keras_bn.from_keras(model)(x, training=True).numpy()
+    expected = array(keras_bn.from_keras(model)(x, training=True))
     kept = statistics(model)
     recalibrate(model, x, exact=True, batch_size=16)
     np.testing.assert_allclose(
@@ -86,7 +87,7 @@ def test_exact_is_the_training_mode_on_the_whole_data(make, bn):
 def test_once_differs_from_exact_and_both_mend():
     model = randomized(convolutional(OURS))
     x = inputs_of(model, 50) * np.linspace(0.1, 3.0, 50)[:, None, None, None]
-    expected = keras_bn.from_keras(model)(x, training=True).numpy()
+    expected = array(keras_bn.from_keras(model)(x, training=True))
     once = recalibrate(model, x, batch_size=5)
     off = np.abs(model.predict(x, verbose=0) - expected).max()
     exact = recalibrate(model, x, exact=True)
@@ -117,14 +118,15 @@ def test_wrapped_shared_and_recurrent_layers_pool_all_their_calls():
     assert set(by_name) == {"in_frame", "per_step", "cell_norm"}
     assert len(found) == 4
     frame = model.get_layer("each_frame").layer
-    inner = frame.layers[0](x.reshape(-1, 6, 6, 2)).numpy()
+    inner = array(frame.layers[0](x.reshape(-1, 6, 6, 2)))
     np.testing.assert_array_equal(by_name["in_frame"].count, 20 * 3 * 4 * 4)
     np.testing.assert_allclose(
         by_name["in_frame"].variance, inner.var((0, 1, 2)), rtol=1e-4
     )
     np.testing.assert_array_equal(by_name["per_step"].count, 20 * 3)
-    # Keras calls a cell once more than there are steps, to see what it puts out.
-    np.testing.assert_array_equal(by_name["cell_norm"].count, 20 * 4)
+    # Except on JAX, Keras calls a cell once more, to see what it gives.
+    calls = 3 if backend.NAME == "jax" else 4
+    np.testing.assert_array_equal(by_name["cell_norm"].count, 20 * calls)
 
     norm = OURS(name="twice")
     a, b = keras.Input((4,)), keras.Input((4,))
@@ -234,8 +236,8 @@ class Batches(keras.utils.PyDataset):
     [
         lambda: data(),
         lambda: tf.data.Dataset.from_tensor_slices(data()).batch(30),
-        lambda: tf.data.Dataset.from_tensor_slices((data(), np.zeros(100))).batch(30),
-        lambda: tf.data.Dataset.from_tensor_slices((data(), data(), data())).batch(9),
+        lambda: dataset((data(), np.zeros(100)), 30),
+        lambda: dataset((data(), data(), data()), 9),
         Batches,
     ],
 )
@@ -271,7 +273,11 @@ def noisy():
     y = layers.BatchNormalization(name="last")(y)
     model = randomized(keras.Model(x, y))
     model.compile("adam", "mse")
-    model.train_on_batch(np.ones((10, 6, 4)), np.ones((10, 3)))
+    # Not by training: on PyTorch Keras's stateful LSTM cannot be trained.
+    model.predict(np.ones((10, 6, 4)), batch_size=10, verbose=0)
+    model.optimizer.build(model.trainable_variables)
+    for variable in model.optimizer.variables[2:]:
+        variable.assign(np.ones(variable.shape))
     return model
 
 
@@ -333,7 +339,8 @@ def test_if_anything_goes_wrong_the_model_is_as_it_was(error, exact, monkeypatch
         source = Breaking()
         Breaking.reads = 1
     batch_size = 10 if error is KeyboardInterrupt else None
-    with pytest.raises((error, tf.errors.UnknownError)):
+    reported = (tf.errors.UnknownError,) if backend.NAME == "tensorflow" else ()
+    with pytest.raises((error, *reported)):
         recalibrate(model, source, exact=exact, batch_size=batch_size)
     after = everything(model)
     for path, value in before.items():
@@ -374,15 +381,15 @@ class Nothing:
 @pytest.mark.parametrize(
     "empty",
     [
-        np.zeros((0, 4), "float32"),
-        tf.data.Dataset.from_tensor_slices(data()).batch(10).take(0),
+        lambda: np.zeros((0, 4), "float32"),
+        lambda: dataset((data()[:0],), 10),
     ],
 )
 def test_no_data(empty, exact):
     model = chain(OURS(name="bn"))
     before = statistics(model)["bn"]
     with pytest.raises(ValueError, match="no data"):
-        recalibrate(model, empty, exact=exact)
+        recalibrate(model, empty(), exact=exact)
     np.testing.assert_array_equal(before, statistics(model)["bn"])
 
 
@@ -394,11 +401,15 @@ def test_what_cannot_be_recalibrated():
     with pytest.raises(ValueError, match="not built"):
         recalibrate(keras.Sequential([OURS()]), data())
 
+
+@backend.but_on("torch", "functions are not compiled there")
+def test_a_layer_inside_a_compiled_function_is_refused():
     class Compiled(keras.Model):
         def __init__(self):
             super().__init__()
             self.norm = OURS(name="norm")
-            self.run = tf.function(self.norm)
+            self.norm.build((None, 4))
+            self.run = in_mode(self.norm, COMPILED, self.norm.variables)
 
         def call(self, x):
             return self.run(x)
@@ -414,9 +425,7 @@ def test_warnings():
     model = chain(OURS(name="bn"), layers.Dense(10))
     with pytest.warns(UserWarning, match="'bn' rest on 60 elements"):
         recalibrate(model, data(60))
-    skewed = tf.data.Dataset.from_tensor_slices(
-        (data(200), np.repeat([3, 7], [190, 10]))
-    ).batch(50)
+    skewed = dataset((data(200), np.repeat([3, 7], [190, 10])), 50)
     with pytest.warns(UserWarning, match=r"1\.2 classes in effect.*10 apart"):
         recalibrate(model, skewed)
 
@@ -485,6 +494,7 @@ def test_callback(when, swap):
         keras_bn.Recalibrate(x, when="often")
 
 
+@backend.only("tensorflow", "its strategies")
 def test_replicas():
     script = Path(__file__).parents[1] / "support" / "two_replicas.py"
     done = subprocess.run(

@@ -11,5 +11,6 @@ from keras_bn.kernels.jax.context import (
     pruned,
     replicated,
     retrack,
+    unrolled,
 )
 from keras_bn.kernels.known import add_offset, checked

@@ -16,7 +16,8 @@ def make_plan(x, mask, settings) -> Plan:
     """The plan for an input; see the contract of the kernels."""
     shared = settings.synchronized and replicas.active()
     special = mask is not None or settings.group_size is not None or shared
-    rows = math.prod(n for i, n in enumerate(x.shape) if i not in settings.axes)
+    # A list, for `torch.compile` does not follow a generator here.
+    rows = math.prod([n for i, n in enumerate(x.shape) if i not in settings.axes])
     # The op gives the unbiased variance, which one row has not.
     fits = not special and len(settings.axes) == 1 and rows > 1
     kernel = "fused" if fits else "plain"
