@@ -48,8 +48,9 @@ A backend gives:
 `retrack(layer)`
     Notes anew which variables a Keras layer has, where the backend keeps a list of them
     that Keras's trackers do not know.
-`unrolled()`, if the backend needs it
-    A context in which a loop over time steps runs step by step, with values in hand.
+`watched(loops)`
+    A context to run a model in for its values, which keeps nothing for gradients; if
+    `loops`, a loop over time steps runs step by step, with values in hand.
 `modes`
     The ways to run a function, for `verify` and `bench`. `MODES`: their names, of
     "eager", "graph" and "xla"; `USUAL`: the one that `fit` uses; `VERSION`: of the
@@ -68,7 +69,6 @@ A backend gives:
     An event file for TensorBoard: `write(step, {tag: number})`, `close()`.
 """
 
-import contextlib
 import importlib
 from collections.abc import Callable
 from typing import Any
@@ -102,7 +102,7 @@ pruned = _backend.pruned
 replicated = _backend.replicated
 retrack = _backend.retrack
 standardize = _backend.standardize
-unrolled = getattr(_backend, "unrolled", contextlib.nullcontext)
+watched = _backend.watched
 
 __all__ = [
     "Events",
@@ -120,5 +120,5 @@ __all__ = [
     "replicated",
     "retrack",
     "standardize",
-    "unrolled",
+    "watched",
 ]

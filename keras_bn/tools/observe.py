@@ -188,8 +188,7 @@ class Watch:
         }
         self._layers = list(layers.values())
         # What is called at each time step has to show its values.
-        loops = any(isinstance(each, keras.layers.RNN) for _, each in walk(model))
-        self._context = kernels.unrolled if loops else contextlib.nullcontext
+        self._loops = any(isinstance(e, keras.layers.RNN) for _, e in walk(model))
 
     def __enter__(self):
         self._stack = contextlib.ExitStack()
@@ -205,7 +204,7 @@ class Watch:
         """The outputs of the model, computed with the answers."""
         token = _ANSWERS.set(self._answers)
         try:
-            with self._context():
+            with kernels.watched(self._loops):
                 return self._model(x, training=training)
         finally:
             _ANSWERS.reset(token)

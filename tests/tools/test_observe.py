@@ -7,6 +7,7 @@ import keras
 import numpy as np
 import pytest
 from keras import layers
+from support import backend
 from support.backend import NAME, array, dataset, tensor, tf
 from support.distributed import strategy_of
 
@@ -421,6 +422,23 @@ def test_a_call_that_the_user_replaced_stays(tool):
     before = len(seen)
     model(data())
     assert len(seen) == before + 1
+
+
+@backend.only("torch", "elsewhere nothing is kept unless a tape asks for it")
+def test_a_pass_keeps_nothing_for_gradients():
+    class Look(layers.Layer):
+        def call(self, x):
+            asked.append(x.requires_grad)
+            return x
+
+    asked = []
+    model = chain(layers.Dense(4), OURS(), Look())
+    asked.clear()
+    keras_bn.recalibrate(model, data(), verbose=0)
+    keras_bn.diagnose(model, data())
+    assert asked
+    assert not any(asked)
+    assert model(tensor(data())).requires_grad
 
 
 def test_two_passes_at_once():

@@ -11,6 +11,6 @@ from keras_bn.kernels.jax.context import (
     pruned,
     replicated,
     retrack,
-    unrolled,
+    watched,
 )
 from keras_bn.kernels.known import add_offset, checked

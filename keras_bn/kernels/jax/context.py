@@ -4,6 +4,7 @@ Under `keras.distribution` a batch is one array, whichever devices hold it: stat
 are those of the whole batch, and replicas have nothing to agree on.
 """
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -53,9 +54,9 @@ def pruned(x) -> bool:
     return isinstance(x, jax.core.Tracer)
 
 
-def unrolled():
-    """A context in which `lax.scan` is a loop in Python, and so nothing is traced."""
-    return jax.disable_jit()
+def watched(loops: bool):
+    """A context for values; without `jit`, `lax.scan` is a loop in Python."""
+    return jax.disable_jit() if loops else contextlib.nullcontext()
 
 
 def retrack(layer):

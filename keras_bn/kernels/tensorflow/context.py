@@ -1,5 +1,7 @@
 """What TensorFlow knows of where a batch is normalized."""
 
+import contextlib
+
 import tensorflow as tf
 
 # TensorFlow has no public name for "is this graph compiled by XLA".
@@ -38,6 +40,11 @@ def make_plan(x, mask, settings) -> Plan:
 def pruned(x) -> bool:
     """Whether what nothing uses is left out: of graphs, it is."""
     return not tf.executing_eagerly()
+
+
+def watched(loops: bool):
+    """A context for values: called eagerly, TensorFlow has them all."""
+    return contextlib.nullcontext()
 
 
 def retrack(layer):

@@ -10,6 +10,7 @@ from keras_bn.kernels.torch.context import (
     make_plan,
     pruned,
     retrack,
+    watched,
 )
 from keras_bn.kernels.torch.replicas import agree
 from keras_bn.kernels.torch.replicas import in_step as replicated

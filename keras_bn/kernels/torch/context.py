@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from keras import ops
 
 from keras_bn.kernels.plan import Plan
@@ -44,6 +45,11 @@ def cond(condition: Tensor, first: Callable[[], Any], second: Callable[[], Any])
 def pruned(x) -> bool:
     """Whether what nothing uses is left out: no, each op runs as it comes."""
     return False
+
+
+def watched(loops: bool):
+    """A context for values: every op runs as it comes."""
+    return torch.no_grad()
 
 
 def retrack(layer):
