@@ -90,6 +90,7 @@ def test_a_normalization_that_stays_costs_what_keras_costs(tmp_path):
     assert costs[0] == costs[1] == ["ADD", "MUL", "RELU"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("folded", [False, True])
 def test_int8_is_as_accurate_as_with_keras_layer(tmp_path, folded):
     """A normalization after an activation stays, and is quantized as it stands."""

@@ -11,7 +11,7 @@ import pytest
 from support import backend
 from support.backend import COMPILED, KERAS_IS_A_JUDGE, tensor
 from support.cases import groups
-from support.marks import mostly_slow
+from support.marks import mostly_slow, slow
 from support.steps import MODES, Step, array, in_mode, relative_error, set_parameters
 
 import keras_bn
@@ -59,8 +59,8 @@ CLIPPINGS = [
     ("mode", "scale", "center"),
     [
         *((mode, True, True) for mode in MODES),
-        (COMPILED, False, True),
-        (COMPILED, True, False),
+        slow(COMPILED, False, True),
+        slow(COMPILED, True, False),
         (COMPILED, False, False),
     ],
 )

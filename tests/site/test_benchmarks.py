@@ -299,6 +299,7 @@ def test_the_round_that_traces_is_not_counted(monkeypatch):
     assert row["shares"] == pytest.approx([0.5, 0.5])
 
 
+@pytest.mark.slow
 def test_frozen_models_differ_in_fusion_alone():
     built = {
         kind: applications.build("MobileNetV2", 32, kind)

@@ -150,6 +150,7 @@ def short(folder):
     return ["--epochs", "1", "--batch-size", "96", "--out", str(folder)]
 
 
+@pytest.mark.slow
 def test_a_wrong_layer_is_not_equivalent(example, tmp_path, capsys):
     dense = example("dense_equivalence")
     layer = functools.partial(keras_bn.BatchNormalization, epsilon=2e-3)

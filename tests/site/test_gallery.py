@@ -71,7 +71,7 @@ def check(name, folder, printed, short):
 
 
 # The others take minutes together: `.ci/run` and `make test-all` run them all.
-IN_EVERY_RUN = ("first_figure", "convolution")
+IN_EVERY_RUN = ("first_figure",)
 
 
 @pytest.mark.parametrize(
@@ -197,6 +197,7 @@ def test_restart_is_the_same_for_a_seed_and_another_for_others(example):
     np.testing.assert_allclose(losses, again_losses, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["separate batches", "mixed batches"])
 def test_the_gradient_penalty_of_the_gan(example, kind):
     """Trained with it, the discriminator is less steep at the real images."""

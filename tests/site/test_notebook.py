@@ -114,6 +114,7 @@ def test_what_fails_in_a_cell_fails(as_notebook, tmp_path):
         as_notebook.execute(notebook, tmp_path)
 
 
+@pytest.mark.slow
 def test_the_tutorial_runs_in_a_kernel_and_shows_its_report(as_notebook, tmp_path):
     for package in ("nbclient", "ipykernel", "matplotlib", "sklearn"):
         require(package)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from keras import layers
 from support.backend import NAME, but_on, descend
+from support.marks import slow
 from support.zoo import (
     Subclassed,
     convolutional,
@@ -49,7 +50,7 @@ def compile_again(model, **options):
         model.compile("sgd", "mse", **options)
 
 
-@pytest.mark.parametrize("make", [convolutional, nested, wrapped])
+@pytest.mark.parametrize("make", [slow(convolutional), nested, slow(wrapped)])
 @pytest.mark.filterwarnings("ignore:.*are layers of Keras")
 def test_takes_effect_without_compiling_again(make):
     model, x, y = compiled(randomized(make(OURS)))
@@ -191,12 +192,14 @@ STATISTICS = {"moving_mean", "moving_variance"}
     "options",
     [
         {},
-        {"run_eagerly": True},
+        slow({"run_eagerly": True}),
         pytest.param(
-            {"jit_compile": True}, marks=but_on("torch", "it needs a C++ compiler")
+            {"jit_compile": True},
+            marks=[pytest.mark.slow, but_on("torch", "it needs a C++ compiler")],
         ),
         pytest.param(
-            {"steps_per_execution": 2}, marks=but_on("torch", "Keras refuses it there")
+            {"steps_per_execution": 2},
+            marks=[pytest.mark.slow, but_on("torch", "Keras refuses it there")],
         ),
     ],
     ids=str,
@@ -336,7 +339,7 @@ def by_thawing_the_base(model, folder):
     return model
 
 
-@pytest.mark.parametrize("affine", [True, "gamma", "beta"])
+@pytest.mark.parametrize("affine", [True, slow("gamma"), slow("beta")])
 @pytest.mark.parametrize(
     "way",
     [

@@ -12,6 +12,7 @@ import pytest
 from keras import layers
 from support.backend import COMPILED, NAME, array, but_on, tensor, tf, training_step
 from support.distributed import strategy_of
+from support.marks import mostly_slow, slow
 from support.training import Loop
 from support.zoo import inputs_of, nested, randomized, several, wrapped
 
@@ -165,7 +166,9 @@ def upstream_of(model, x):
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", mostly_slow(KINDS, ["Dense", "Conv2D", "DepthwiseConv2D"])
+)
 def test_outputs_and_gradients_are_those_of_the_unfused_layers(kind, float64):
     model = model_of(kind)
     x = inputs_of(model)
@@ -242,9 +245,9 @@ def trained(model, data, steps=20, **options):
         pytest.param(
             lambda: (both(), (ROWS, TARGETS)),
             {"jit_compile": True},
-            marks=but_on("torch", "it needs a C++ compiler"),
+            marks=[pytest.mark.slow, but_on("torch", "it needs a C++ compiler")],
         ),
-        (lambda: (both(), (ROWS, TARGETS)), {"run_eagerly": True}),
+        slow(lambda: (both(), (ROWS, TARGETS)), {"run_eagerly": True}),
     ],
 )
 def test_twenty_steps_end_at_the_same_weights(make, options, float64):

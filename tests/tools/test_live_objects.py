@@ -9,6 +9,7 @@ import pytest
 from keras import layers, ops
 from support import backend
 from support.backend import array, descend, tf
+from support.marks import mostly_slow
 from support.zoo import GRAPHS, convolutional, inputs_of, randomized
 
 import keras_bn
@@ -73,7 +74,7 @@ LAYERS = {
 }
 
 
-@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("kind", mostly_slow(LAYERS, [*LAYERS][::3]))
 def test_objects_of_the_users(kind):
     frames = kind == "wrapped lambda"
     x = keras.Input((3, 5) if frames else (5,))

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from keras import layers, ops
 from support import backend
+from support.marks import slow
 from support.zoo import randomized
 
 import keras_bn
@@ -81,7 +82,7 @@ def check_file(model, x, same=0.4, most=5):
     return report
 
 
-@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("bits", [8, slow(4)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_file_computes_what_the_model_does(kind, bits):
     shape, make = KINDS[kind]
