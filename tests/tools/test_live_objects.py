@@ -245,8 +245,9 @@ class Ordered(layers.Layer):
     def __init__(self):
         super().__init__()
         steps = {"last": layers.Dense(3), "first": layers.Dense(5)}
-        self.steps = collections.OrderedDict(steps)
-        self.steps.move_to_end("last")
+        steps = collections.OrderedDict(steps)
+        steps.move_to_end("last")
+        self.steps = steps
 
     def call(self, x):
         for step in self.steps.values():
