@@ -7,6 +7,7 @@ from functools import partial
 import keras
 import numpy as np
 import pytest
+from support.backend import only
 from support.scripts import ROOT
 
 import keras_bn
@@ -166,6 +167,7 @@ STUDIES = {
 IN_EVERY_RUN = ("convolution", "inference_gap, debiased")
 
 
+@only("tensorflow", "the studies train on it")
 @pytest.mark.parametrize(
     "name",
     [
