@@ -379,7 +379,8 @@ def test_frozen_statistics_become_layers_that_do_not_train(in_place):
     assert told[0].filename == __file__
     assert norms(theirs, KERAS).keys() == frozen | {"free"}
     assert {n for n, la in norms(theirs).items() if not la.trainable} == frozen
-    np.testing.assert_allclose(array(theirs(x)), expected, rtol=1e-5, atol=1e-5)
+    slack = 0 if backend.NAME == "tensorflow" else 1e-5
+    np.testing.assert_allclose(array(theirs(x)), expected, rtol=slack, atol=slack)
     value = array(theirs(x, training=True))
     np.testing.assert_allclose(value, in_training, rtol=1e-5, atol=1e-5)
     theirs.compile("sgd", "mse")

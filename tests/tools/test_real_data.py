@@ -11,6 +11,8 @@ from support.backend import NAME
 
 import keras_bn
 
+# What adapting to noise gains at least, in accuracy; other backends draw other weights.
+NOISE = 0.05 if NAME == "tensorflow" else 0.02
 SEEDS = [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 5))]
 recalibrate = functools.partial(keras_bn.recalibrate, batch_size=500, verbose=0)
 
@@ -97,7 +99,7 @@ def test_averaged_weights_are_mended(seed):
     [
         (lambda x, rng: 0.5 + 0.6 * (x - 0.5), 0.9, 0.05),
         (lambda x, rng: x + 0.5, 0.9, 0.05),
-        (lambda x, rng: x + rng.normal(0.0, 0.3, x.shape), 0.4, 0.02),
+        (lambda x, rng: x + rng.normal(0.0, 0.3, x.shape), 0.4, NOISE),
     ],
     ids=["contrast", "brightness", "noise"],
 )
