@@ -282,30 +282,28 @@ class Columns:
         if layer is None or layer.data is None:
             return _NOTHING
         drift, values = layer.drift, layer.mean_drift
-        return drawings.strip(values, self._of_mean, WORST_MEAN_DRIFT, seed) + _small(
-            drawings.said(values, drift.mean, drift.worst_mean, " std")
-        )
+        return drawings.strip(
+            values, self._of_mean, WORST_MEAN_DRIFT, seed
+        ) + display.small(drawings.said(values, drift.mean, drift.worst_mean, " std"))
 
     def _ratio(self, layer, seed):
         if layer is None or layer.data is None:
             return _NOTHING
         drift, logs = layer.drift, _logs(layer)
         healthy = np.log2(WORST_STDDEV_RATIO)
-        return drawings.strip(logs, self._of_ratio, healthy, seed) + _small(
+        return drawings.strip(logs, self._of_ratio, healthy, seed) + display.small(
             drawings.said(logs, drift.ratio, drift.worst_ratio)
         )
 
     def _gap(self, layer, seed):
         if layer is None or layer.data is None:
             return _NOTHING
-        return display.bar(layer.gap, drawings.FULL_GAP) + _small(f"{layer.gap:.2f}")
+        return display.bar(layer.gap, drawings.FULL_GAP) + display.small(
+            f"{layer.gap:.2f}"
+        )
 
 
 _NOTHING = "<small>no data</small>"
-
-
-def _small(content):
-    return f"<small>{content}</small>"
 
 
 def _logs(layer):

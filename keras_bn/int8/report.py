@@ -122,13 +122,18 @@ class Int8Report:
         rows = []
         for each in self.layers:
             others = "" if each.output == each.layer else f"with {each.output}"
-            error = display.bar(each.error, FULL_ERROR) + _small(f"{each.error:.2%}")
+            error = display.bar(each.error, FULL_ERROR) + display.small(
+                f"{each.error:.2%}"
+            )
             cells = (
                 display.cell("Operation", each.operation),
                 display.cell("Error", error),
             )
             rows.append(
-                ('class="note"', [escape(each.layer) + _small(escape(others)), *cells])
+                (
+                    'class="note"',
+                    [escape(each.layer) + display.small(escape(others)), *cells],
+                )
             )
         said = "".join(f"<br>{escape(line)}" for line in self._said())
         return f"""<section>
@@ -161,10 +166,6 @@ deviation of float; a bar is full at {FULL_ERROR:.0%}.</p>
 
     def _body(self):
         return f"<header><h1>{escape(self.model)}</h1></header>\n{self.section()}"
-
-
-def _small(content):
-    return f"<small>{content}</small>"
 
 
 HEADER = ["layer", "with", "operation", "error"]

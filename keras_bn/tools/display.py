@@ -85,6 +85,11 @@ def cell(label, content):
     return f'<td data-label="{escape(label)}">{content}</td>'
 
 
+def small(content):
+    """HTML as the lesser line of a cell."""
+    return f"<small>{content}</small>"
+
+
 def bar(value, full):
     """A number, 0 or greater, as a bar that is full at `full` and beyond."""
     share = min(value / full, 1.0) if math.isfinite(value) else 1.0
