@@ -81,6 +81,21 @@ def test_what_libraries_say_before_they_fail_is_shown(tmp_path):
     assert "ImportError: broken" in done.stderr
 
 
+@pytest.mark.parametrize("logging", [{}, {"TF_CPP_MIN_LOG_LEVEL": "0"}], ids=str)
+def test_a_backend_that_is_missing_is_named_in_a_sentence(tmp_path, logging):
+    """As where only PyTorch is installed and KERAS_BACKEND is not set."""
+    failing = "raise ModuleNotFoundError('No such module', name='tensorflow.python')"
+    (tmp_path / "keras.py").write_text(failing)
+    path = f"{tmp_path}{os.pathsep}{ROOT}"
+    done = process("-m", "keras_bn", "--help", PYTHONPATH=path, **logging)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("keras-bn: error: Keras's backend is 'tensorflow', which is")
+    assert "or set KERAS_BACKEND to another of tensorflow, torch, jax" in line
+    program = process("-c", "import keras_bn", PYTHONPATH=path)
+    assert "Traceback" in program.stderr
+
+
 def test_stderr_is_itself_again(capfd, monkeypatch):
     with open(2, "w", closefd=False) as stderr:
         monkeypatch.setattr(sys, "stderr", stderr)
