@@ -36,7 +36,8 @@ def main(argv=None) -> int:
         argv: list of arguments; those of the process by default.
 
     Returns:
-        The exit status: 0 for success, 1 for a negative result, 130 if interrupted.
+        The exit status: 0 for success, 1 for a negative result, 2 if `check` cannot
+        check one of its files, 130 if interrupted.
 
     Raises:
         SystemExit: with status 2 for what cannot be done as it was asked for, 1 for a

@@ -5,6 +5,8 @@ before any command can run. So `keras_bn/__init__.py` imports this module first.
 process is the command line, it imports Keras, and TensorFlow with it, with stderr held
 back: TF_CPP_MIN_LOG_LEVEL alone does not stop lines that TensorFlow writes while its
 libraries are being loaded. Programs that import keras_bn keep their logging.
+
+A backend that is not installed ends the command line here with a sentence.
 """
 
 import contextlib
@@ -45,8 +47,23 @@ def stderr_held_back():
                 os.write(2, held.read())
 
 
-# Who sets the variable wants to see something.
-if is_command_line() and "TF_CPP_MIN_LOG_LEVEL" not in os.environ:
-    os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
-    with stderr_held_back():
-        from keras_bn import backend  # noqa: F401  # it imports Keras
+def import_keras():
+    """Import Keras; exit with status 2 and a sentence if its backend is missing."""
+    try:
+        from keras_bn import backend  # noqa: F401
+    except ImportError as error:
+        # Other failures need their traceback.
+        if not isinstance(error.__cause__, ModuleNotFoundError):
+            raise
+        print(f"keras-bn: error: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+
+
+if is_command_line():
+    # Who sets the variable wants to see something.
+    if "TF_CPP_MIN_LOG_LEVEL" in os.environ:
+        import_keras()
+    else:
+        os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
+        with stderr_held_back():
+            import_keras()

@@ -7,12 +7,15 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_bn import kernels
+from keras_bn import kernels, step
 from keras_bn.bench.timing import Timing, interleave
 from keras_bn.kernels import modes, plan
 from keras_bn.layer import BatchNormalization
 
 OURS, PEER = "keras_bn", "Keras"
+
+# The sizes in which `crossover` looks for one: 2**14 elements to 2**21.
+_POWERS = range(14, 22)
 
 
 def depth(shape) -> int:
@@ -113,6 +116,16 @@ def per_layer(timings: dict[str, Timing], shape) -> dict[str, Timing]:
     }
 
 
+def has_crossover(channels: int = 64) -> bool:
+    """Whether the layer's kernel depends on the size of the input here.
+
+    It does with TensorFlow on a CPU.
+    """
+    settings = step.Settings((1,), 1e-3)
+    inputs = (keras.ops.zeros(_shape(power, channels)) for power in _POWERS)
+    return len({kernels.make_plan(x, None, settings).kernel for x in inputs}) > 1
+
+
 def crossover(seconds: float = 20.0, channels: int = 64) -> tuple[list, int | None]:
     """The size from which the fused kernel is faster on this machine.
 
@@ -125,11 +138,11 @@ def crossover(seconds: float = 20.0, channels: int = 64) -> tuple[list, int | No
         and the number of elements from which the fused one stays faster, or None.
     """
     rows = []
-    for power in range(14, 22):
-        shape = (2**power // channels, channels)
+    for power in _POWERS:
+        shape = _shape(power, channels)
         plans = {name: plan.Plan(name, axes=(1,)) for name in ("plain", "fused")}
         functions = {name: _by_plan(each, shape) for name, each in plans.items()}
-        timings = per_layer(interleave(functions, seconds / 8), shape)
+        timings = per_layer(interleave(functions, seconds / len(_POWERS)), shape)
         rows.append((2**power, timings["plain"].median, timings["fused"].median))
     start = None
     for elements, plain, fused in reversed(rows):
@@ -137,6 +150,10 @@ def crossover(seconds: float = 20.0, channels: int = 64) -> tuple[list, int | No
             break
         start = elements
     return rows, start
+
+
+def _shape(power, channels):
+    return 2**power // channels, channels
 
 
 def _by_plan(how, shape):

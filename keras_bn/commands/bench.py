@@ -5,6 +5,7 @@ keras-bn bench --shape 32,56,56,64
 
 import argparse
 
+import keras
 from rich.console import Console
 from rich.table import Table
 
@@ -50,7 +51,8 @@ def add(commands):
     parser.add_argument(
         "--calibrate",
         action="store_true",
-        help="print the size from which the fused kernel is faster here",
+        help="print the size from which the fused kernel is faster here, where the "
+        "kernel depends on the size: with TensorFlow on a CPU",
     )
     parser.set_defaults(run=_run, parser=parser)
 
@@ -64,6 +66,11 @@ def _run(arguments):
 
 def _calibrated(arguments):
     """A table, and its result in a line."""
+    if not chains.has_crossover():
+        raise UsageError(
+            "--calibrate has nothing to find: the layer's kernel does not depend on "
+            f"the size of the input here, on {keras.backend.backend()}"
+        )
     rows, start = chains.crossover(arguments.seconds)
     table = Table("elements", "plain, ms", "fused, ms")
     for elements, *times in rows:

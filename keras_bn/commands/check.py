@@ -10,7 +10,8 @@ from keras_bn.commands.diagnosing import (
     diagnosed,
     ignored,
 )
-from keras_bn.commands.formats import FORMATS, Checked
+from keras_bn.commands.errors import UsageError
+from keras_bn.commands.formats import FORMATS, Checked, Unchecked
 from keras_bn.commands.models import open_file, set_run
 from keras_bn.diagnosis.rules import SEVERITIES, WARNING
 
@@ -22,7 +23,8 @@ def add(commands):
         help="fail if the batch normalizations of saved models are not healthy",
         description="Diagnose the batch normalizations of saved Keras models, without "
         "data as far as they show it themselves, and with --data completely. The exit "
-        "status is 1 if something is found that is as severe as --fail-on.",
+        "status is 1 if something is found that is as severe as --fail-on, and 2 if a "
+        "file cannot be checked; the others are.",
     )
     parser.add_argument(
         "models", metavar="MODEL", nargs="+", help="a .keras or .h5 file"
@@ -52,14 +54,13 @@ def _run(arguments):
     ignored(arguments)
     if arguments.output is not None:
         output.check(arguments, arguments.output)
-    checked = []
+    checked, unchecked = [], []
     for file in arguments.models:
-        opened = open_file(file)
-        for note in opened.notes:
-            print(f"{file}: {note}", file=sys.stderr)
-        report = diagnosed(arguments, as_in_file(opened))
-        checked.append(Checked(file, report))
-    written = FORMATS[arguments.format](checked, arguments.fail_on)
+        try:
+            checked.append(Checked(file, _report(arguments, file)))
+        except (UsageError, SystemExit) as error:  # the latter: no normalization in it
+            unchecked.append(Unchecked(file, str(error)))
+    written = FORMATS[arguments.format](checked, unchecked, arguments.fail_on)
     if arguments.output is None:
         print(written, end="")
     else:
@@ -68,4 +69,13 @@ def _run(arguments):
             path.write_text(written, encoding="utf-8")
 
         output.write(arguments, arguments.output, write)
+    if unchecked:
+        return 2
     return int(any(each.report.at_least(arguments.fail_on) for each in checked))
+
+
+def _report(arguments, file):
+    opened = open_file(file)
+    for note in opened.notes:
+        print(f"{file}: {note}", file=sys.stderr)
+    return diagnosed(arguments, as_in_file(opened))

@@ -6,6 +6,7 @@ from keras_bn.commands.errors import noted, refused
 from keras_bn.commands.models import add_command, open_model
 from keras_bn.commands.options import at_least
 from keras_bn.commands.output import show
+from keras_bn.int8 import tflite
 from keras_bn.int8.export import integer_file
 from keras_bn.int8.report import HEADER
 
@@ -19,7 +20,8 @@ def add(commands):
         "Fold the batch normalizations, quantize the model with ranges measured on "
         "your data, and write it as a .tflite file without an operation in floats. "
         "The file is compared with the model on the data: if an output differs by more "
-        "than --tolerance, nothing is written and the exit status is 1.",
+        "than --tolerance, nothing is written and the exit status is 1. It needs "
+        "Keras's TensorFlow backend: KERAS_BACKEND=tensorflow.",
         _run,
         output=True,
     )
@@ -50,6 +52,8 @@ def add(commands):
 
 
 def _run(arguments):
+    with refused(RuntimeError):
+        tflite.check_backend("export-int8")
     model, _, _, notes = open_model(arguments, (".tflite",), normalized=False)
     data = None
     if arguments.data is not None:

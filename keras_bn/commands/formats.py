@@ -19,11 +19,19 @@ class Checked(NamedTuple):
     report: Report
 
 
-def text(checked, fail_on):
+class Unchecked(NamedTuple):
+    """A model file that cannot be checked, and why not."""
+
+    file: str
+    reason: str
+
+
+def text(checked, unchecked, fail_on):
     """A line for each finding, with its remedy below, and a last line that counts.
 
     Args:
         checked: a list of `Checked`.
+        unchecked: a list of `Unchecked`.
         fail_on: the least severity that fails.
     """
     lines = []
@@ -33,52 +41,44 @@ def text(checked, fail_on):
             lines.append(f"    -> {each.remedy}")
         if report.ignored:
             lines.append(f"{file}: ignored: {words.kinds(report.ignored)}")
-    if missing := checked[0].report.not_looked_for:
+    lines += [f"{file}: error   not checked: {reason}" for file, reason in unchecked]
+    if checked and (missing := checked[0].report.not_looked_for):
         lines.append(f"Not looked for without --data: {', '.join(missing)}")
-    counts = _counts(checked)
-    said = [f"{n} {s}{'s' * (n != 1)}" for s, n in counts.items() if n]
-    models = f"{len(checked)} model{'s' * (len(checked) > 1)}"
-    lines.append(f"{', '.join(said) or 'No problems'} in {models}.")
+    counts = [_several(n, s) for s, n in _counts(checked).items() if n]
+    said = [
+        f"{', '.join(counts) or 'No problems'} in {_several(len(checked), 'model')}"
+    ]
+    if unchecked:
+        said.append(f"{_several(len(unchecked), 'file')} not checked")
+    lines.append(f"{'; '.join(said[not checked :])}.")
     return "\n".join(lines) + "\n"
 
 
-def as_json(checked, fail_on):
+def as_json(checked, unchecked, fail_on):
     """One object; its JSON Schema is `$defs/check` in `docs/report.schema.json`."""
     results = {
         "schema_version": SCHEMA_VERSION,
         "fail_on": fail_on,
-        "failed": any(each.report.at_least(fail_on) for each in checked),
+        "failed": bool(unchecked)
+        or any(each.report.at_least(fail_on) for each in checked),
         "models": [
             {"file": file, "diagnosis": report.to_dict()} for file, report in checked
         ],
+        "unchecked": [each._asdict() for each in unchecked],
     }
     return json.dumps(results, indent=1, allow_nan=False) + "\n"
 
 
-def junit(checked, fail_on):
+def junit(checked, unchecked, fail_on):
     """JUnit's XML as pytest writes it: a suite for each file, a case for each rule."""
     root = ElementTree.Element("testsuites", name="keras-bn check")
     for file, report in checked:
         failing = report.at_least(fail_on)
         kinds = {finding.kind for finding in failing}
-        suite = ElementTree.SubElement(
-            root,
-            "testsuite",
-            name=file,
-            errors="0",
-            failures=str(len(kinds)),
-            skipped=str(len(report.not_looked_for)),
-            tests=str(len(RULES)),
-            time="0.000",
-        )
+        counts = {"failures": len(kinds), "skipped": len(report.not_looked_for)}
+        suite = _suite(root, file, tests=len(RULES), **counts)
         for rule in RULES.values():
-            case = ElementTree.SubElement(
-                suite,
-                "testcase",
-                classname=file,
-                name=f"{rule.id} {rule.kind}",
-                time="0.000",
-            )
+            case = _case(suite, file, f"{rule.id} {rule.kind}")
             mine = [each for each in report.findings if each.kind == rule.kind]
             said = "\n".join(f"{each}\n-> {each.remedy}" for each in mine)
             if rule.kind in kinds:
@@ -88,16 +88,20 @@ def junit(checked, fail_on):
                 ElementTree.SubElement(case, "skipped", message="needs --data")
             elif mine:
                 ElementTree.SubElement(case, "system-out").text = said
+    for file, reason in unchecked:
+        suite = _suite(root, file, tests=1, errors=1)
+        ElementTree.SubElement(_case(suite, file, "checked"), "error", message=reason)
     ElementTree.indent(root, " ")
     declared = '<?xml version="1.0" encoding="utf-8"?>\n'
     return declared + ElementTree.tostring(root, encoding="unicode") + "\n"
 
 
-def sarif(checked, fail_on):
+def sarif(checked, unchecked, fail_on):
     """SARIF 2.1.0, for code scanning.
 
     The location of a finding is the first line of the model file, and the layer in it
-    as a logical location: GitHub wants a line.
+    as a logical location: GitHub wants a line. A file that cannot be checked is no
+    result in SARIF, but a notification of an invocation that failed.
     """
     rules = list(RULES)
     driver = {
@@ -123,10 +127,7 @@ def sarif(checked, fail_on):
             },
             "locations": [
                 {
-                    "physicalLocation": {
-                        "artifactLocation": {"uri": _uri(file)},
-                        "region": {"startLine": 1},
-                    },
+                    **_first_line(file),
                     "logicalLocations": [{"fullyQualifiedName": finding.layer}],
                 }
             ],
@@ -134,25 +135,49 @@ def sarif(checked, fail_on):
         for file, report in checked
         for finding in report.findings
     ]
+    invocation = {
+        "executionSuccessful": not unchecked,
+        "toolExecutionNotifications": [
+            {
+                "level": "error",
+                "message": {"text": reason},
+                "locations": [_first_line(file)],
+            }
+            for file, reason in unchecked
+        ],
+    }
+    run = {
+        "tool": {"driver": driver},
+        "invocations": [invocation],
+        "results": results,
+    }
     log = {
         "$schema": "https://json.schemastore.org/sarif-2.1.0.json",
         "version": "2.1.0",
-        "runs": [{"tool": {"driver": driver}, "results": results}],
+        "runs": [run],
     }
     return json.dumps(log, indent=1) + "\n"
 
 
-def github(checked, fail_on):
+def github(checked, unchecked, fail_on):
     """The commands of GitHub Actions that annotate a run."""
     level = {"error": "error", "warning": "warning", "note": "notice"}
+
+    def line(severity, file, title, said):
+        place = f"file={_property(file)},title={_property(title)}"
+        return f"::{level[severity]} {place}::{_data(said)}\n"
+
     lines = [
-        f"::{level[each.severity]} file={_property(file)},"
-        f"title={_property(f'{each.rule} {each.kind}')}"
-        f"::{_data(f'{each.layer}: {each.message}')}{_data(chr(10))}"
-        f"{_data(f'-> {each.remedy}')}\n"
+        line(
+            each.severity,
+            file,
+            f"{each.rule} {each.kind}",
+            f"{each.layer}: {each.message}\n-> {each.remedy}",
+        )
         for file, report in checked
         for each in report.findings
     ]
+    lines += [line("error", file, "not checked", reason) for file, reason in unchecked]
     return "".join(lines)
 
 
@@ -170,9 +195,28 @@ def _counts(checked):
     return {s: sum(f.severity == s for f in findings) for s in SEVERITIES}
 
 
-def _uri(file):
+def _several(n, what):
+    """The number and the noun, such as "1 model", "2 models"."""
+    return f"{n} {what}{'s' * (n != 1)}"
+
+
+def _suite(root, file, tests, errors=0, failures=0, skipped=0):
+    counts = {"errors": errors, "failures": failures, "skipped": skipped}
+    counts = {name: str(n) for name, n in {**counts, "tests": tests}.items()}
+    return ElementTree.SubElement(root, "testsuite", name=file, **counts, time="0.000")
+
+
+def _case(suite, file, name):
+    return ElementTree.SubElement(
+        suite, "testcase", classname=file, name=name, time="0.000"
+    )
+
+
+def _first_line(file):
     path = Path(file)
-    return path.as_uri() if path.is_absolute() else quote(path.as_posix())
+    uri = path.as_uri() if path.is_absolute() else quote(path.as_posix())
+    where = {"artifactLocation": {"uri": uri}, "region": {"startLine": 1}}
+    return {"physicalLocation": where}
 
 
 def _data(said):

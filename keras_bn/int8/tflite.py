@@ -48,8 +48,8 @@ def check_backend(what):
     if (backend := keras.backend.backend()) != "tensorflow":
         raise RuntimeError(
             f"`{what}` needs Keras's TensorFlow backend, since TensorFlow's converter "
-            f"makes the file. The backend is {backend!r}. Save the model, and load it "
-            "in a process with KERAS_BACKEND=tensorflow."
+            "makes the file: run it on the saved model with KERAS_BACKEND=tensorflow. "
+            f"The backend is {backend!r}."
         )
 
 

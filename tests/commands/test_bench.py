@@ -1,10 +1,13 @@
 """`keras-bn bench`: what it times, prints and refuses."""
 
 import pytest
+from support.backend import NAME, but_on, only
 from support.command_line import refused, run
 
 from keras_bn.bench import Timing, chains
-from keras_bn.kernels import plan
+from keras_bn.kernels import modes, plan
+
+CALIBRATED = only("tensorflow", "elsewhere the kernel does not depend on the size")
 
 
 def printed(capsys, *arguments):
@@ -12,12 +15,14 @@ def printed(capsys, *arguments):
     return capsys.readouterr().out
 
 
-def test_table(capsys):
+def test_table(capsys, monkeypatch):
+    monkeypatch.setattr(chains, "depth", lambda shape: 2)
     out = printed(capsys, "--shape", "8,4", "--shape", "6,5,3", "--seconds", "0.1")
     assert "(8, 4)" in out
     assert "(6, 5, 3)" in out
 
 
+@CALIBRATED
 def test_calibrate(capsys, monkeypatch):
     timing = Timing(16.0, 1.0, 1.0, 1)
     slower = {"plain": timing, "fused": timing._replace(median=32.0)}
@@ -29,6 +34,7 @@ def test_calibrate(capsys, monkeypatch):
     assert f"fused: faster from 262,144 elements here; built in: {built_in}" in out
 
 
+@CALIBRATED
 def test_calibrate_says_so_where_the_fused_kernel_never_wins(monkeypatch):
     timings = dict.fromkeys(("plain", "fused"), Timing(1.0, 1.0, 1.0, 1))
     monkeypatch.setattr(chains, "interleave", lambda *_: timings)
@@ -37,6 +43,7 @@ def test_calibrate_says_so_where_the_fused_kernel_never_wins(monkeypatch):
     assert start is None
 
 
+@CALIBRATED
 def test_calibrate_runs_the_kernel_it_names(monkeypatch):
     ran = []
 
@@ -54,6 +61,12 @@ def test_calibrate_runs_the_kernel_it_names(monkeypatch):
     monkeypatch.setattr(chains.kernels, "forward", forward)
     monkeypatch.setattr(chains, "interleave", interleave)
     chains.crossover()
+
+
+@but_on("tensorflow", "its kernel depends on the size")
+def test_calibrate_is_refused_where_the_kernel_does_not_depend_on_the_size(capsys):
+    said = refused(capsys, "bench", "--calibrate", "--seconds", 0)
+    assert said.endswith(f"on the size of the input here, on {NAME}")
 
 
 @pytest.mark.parametrize("shape", ["8", "8,0", "a,b", ""])
@@ -75,10 +88,10 @@ def test_bad_times_are_refused(capsys, seconds):
 
 
 @pytest.mark.parametrize("mode", ["tf.function", "jit_compile", "GRAPH"])
-def test_modes_have_three_names(capsys, mode):
+def test_modes_are_those_of_the_backend(capsys, mode):
     said = refused(capsys, "bench", "--mode", mode, "--seconds", 0)
     assert "argument --mode: invalid choice" in said
-    assert all(name in said for name in ("eager", "graph", "xla"))
+    assert all(f"'{name}'" in said for name in modes.MODES)
 
 
 def test_more_memory_than_there_is_is_refused(capsys, monkeypatch):

@@ -68,6 +68,78 @@ def test_the_exit_status_is_what_fails_a_build(files, capsys):
     assert run(bad, "--data", samples, "--ignore", "BN001") == 1  # the gap
 
 
+@pytest.fixture
+def partly(files, tmp_path):
+    """Two files that cannot be checked, around one with an error."""
+    plain = keras.Sequential([keras.Input((4,)), layers.Dense(2)], name="plain")
+    plain.save(tmp_path / "plain.keras")
+    return tmp_path / "gone.keras", files[1], tmp_path / "plain.keras"
+
+
+REASONS = "There is no file ", "'plain' has no batch normalization in it."
+
+
+def test_what_cannot_be_checked_is_named_and_the_rest_reported(partly, capsys):
+    gone, bad, plain = partly
+    assert run(*partly) == 2
+    lines = capsys.readouterr().out.splitlines()
+    assert any(x.startswith(f"{bad}: error   never-updated") for x in lines)
+    assert f"{gone}: error   not checked: {REASONS[0]}'{gone}'." in lines
+    assert f"{plain}: error   not checked: {REASONS[1]}" in lines
+    assert lines[-1] == "1 error, 1 note in 1 model; 2 files not checked."
+    assert run(gone) == 2
+    assert capsys.readouterr().out.splitlines()[-1] == "1 file not checked."
+    assert run(bad, "--data", gone.with_name("gone.npz")) == 2
+    assert "gone.npz can't be read" in capsys.readouterr().out
+
+
+def test_json_of_what_cannot_be_checked(partly, capsys):
+    status, out = printed(capsys, *partly, "--format", "json", "--ignore", "BN001")
+    results = json.loads(out)
+    assert (status, results["failed"]) == (2, True)
+    assert [each["file"] for each in results["models"]] == [str(partly[1])]
+    named = [each["file"] for each in results["unchecked"]]
+    assert named == [str(partly[0]), str(partly[2])]
+    for each, reason in zip(results["unchecked"], REASONS, strict=True):
+        assert each["reason"].startswith(reason)
+
+
+def test_junit_of_what_cannot_be_checked(partly, capsys):
+    status, out = printed(capsys, *partly, "--format", "junit")
+    assert status == 2
+    bad, *others = ElementTree.fromstring(out.encode())
+    assert (bad.get("name"), bad.get("errors")) == (str(partly[1]), "0")
+    for suite, file, reason in zip(others, partly[::2], REASONS, strict=True):
+        assert suite.get("name") == str(file)
+        assert (suite.get("tests"), suite.get("errors")) == ("1", "1")
+        assert suite.find("testcase/error").get("message").startswith(reason)
+
+
+def test_sarif_of_what_cannot_be_checked(partly, capsys):
+    status, out = printed(capsys, *partly, "--format", "sarif")
+    assert status == 2
+    (found,) = json.loads(out)["runs"]
+    assert len(found["results"]) == 2
+    (invocation,) = found["invocations"]
+    assert invocation["executionSuccessful"] is False
+    told = invocation["toolExecutionNotifications"]
+    for each, file, reason in zip(told, partly[::2], REASONS, strict=True):
+        assert each["level"] == "error"
+        assert each["message"]["text"].startswith(reason)
+        (location,) = each["locations"]
+        uri = location["physicalLocation"]["artifactLocation"]["uri"]
+        assert uri == file.as_uri()
+
+
+def test_github_of_what_cannot_be_checked(partly, capsys):
+    status, out = printed(capsys, *partly, "--format", "github")
+    assert status == 2
+    lines = out.splitlines()[-2:]
+    for line, file, reason in zip(lines, partly[::2], REASONS, strict=True):
+        start = f"::error file={file},title=not checked::{reason}"
+        assert line.startswith(start)
+
+
 def test_fail_on_error_lets_warnings_pass(files, capsys):
     small = files[0], "--data", files[2], "--batch-size", 4
     assert run(*small) == 1
@@ -111,11 +183,14 @@ def test_the_json_is_as_its_schema_says(files, capsys):
     reports = [keras_bn.diagnose(nan, data()), keras_bn.diagnose(nan, ignore="BN002")]
     for report in reports:
         whole.validate(json.loads(json.dumps(report.to_dict(), allow_nan=False)))
-    _, out = printed(capsys, *files[:2], "--format", "json")
+    gone = files[0].with_name("gone.keras")
+    _, out = printed(capsys, *files[:2], gone, "--format", "json")
     results = json.loads(out)
     for each in results["models"]:
         whole.validate(each["diagnosis"])
     assert set(schema["$defs"]["check"]["properties"]) == set(results)
+    unchecked = schema["$defs"]["check"]["properties"]["unchecked"]["items"]
+    assert set(unchecked["properties"]) == set(results["unchecked"][0])
     # It can fail, and describes every key.
     broken = reports[0].to_dict()
     assert set(schema["properties"]) == set(broken)
@@ -147,6 +222,7 @@ def test_sarif(files, capsys, monkeypatch):
     log = json.loads(out)
     assert log["version"] == "2.1.0"
     (found,) = log["runs"]
+    assert found["invocations"][0]["executionSuccessful"] is True
     driver = found["tool"]["driver"]
     assert driver["name"] == "keras-bn"
     assert [each["id"] for each in driver["rules"]] == [r.id for r in RULES.values()]
@@ -181,9 +257,8 @@ def test_github_escapes_what_it_reads_otherwise():
 
     report = keras_bn.diagnose(made("m", True))
     finding = Finding("frozen", "a", "note", "10 % of\nit", "this")
-    line = formats.github(
-        [formats.Checked("a,b:c", Report(report.record, [finding]))], ""
-    )
+    checked = [formats.Checked("a,b:c", Report(report.record, [finding]))]
+    line = formats.github(checked, [], "")
     assert "file=a%2Cb%3Ac," in line
     assert "10 %25 of%0Ait%0A-> this" in line
 
@@ -198,8 +273,7 @@ def test_output_to_a_file(files, tmp_path, capsys):
     assert run(*arguments, "--force") == 1
 
 
-def test_what_cannot_be_checked_ends_with_a_sentence(files, tmp_path, capsys):
-    assert "gone.keras" in refused(capsys, files[0], tmp_path / "gone.keras")
+def test_what_cannot_be_done_ends_with_a_sentence(files, capsys):
     assert "--format" in refused(capsys, files[0], "--format", "yaml")
     assert "--ignore" in refused(capsys, files[0], "--ignore", "BN999")
 

@@ -5,22 +5,26 @@ import pathlib
 
 import keras
 import pytest
+from support.backend import NAME, eagerly_too
 
 import keras_bn
 from keras_bn import cli
+from keras_bn.kernels import modes
 from keras_bn.proof import cases, judge
 
 FEW = [
     cases.Case((64, 4), -1, "float32", "eager"),
-    cases.Case((6, 4, 5, 5), 1, "float32", "graph", mean=1e3),
-    # So far from zero, Keras's own error hides a wrong epsilon.
-    cases.Case((64, 4), -1, "float32", "eager", mean=1e5),
+    cases.Case((6, 4, 5, 5), 1, "float32", modes.USUAL, mean=1e3),
+    cases.Case((64, 4), -1, "float16", "eager"),
 ]
 
 
 class WrongEpsilon(keras_bn.BatchNormalization):
-    def __init__(self, epsilon=1e-3, **arguments):
-        super().__init__(epsilon=epsilon * 2, **arguments)
+    """In float32."""
+
+    def __init__(self, epsilon, dtype, **arguments):
+        epsilon *= 2 if dtype == "float32" else 1
+        super().__init__(epsilon=epsilon, dtype=dtype, **arguments)
 
 
 @pytest.fixture
@@ -45,11 +49,12 @@ def usage_error(arguments, capsys):
 def test_quick_proof_passes(tmp_path, capsys, monkeypatch):
     """On two shapes; all of them are proved from the wheel (`.ci/wheel`)."""
     monkeypatch.setattr(cases, "SHAPES", [cases.SHAPES[0], cases.SHAPES[4]])
+    monkeypatch.setattr(modes, "MODES", eagerly_too(modes.MODES))
     file = tmp_path / "proof.json"
     assert cli.main(["verify", "--quick", "--seed", "1", "--json", str(file)]) == 0
     out = capsys.readouterr().out
     every = cases.cases(quick=True)
-    for name in ("keras_bn", "keras", "tensorflow", "python"):
+    for name in ("keras_bn", "keras", NAME, "python"):
         assert f"{name} {judge.environment()[name]}" in out.splitlines()[0]
     assert judge.environment()["device"] in out.splitlines()[0]
     for case in every:
@@ -79,7 +84,9 @@ def test_a_wrong_layer_fails_the_command(broken, capsys):
     verdict = out[out.index("FAIL: 2 of 3 comparisons") :].splitlines()
     assert len(verdict) == 3
     assert verdict[1].startswith("  FAIL 64×4 axis -1 float32 eager: output ")
-    assert verdict[2].startswith("  FAIL 6×4×5×5 axis 1 float32 at 1e3 graph: ")
+    assert verdict[2].startswith(
+        f"  FAIL 6×4×5×5 axis 1 float32 at 1e3 {modes.USUAL}: "
+    )
 
 
 def test_json_alone_on_stdout(broken, capsys):

@@ -9,6 +9,7 @@ import keras
 import numpy as np
 import pytest
 from keras import layers
+from support.backend import NAME, but_on, only
 from support.command_line import refused, run
 from support.zoo import convolutional, inputs_of, masked, randomized, several
 
@@ -17,6 +18,8 @@ from keras_bn.commands import fold, models
 from keras_bn.tools.fold import Plan
 from keras_bn.tools.graph import walk
 from keras_bn.tools.norms import is_keras, is_ours
+
+EXPORTS = only("tensorflow", "its converter makes the file")
 
 
 def count(path):
@@ -115,6 +118,7 @@ def test_data_for_several_inputs(tmp_path, capsys):
     assert "lacks an array for the input b" in message
 
 
+@EXPORTS
 def test_export_int8(saved, tmp_path, capsys):
     in_, out, data = (tmp_path / n for n in ("in.keras", "out.tflite", "data.npz"))
     np.savez(data, x=inputs_of(saved, 20))
@@ -133,6 +137,7 @@ def test_export_int8(saved, tmp_path, capsys):
     assert not list(tmp_path.glob(".*"))
 
 
+@EXPORTS
 def test_export_int8_writes_nothing_beyond_the_tolerance(saved, tmp_path, capsys):
     in_, out, data = (tmp_path / n for n in ("in.keras", "out.tflite", "data.npz"))
     np.savez(data, x=inputs_of(saved, 20))
@@ -142,6 +147,7 @@ def test_export_int8_writes_nothing_beyond_the_tolerance(saved, tmp_path, capsys
     assert not out.exists()
 
 
+@EXPORTS
 def test_export_int8_refuses(saved, tmp_path, capsys):
     in_, out, data = (tmp_path / n for n in ("in.keras", "out.tflite", "data.npz"))
     np.savez(data, x=inputs_of(saved, 20))
@@ -155,6 +161,14 @@ def test_export_int8_refuses(saved, tmp_path, capsys):
     )
     assert "'norm'" in message
     assert not out.exists()
+
+
+@but_on("tensorflow", "it exports there")
+def test_export_int8_says_what_it_needs(capsys):
+    message = refused(capsys, "export-int8", "in.keras", "out.tflite")
+    assert "error: `export-int8` needs Keras's TensorFlow backend" in message
+    assert "with KERAS_BACKEND=tensorflow" in message
+    assert message.endswith(f"The backend is {NAME!r}.")
 
 
 def test_refusals(saved, tmp_path, capsys):
@@ -215,7 +229,8 @@ def test_a_frozen_model_goes_to_keras_with_a_note(tmp_path, capsys):
     loaded = keras.saving.load_model(tmp_path / "out.keras")
     assert not any(la.trainable for _, la in walk(loaded) if is_keras(la))
     x = inputs_of(model)
-    np.testing.assert_array_equal(loaded(x), model(x))
+    rounding = 0 if NAME == "tensorflow" else 1e-6
+    np.testing.assert_allclose(loaded(x), model(x), rounding, rounding)
 
 
 def test_models_with_integer_input_are_compared(tmp_path, capsys):

@@ -7,17 +7,21 @@ from pathlib import Path
 
 import keras
 import pytest
+from support.backend import only
 
 import keras_bn
 from keras_bn import quiet
+from keras_bn.kernels import modes
 
 ROOT = Path(keras_bn.__file__).parents[1]
+NOTICES = only("tensorflow", "its notices")
 SCRIPT = "from keras_bn.cli import main\n\nraise SystemExit(main())\n"
 
 
 def process(*command, **variables):
     """Run Python as from a fresh shell."""
-    kept = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
+    names = ("PATH", "HOME", "KERAS_BACKEND")
+    kept = {name: os.environ[name] for name in names if name in os.environ}
     return subprocess.run(
         [sys.executable, *map(str, command)],
         env={**kept, "PYTHONPATH": str(ROOT), **variables},
@@ -44,12 +48,14 @@ def test_nothing_on_stderr_as_a_script(model, tmp_path):
     assert "1 converted" in done.stdout
 
 
-def test_nothing_on_stderr_as_a_module_that_compiles_by_xla():
-    options = ["--shape", "8,4", "--mode", "xla", "--inference", "--seconds", "0"]
+def test_nothing_on_stderr_as_a_module_that_compiles_where_it_can():
+    mode = modes.MODES[-1]
+    options = ["--shape", "8,4", "--mode", mode, "--inference", "--seconds", "0"]
     done = process("-m", "keras_bn", "bench", *options)
     assert (done.returncode, done.stderr) == (0, "")
 
 
+@NOTICES
 def test_programs_keep_their_logging(tmp_path):
     program = tmp_path / "program.py"
     level = "print(os.environ.get('TF_CPP_MIN_LOG_LEVEL'))"
@@ -59,6 +65,7 @@ def test_programs_keep_their_logging(tmp_path):
     assert "TensorFlow" in done.stderr
 
 
+@NOTICES
 def test_who_asks_for_the_notices_gets_them(model):
     done = process("-m", "keras_bn", "inspect", model, TF_CPP_MIN_LOG_LEVEL="0")
     assert done.returncode == 0
@@ -72,6 +79,21 @@ def test_what_libraries_say_before_they_fail_is_shown(tmp_path):
     assert done.returncode == 1
     assert "no such device" in done.stderr
     assert "ImportError: broken" in done.stderr
+
+
+@pytest.mark.parametrize("logging", [{}, {"TF_CPP_MIN_LOG_LEVEL": "0"}], ids=str)
+def test_a_backend_that_is_missing_is_named_in_a_sentence(tmp_path, logging):
+    """As where only PyTorch is installed and KERAS_BACKEND is not set."""
+    failing = "raise ModuleNotFoundError('No such module', name='tensorflow.python')"
+    (tmp_path / "keras.py").write_text(failing)
+    path = f"{tmp_path}{os.pathsep}{ROOT}"
+    done = process("-m", "keras_bn", "--help", PYTHONPATH=path, **logging)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("keras-bn: error: Keras's backend is 'tensorflow', which is")
+    assert "or set KERAS_BACKEND to another of tensorflow, torch, jax" in line
+    program = process("-c", "import keras_bn", PYTHONPATH=path)
+    assert "Traceback" in program.stderr
 
 
 def test_stderr_is_itself_again(capfd, monkeypatch):

@@ -2,24 +2,33 @@
 
 import gc
 import importlib
+import itertools
 import weakref
 
 import keras
 import numpy as np
 import pytest
-from support import backend
-from support.steps import MODES, Step, oracle_step, relative_error, set_parameters
+from keras import ops
+from support.backend import COMPILED, MODES, NAME, in_mode, only, tf
+from support.steps import Step, oracle_step, relative_error, set_parameters
 
 import keras_bn
 from keras_bn import kernels, step
-from keras_bn.kernels import formulas, make_plan
+from keras_bn.kernels import make_plan
 from keras_bn.kernels.plan import Plan, by_size, fused_fits
 
-tf = backend.tensorflow("its plans depend on what is known while tracing")
+XLA = only("tensorflow", "its plans are others under XLA")
+TRACES = only("tensorflow", "elsewhere a trace is of one size, or there is none")
+SIZES = only("tensorflow", "elsewhere the kernel does not depend on the size")
 
-from tensorflow.python.framework.ops import gradient_registry  # noqa: E402
 
-from keras_bn.kernels.tensorflow import context, either, fused  # noqa: E402
+def of_backends(tensorflow, torch, jax):
+    """What is expected here."""
+    return {"tensorflow": tensorflow, "torch": torch, "jax": jax}[NAME]
+
+
+def module(name):
+    return importlib.import_module(f"keras_bn.kernels.{name}")
 
 
 @pytest.mark.parametrize(
@@ -78,15 +87,25 @@ def planned(x, mask=None, **changes):
 
 
 def test_what_a_plan_holds():
-    x = tf.zeros((8, 32, 32, 32))
-    assert planned(x) == Plan("fused", (3,))
-    assert planned(x, axes=(1, 2)) == Plan("plain", (1, 2))
+    x = ops.zeros((8, 32, 32, 32))
+    usual = of_backends("fused", "fused", "closed")
+    assert planned(x) == Plan(usual, (3,))
+    several = of_backends("plain", "plain", "closed")
+    assert planned(x, axes=(1, 2)) == Plan(several, (1, 2))
     assert planned(x, mask=True) == Plan("plain", (3,))
     assert planned(x, group_size=4) == Plan("plain", (3,), group_size=4)
     # Outside of replicas there is nobody to share with.
-    assert planned(x, synchronized=True) == Plan("fused", (3,))
+    assert planned(x, synchronized=True) == Plan(usual, (3,))
 
 
+@pytest.mark.parametrize("rows", [0, 1, 2, 10_000])
+def test_plans_of_few_and_many_rows(rows):
+    few = {0: ("plain", "plain"), 1: ("plain", "closed")}.get(rows, ("fused", "closed"))
+    kernel = of_backends("fused" if rows > 2 else "plain", *few)
+    assert planned(ops.zeros((rows, 64)), axes=(1,)) == Plan(kernel, (1,))
+
+
+@XLA
 @pytest.mark.parametrize("large", [False, True])
 def test_a_plan_for_xla(large):
     """Outputs are computed once where that costs little memory."""
@@ -101,9 +120,10 @@ def test_a_plan_for_xla(large):
     assert plans == [Plan("plain", (3,), once=not large)]
 
 
+@only("tensorflow", "elsewhere a GPU has the same plans")
 def test_a_plan_for_a_gpu(monkeypatch):
     """As if the machine had one on which everything runs."""
-    monkeypatch.setattr(context, "on_gpu", lambda: True)
+    monkeypatch.setattr(module("tensorflow.context"), "on_gpu", lambda: True)
     small = tf.zeros((2, 3, 3, 4))
     assert planned(small) == Plan("fused", (3,), gpu=True)
     assert planned(small, epsilon=1e-6) == Plan("plain", (3,), gpu=True)
@@ -114,47 +134,54 @@ def test_a_plan_for_a_gpu(monkeypatch):
 def traced(monkeypatch):
     """The kernels that a test traces, by name."""
     seen = []
-    functions = {
-        "plain": (formulas, "forward"),
-        "fused": (fused, "forward"),
-        "either": (either, "forward"),
-    }
-    for name, (module, attribute) in functions.items():
-        kernel = getattr(module, attribute)
+    functions = of_backends(
+        {
+            "plain": ("formulas", "forward"),
+            "fused": ("tensorflow.fused", "forward"),
+            "either": ("tensorflow.either", "forward"),
+        },
+        {"plain": ("autodiff", "forward"), "fused": ("torch.batch", "_fused")},
+        {"plain": ("autodiff", "forward"), "closed": ("jax.closed", "forward")},
+    )
+    for name, (place, attribute) in functions.items():
+        kernel = getattr(module(place), attribute)
 
         def trace(*args, kernel=kernel, name=name, **kwargs):
             seen.append(name)
             return kernel(*args, **kwargs)
 
-        monkeypatch.setattr(module, attribute, trace)
+        monkeypatch.setattr(module(place), attribute, trace)
     return seen
 
 
+# One for each layer: no trace of another test serves it.
+EPSILONS = itertools.count(0.0019, 0.0001)
+
+
 def call(shape, mask=None, **kwargs):
-    # An epsilon of its own: no trace of another test serves it.
-    layer = keras_bn.BatchNormalization(epsilon=0.0019, **kwargs)
-    return layer, lambda: layer(tf.zeros(shape), training=True, mask=mask)
+    layer = keras_bn.BatchNormalization(epsilon=next(EPSILONS), **kwargs)
+    return layer, lambda x: layer(x, training=True, mask=mask)
 
 
-@pytest.mark.parametrize("mode", ["eager", "graph"])
+@pytest.mark.parametrize("mode", sorted({"eager", COMPILED}))
 @pytest.mark.parametrize(
-    ("shape", "options", "kernel"),
+    ("shape", "options", "kernels"),
     [
-        ((32, 64), {}, "plain"),
-        ((8, 32, 32, 32), {}, "fused"),
-        ((8, 32, 32, 32), {"axis": 1}, "fused"),
-        ((8, 32, 32, 32), {"axis": [1, 2]}, "plain"),
-        ((8, 32, 32, 32), {"virtual_batch_size": 4}, "plain"),
-        ((8, 32, 32, 32), {"dtype": "float64"}, "plain"),
-        ((8, 32, 32, 32), {"mask": np.ones((8, 32, 32), bool)}, "plain"),
+        ((32, 64), {}, ("plain", "fused", "closed")),
+        ((8, 32, 32, 32), {}, ("fused", "fused", "closed")),
+        ((8, 32, 32, 32), {"axis": 1}, ("fused", "fused", "closed")),
+        ((8, 32, 32, 32), {"axis": [1, 2]}, ("plain", "plain", "closed")),
+        ((8, 32, 32, 32), {"virtual_batch_size": 4}, ("plain", "plain", "plain")),
+        ((8, 32, 32, 32), {"dtype": "float64"}, ("plain", "fused", "closed")),
+        ((8, 32, 32, 32), {"mask": np.ones((8, 32, 32), bool)}, ("plain",) * 3),
     ],
     ids=str,
 )
-def test_the_layer_takes_the_kernel_of_the_table(traced, mode, shape, options, kernel):
+def test_the_layer_takes_the_kernel_of_the_table(traced, mode, shape, options, kernels):
     layer, run = call(shape, **options)
     layer.build(shape)
-    (run if mode == "eager" else tf.function(run, autograph=False))()
-    assert traced == [kernel]
+    in_mode(run, mode, layer.variables)(ops.zeros(shape, layer.dtype))
+    assert traced == [of_backends(*kernels)]
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -174,13 +201,15 @@ def test_large_steps_of_the_layer_against_the_oracle(mode, shape, axis):
         assert relative_error(got[name], value) < 1e-5, name
 
 
+@XLA
 def test_xla_is_seen_from_inside(traced):
     layer, run = call((8, 32, 32, 32))
     layer.build((8, 32, 32, 32))
-    tf.function(run, jit_compile=True, autograph=False)()
+    in_mode(run, "xla")(tf.zeros((8, 32, 32, 32)))
     assert set(traced) == {"plain"}
 
 
+@XLA
 def test_what_was_traced_outside_of_xla_runs_inside():
     """XLA lowers the fused op to E[x²] − E[x]², which the shift keeps right."""
     shape = (64, 32, 32, 32)
@@ -193,6 +222,7 @@ def test_what_was_traced_outside_of_xla_runs_inside():
     np.testing.assert_allclose(inside(x), outside(x), atol=1e-4)
 
 
+@SIZES
 def test_eager_calls_choose_by_their_own_size(traced):
     layer = keras_bn.BatchNormalization()
     layer(tf.zeros([4, 77]), training=True)
@@ -201,19 +231,21 @@ def test_eager_calls_choose_by_their_own_size(traced):
     assert traced == ["plain", "fused"]
 
 
-SIZES = range(1, 21)
+BATCHES = range(1, 21)
 
 
+@SIZES
 def test_eager_traces_each_kernel_once(traced):
     layer = keras_bn.BatchNormalization(axis=-1, epsilon=0.0017)
-    for n in SIZES:
+    for n in BATCHES:
         layer(tf.zeros([n, 5, 41]), training=True)
     assert traced == ["plain"]
-    for n in SIZES:
+    for n in BATCHES:
         layer(tf.zeros([1000 * n, 5, 41]), training=True)
     assert traced == ["plain", "fused"]
 
 
+@TRACES
 def test_graph_traces_once(traced):
     layer = keras_bn.BatchNormalization()
     layer.build((None, 5))
@@ -222,7 +254,7 @@ def test_graph_traces_once(traced):
     def run(x):
         return layer(x, training=True)
 
-    for n in SIZES:
+    for n in BATCHES:
         run(tf.zeros([n, 5]))
     assert traced == ["plain"]
 
@@ -241,13 +273,15 @@ def fit(sizes):
     model.fit(data, verbose=0, shuffle=False)
 
 
+@TRACES
 def test_fit_traces_no_more_for_many_sizes_than_for_one(traced):
     fit([4])
     once = len(traced)
-    fit(SIZES)
+    fit(BATCHES)
     assert len(traced) == 2 * once
 
 
+@SIZES
 @pytest.mark.parametrize("rows", [10, 3000])
 def test_the_kernel_of_a_matrix_is_chosen_when_its_rows_are_there(rows):
     """In one and the same graph."""
@@ -284,14 +318,17 @@ def test_compiled_functions_are_told_the_plan():
 
     settings = step.Settings((1,), 1e-3)
     for rows in (8, 16, 100_000, 200_000):
-        function(tf.zeros([rows, 4]), None, settings=settings)
-    assert seen == ["plain", "fused"]
+        function(ops.zeros([rows, 4]), None, settings=settings)
+    # TensorFlow's traces serve all sizes of a plan.
+    assert seen == of_backends(["plain", "fused"], ["fused"] * 4, ["closed"] * 4)
 
 
+@TRACES
 @pytest.mark.parametrize("rows", [4, 50_000])
 def test_traces_are_bounded_and_let_go(rows, monkeypatch):
-    module = importlib.import_module("keras_bn.kernels.tensorflow.compiled")
-    monkeypatch.setattr(module, "TRACES", 3)
+    from tensorflow.python.framework.ops import gradient_registry
+
+    monkeypatch.setattr(module("tensorflow.compiled"), "TRACES", 3)
     graphs = []
 
     @kernels.compiled
