@@ -2,6 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 EXTRAS ?= test,torch,examples,plot,docs
+# Python compiles what it imports, which is a small part of what is installed.
+INSTALL := $(BIN)/pip install --quiet --no-compile --constraint constraints.txt --editable
 
 .PHONY: demo test test-all fuzz lint bench docs clean
 
@@ -37,13 +39,13 @@ clean:
 	touch $@
 
 .venv/demo: .venv/pip setup.cfg constraints.txt
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[examples]"
+	$(INSTALL) ".[examples]"
 	touch $@
 
 .venv/test: .venv/pip setup.cfg constraints.txt
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[$(EXTRAS)]"
+	$(INSTALL) ".[$(EXTRAS)]"
 	touch $@
 
 .venv/dev: .venv/test
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	$(INSTALL) ".[dev]"
 	touch $@

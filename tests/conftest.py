@@ -16,6 +16,7 @@ if "tensorflow" not in sys.modules:
 import keras
 import numpy as np
 import pytest
+from support import graphs
 
 REPLICAS = 4
 BACKEND = keras.backend.backend()
@@ -75,6 +76,13 @@ def require(package):
     pytest.skip(reason)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _graphs():
+    """The graphs of one file are not kept while the next is run."""
+    yield
+    graphs.forget()
+
+
 @pytest.fixture
 def seeded():
     """Keras's initializers draw the same every time: what is compared is rounding."""
@@ -120,18 +128,14 @@ def browser(tmp_path):
     return run
 
 
-def pytest_collection_modifyitems(config, items):
-    """On other backends than TensorFlow, a third of what is exhaustive is enough."""
-    if BACKEND == "tensorflow":
-        return
-
-    def is_left(item):
-        # By the name, so that every process of a run leaves the same.
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """The default run takes a third of what is exhaustive."""
+    for item in items:
+        # By the name, so that every process of a run takes the same.
         third = zlib.crc32(item.name.encode()) % 3
-        return third and item.get_closest_marker("exhaustive")
-
-    config.hook.pytest_deselected(items=[item for item in items if is_left(item)])
-    items[:] = [item for item in items if not is_left(item)]
+        if third and item.get_closest_marker("exhaustive"):
+            item.add_marker("slow")
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -224,6 +224,7 @@ BROKEN = [
 ]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("mode", sorted({"eager", modes.USUAL}))
 @pytest.mark.parametrize(("broken", "dtype", "quantities"), BROKEN)
 def test_a_wrong_layer_fails_where_it_is_wrong(

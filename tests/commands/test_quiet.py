@@ -48,6 +48,7 @@ def test_nothing_on_stderr_as_a_script(model, tmp_path):
     assert "1 converted" in done.stdout
 
 
+@pytest.mark.slow
 def test_nothing_on_stderr_as_a_module_that_compiles_where_it_can():
     mode = modes.MODES[-1]
     options = ["--shape", "8,4", "--mode", mode, "--inference", "--seconds", "0"]
@@ -55,6 +56,7 @@ def test_nothing_on_stderr_as_a_module_that_compiles_where_it_can():
     assert (done.returncode, done.stderr) == (0, "")
 
 
+@pytest.mark.slow
 @NOTICES
 def test_programs_keep_their_logging(tmp_path):
     program = tmp_path / "program.py"
@@ -65,6 +67,7 @@ def test_programs_keep_their_logging(tmp_path):
     assert "TensorFlow" in done.stderr
 
 
+@pytest.mark.slow
 @NOTICES
 def test_who_asks_for_the_notices_gets_them(model):
     done = process("-m", "keras_bn", "inspect", model, TF_CPP_MIN_LOG_LEVEL="0")

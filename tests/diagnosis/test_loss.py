@@ -60,6 +60,7 @@ def assert_as_evaluated(model, data, batch_size=32):
     return found
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("shape", ["(n,)", "(n, 1)", "(n, classes)"])
 def test_every_loss_and_shape_of_labels(name, shape):

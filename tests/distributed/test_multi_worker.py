@@ -74,6 +74,7 @@ def wanted(case):
     return mean_of_separate_layers(case.layer, xs, masks, bad)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_a_step_of_a_layer(folder, name):
     one, other = arrays(folder, name)
@@ -90,6 +91,7 @@ def test_a_step_of_a_layer(folder, name):
     compare(got, want, 1e-11)
 
 
+@pytest.mark.slow
 def test_every_file_has_what_every_worker_has(folder):
     case = CASES[SAVED]
     make = functools.partial(model_around, case.layer())
@@ -109,6 +111,7 @@ def in_one_process(steps):
     return model
 
 
+@pytest.mark.slow
 def test_training_is_that_of_one_process(folder):
     one, other = arrays(folder, "trained")
     for weight, got in zip(in_one_process(STEPS).weights, one.values(), strict=True):
@@ -148,6 +151,7 @@ def test_a_worker_dies_in_the_middle_of_a_step(folder, tmp_path, dying):
         compare_bits(resumed, whole)
 
 
+@pytest.mark.slow
 def test_fit_fails_inside_keras(folder):
     """docs/distributed.md says so, and why; once it works, it must say that."""
     for index in range(2):

@@ -11,6 +11,8 @@ import oracle
 import pytest
 from conftest import require
 
+pytestmark = pytest.mark.slow
+
 WORKER = str(Path(__file__).parents[1] / "support" / "ddp_worker.py")
 CHANNELS = 3
 GAMMA, BETA = np.ones(CHANNELS), np.zeros(CHANNELS)

@@ -122,6 +122,7 @@ def oracle_step(x, upstream, gamma, beta, axes):
     return dict(zip(NAMES, (y, mean, variance, dx, d_gamma, d_beta), strict=True))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("unknown_sizes", [False, True], ids=["static", "unknown"])
 @pytest.mark.parametrize(
     ("way", "shape", "axes"),
@@ -164,6 +165,7 @@ def errors_of_keras(mode, shape, axes, mean, seed):
     return errors_of(stepper((run_keras, mode), axes), shape, axes, mean, seed)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("mean", [0.0, 7.0, 1e2, 3e3, 3e4])
 @pytest.mark.parametrize(

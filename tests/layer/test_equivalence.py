@@ -67,6 +67,7 @@ def both(shape, axis, dtype, mode, offset=3.0, draws=1, **arguments):
         yield *(step(x, upstream) for step in steps), want
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(("shape", "axis"), CASES)
 def test_float64_is_keras_to_1e_12(shape, axis, mode):
@@ -91,6 +92,7 @@ def errors_of(draws):
     return errors
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("offset", [0.0, 3.0, 1e3, 1e5])
 @pytest.mark.parametrize("mode", eagerly_too(MODES))
 @pytest.mark.parametrize(
@@ -102,6 +104,7 @@ def test_float32_error_is_within_the_budget(shape, axis, offset, mode):
     assert_not_worse(errors_of(draws), least=summed(2**-23, rows))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("mode", eagerly_too(MODES))
 @pytest.mark.parametrize(
     "dtype", ["float16", "bfloat16", "mixed_float16", "mixed_bfloat16"]

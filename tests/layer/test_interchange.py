@@ -46,6 +46,7 @@ def by_file(source, target, path):
     target.load_weights(path / "of_the_source.weights.h5")
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("transfer", [by_set_weights, by_file])
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("form", SHARED)

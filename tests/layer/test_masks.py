@@ -52,6 +52,7 @@ def test_masked_step_is_the_oracles(shape, axis, mode):
         assert relative_error(got[name], want[name]) < 1e-12, name
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("junk", [np.nan, np.inf, -np.inf, 1e38, 3e38])
 @pytest.mark.parametrize(("shape", "axis"), CASES)

@@ -53,6 +53,7 @@ CLIPPINGS = [
 ]
 
 
+@pytest.mark.exhaustive
 @beside_keras
 @pytest.mark.parametrize("clipping", CLIPPINGS, ids=str)
 @pytest.mark.parametrize(
@@ -370,6 +371,7 @@ def test_freeze_statistics():
 # Ghost batches
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("n", mostly_slow([1, 3, 4, 7, 8, 11, 16], fast=[1, 7, 11]))
 @pytest.mark.parametrize(

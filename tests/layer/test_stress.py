@@ -8,6 +8,7 @@ from support.errors import assert_not_worse, summed
 LARGE = [row for row in accuracy.ROWS if "elements" in row]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("row", accuracy.ROWS)
 def test_error_is_at_most_three_times_the_better_peers(row):
     errors = accuracy.measure(row)

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from support import backend
 from support.backend import array, tensor
+from support.marks import mostly_slow
 
 import keras_bn
 
@@ -246,12 +247,14 @@ ROWS = {
 
 
 # Replicas of TensorFlow's; tests/distributed has those of the other backends.
+REPLICAS = {
+    "synchronized at mean 1e4, std 1": among_replicas("large_mean"),
+    "synchronized with a mask": among_replicas("masked"),
+    "replicas without synchronization": among_replicas("unsynchronized"),
+}
+ALONE = list(ROWS)
 if backend.NAME == "tensorflow":
-    ROWS |= {
-        "synchronized at mean 1e4, std 1": among_replicas("large_mean"),
-        "synchronized with a mask": among_replicas("masked"),
-        "replicas without synchronization": among_replicas("unsynchronized"),
-    }
+    ROWS |= REPLICAS
 
 # What Keras's layer does right on the backends where it is at its best.
 KERAS_HOLDS = {
@@ -271,7 +274,7 @@ def outcome(check, cls):
     return "holds"
 
 
-@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("row", mostly_slow(ROWS, ALONE))
 def test_ours_holds_where_keras_does_not(row, record_property):
     theirs = outcome(ROWS[row], keras.layers.BatchNormalization)
     ours = outcome(ROWS[row], keras_bn.BatchNormalization)

@@ -48,6 +48,7 @@ def test_interleave_tells_slow_from_fast():
         assert timing.rounds >= 7
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("training", [True, False])
 def test_every_peer_takes_its_step(training):
     functions = peers.functions(SHAPE, training=training)
@@ -80,6 +81,7 @@ def no_others(monkeypatch):
         monkeypatch.setattr(peers, name, lambda *_: None)
 
 
+@pytest.mark.slow
 def test_a_row_of_the_layer_table(no_others):
     row = layer.measure(SHAPE, seconds=0.01)
     ms = row["ms"]
@@ -108,6 +110,7 @@ def test_a_row_of_the_synchronization_table(monkeypatch):
     assert "(8, 4)" in sync.table([row])
 
 
+@pytest.mark.slow
 def test_synchronized_replicas_are_measured_synchronized():
     strategy = strategy_of("mirrored 2")
     layers = []
@@ -392,6 +395,7 @@ def test_what_users_run_is_the_first_table_of_the_report(monkeypatch):
     assert "- graph mode: 1 MiB, 0.50 of Keras's 2 MiB" in page
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("shape", "axis"), [(SHAPE, -1), ((2, 4, 3, 3), 1)])
 def test_a_layer_beside_the_backends_own(shape, axis):
     ms = backends.layer(shape, axis, seconds=0.01)

@@ -9,6 +9,7 @@ from support.alone import run_alone
 import keras_bn
 from keras_bn.tools.graph import walk
 
+pytestmark = pytest.mark.slow
 tf = backend.tensorflow("it serves what another process trained")
 
 

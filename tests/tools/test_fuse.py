@@ -165,7 +165,6 @@ def upstream_of(model, x):
     return np.random.default_rng(3).normal(size=shape)
 
 
-@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     "kind", mostly_slow(KINDS, ["Dense", "Conv2D", "DepthwiseConv2D"])
 )

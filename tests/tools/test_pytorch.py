@@ -41,6 +41,7 @@ def moved(x, axis):
     return np.moveaxis(x, 1, axis)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("axis", [1, -1])
 @pytest.mark.parametrize(
     "options",
