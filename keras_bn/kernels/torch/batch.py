@@ -76,3 +76,8 @@ def _shifted(image, gamma, beta, epsilon):
 def standardize(x, mean, scale, beta):
     """`scale * (x - mean) + beta`; see the contract of the kernels."""
     return torch.addcmul(beta, x - mean, scale)
+
+
+def blend(old, new, usable, momentum: float):
+    """Old and new values averaged; see the contract of the kernels."""
+    return torch.where(usable, torch.lerp(old, new, 1.0 - momentum), old)
