@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from keras import ops
 
+from keras_bn import kernels
 from keras_bn.moments import Moments, Tensor, of_tensors
 
 
@@ -145,9 +146,7 @@ def advance(
     momentum = 1.0 if rule.momentum is None else rule.momentum
     several = len(new.shape) > len(old.shape)
     if not several and updates is None:
-        new = ops.cast(new, dtype)
-        value = old * momentum + new * (1.0 - momentum)
-        return ops.where(usable, value, old), updates
+        return kernels.blend(old, ops.cast(new, dtype), usable, momentum), updates
     new = ops.where(usable, ops.cast(new, dtype), ops.zeros((), dtype))
     taken = ops.cast(usable, dtype)
     total = ops.sum(taken, axis=0) if several else taken

@@ -39,6 +39,10 @@ A backend gives:
     Whether this code runs as one of several replicas in step, whose statistics differ.
 `agree(old, new, taken) -> list`
     Averages the replicas' steps (`merging.agree`); only called if `replicated()`.
+`blend(old, new, usable, momentum) -> value`
+    `old * momentum + new * (1 - momentum)` where the bools `usable` hold, else `old`;
+    all of one shape and `old` and `new` of one dtype (`merging.blend`, or what is
+    faster).
 `add_offset(x, offset, axis) -> y`
     `x + offset`, with one value per channel, which lie along `axis`; as fast as the
     backend does it behind a convolution, forward and backward.
@@ -92,6 +96,7 @@ _backend = importlib.import_module(f"keras_bn.kernels.{keras.backend.backend()}"
 Events = _backend.Events
 add_offset = _backend.add_offset
 agree = _backend.agree
+blend = _backend.blend
 checked = _backend.checked
 compiled: Callable[[Callable[..., Any]], Callable[..., Any]] = _backend.compiled
 cond = _backend.cond
@@ -109,6 +114,7 @@ __all__ = [
     "Plan",
     "add_offset",
     "agree",
+    "blend",
     "broadcast",
     "checked",
     "compiled",

@@ -1,4 +1,4 @@
-"""What replicas do with each other's steps: arithmetic alone."""
+"""Averages of old and new values, and of the steps of replicas: arithmetic alone."""
 
 from collections.abc import Callable, Sequence
 
@@ -6,6 +6,11 @@ import keras
 from keras import ops
 
 from keras_bn.moments import Tensor
+
+
+def blend(old: Tensor, new: Tensor, usable: Tensor, momentum: float) -> Tensor:
+    """Old and new values averaged; see the contract of the kernels."""
+    return ops.where(usable, old * momentum + new * (1.0 - momentum), old)
 
 
 def agree(

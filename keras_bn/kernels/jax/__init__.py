@@ -14,3 +14,4 @@ from keras_bn.kernels.jax.context import (
     watched,
 )
 from keras_bn.kernels.known import add_offset, checked
+from keras_bn.kernels.merging import blend

@@ -1,5 +1,6 @@
 """TensorFlow: its fused op, or the formulas with a gradient of our own."""
 
+from keras_bn.kernels.merging import blend
 from keras_bn.kernels.tensorflow import modes
 from keras_bn.kernels.tensorflow.batch import checked, forward, standardize
 from keras_bn.kernels.tensorflow.compiled import compiled

@@ -3,7 +3,7 @@
 from keras_bn.kernels.events import Events
 from keras_bn.kernels.known import add_offset, checked
 from keras_bn.kernels.torch import modes
-from keras_bn.kernels.torch.batch import forward, standardize
+from keras_bn.kernels.torch.batch import blend, forward, standardize
 from keras_bn.kernels.torch.context import (
     compiled,
     cond,
