@@ -12,7 +12,7 @@ if backend.NAME != "torch":
 
 import torch
 
-from keras_bn.kernels.torch import batch, rows
+from keras_bn.kernels.torch import batch
 
 
 def layer_on(x):
@@ -36,7 +36,7 @@ def test_a_shift_where_a_mean_is_large(mean, times, monkeypatch):
     assert len(seen) == times
 
 
-@pytest.mark.parametrize("shape", [(64, 8), (4, 6, 6, 8), (5, 7, 8), (70000, 2)])
+@pytest.mark.parametrize("shape", [(64, 8), (4, 6, 6, 8), (5, 7, 8)])
 @pytest.mark.parametrize("mean", [0.0, 1e4])
 def test_one_activation_is_kept(shape, mean):
     """Without a shift it is the input itself, which is there anyway."""
@@ -63,51 +63,31 @@ def test_one_activation_is_kept(shape, mean):
     y.sum().backward()
 
 
-def in_float64(x, gamma, beta):
-    """The same by PyTorch's own differentiation, in double precision."""
-    d = x - x.mean(0)
-    variance = (d * d).mean(0)
-    return d / torch.sqrt(variance + 1e-3) * gamma + beta, variance
-
-
-# The last two are no whole number of blocks, and of rows side by side.
-@pytest.mark.parametrize("shape", [(70000, 8), (20, 60, 60, 5), (100003, 3)])
-@pytest.mark.parametrize("mean", [0.0, 100.0])
-def test_long_sums_lose_no_digits(shape, mean):
-    rng = np.random.default_rng(0)
-    x, upstream = (tensor(rng.normal(size=shape) + m) for m in (mean, 0))
-    layer = keras_bn.BatchNormalization(momentum=0.0)
-    layer.build(shape)
-    parameters = [layer.gamma.value, layer.beta.value]
-    inputs = [x.float().requires_grad_(), *parameters]
-    y = layer(inputs[0], training=True)
-    got = [y, layer.moving_variance.value]
-    got += torch.autograd.grad(y, inputs, upstream.float())
-    x = inputs[0].detach().double().reshape(-1, shape[-1])
-    inputs = [v.detach().double().requires_grad_() for v in (x, *parameters)]
-    y, variance = in_float64(*inputs)
-    upstream = upstream.float().double().reshape(x.shape)
-    want = [y, variance, *torch.autograd.grad(y, inputs, upstream)]
-    for mine, right in zip(got, want, strict=True):
-        error = (mine.double().reshape(right.shape) - right).abs().max()
-        assert error < 1e-6 * max(1.0, right.abs().max())
-
-
 @pytest.mark.parametrize("center", [True, False])
 @pytest.mark.parametrize("scale", [True, False])
-def test_long_sums_are_differentiated_twice(center, scale, monkeypatch):
-    def second(many):
-        monkeypatch.setattr(rows, "MANY", many)
-        layer = keras_bn.BatchNormalization(center=center, scale=scale)
-        layer.build((300, 4))
+def test_the_op_is_differentiated_twice_with_any_parameters(center, scale):
+    def second(forward):
         rng = np.random.default_rng(0)
-        draws = (tensor(rng.normal(size=(300, 4)), "float32") for _ in range(3))
+        draws = (tensor(rng.normal(size=(30, 4)), "float64") for _ in range(3))
         x, upstream, weights = (each.requires_grad_() for each in draws)
-        inputs = [x, *(v.value for v in layer.trainable_variables)]
-        y = layer(x, training=True)
+        gamma, beta = (
+            torch.full((4,), value, dtype=x.dtype, requires_grad=True) if there else None
+            for value, there in ((2.0, scale), (1.0, center))
+        )
+        inputs = [v for v in (x, gamma, beta) if v is not None]
+        y = forward(x, gamma, beta)
         first = torch.autograd.grad(y, inputs, upstream, create_graph=True)
         total = (first[0] * weights).sum() + sum(v.square().sum() for v in first[1:])
         return [y, *first, *torch.autograd.grad(total, [x, upstream])]
 
-    for mine, op in zip(second(100), second(1000), strict=True):
-        np.testing.assert_allclose(mine.detach(), op.detach(), rtol=1e-4, atol=1e-4)
+    def fused(x, gamma, beta):
+        return batch._fused(x, gamma, beta, 1e-3, 1)[0]
+
+    def written_out(x, gamma, beta):
+        d = x - x.mean(0)
+        y = d / torch.sqrt((d * d).mean(0) + 1e-3)
+        y = y if gamma is None else y * gamma
+        return y if beta is None else y + beta
+
+    for got, want in zip(second(fused), second(written_out), strict=True):
+        np.testing.assert_allclose(got.detach(), want.detach(), rtol=1e-9, atol=1e-9)

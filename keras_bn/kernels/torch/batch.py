@@ -6,7 +6,7 @@ import torch
 
 from keras_bn.kernels import autodiff, layout
 from keras_bn.kernels.plan import Plan
-from keras_bn.kernels.torch import replicas, rows
+from keras_bn.kernels.torch import replicas
 from keras_bn.moments import Moments, Tensor
 
 # The op multiplies the input before it subtracts the mean, and so loses the digits that
@@ -32,27 +32,26 @@ def forward(
 def _fused(x, gamma, beta, epsilon, axis):
     """PyTorch's op; where means are large, on the input less a shift."""
     channels = x.shape[axis]
-    n = x.numel() // channels
-    # A look at the means would make another device wait, and break a graph.
-    look = x.device.type == "cpu" and not torch.compiler.is_compiling()
-    many = look and n > rows.MANY and axis == x.ndim - 1 and x.is_contiguous()
-    flat = many or (x.ndim == 3 and axis == 2)
     # The op takes memory in any order, so that nothing is copied.
-    image = x.reshape(-1, channels) if flat else x.movedim(axis, 1)
+    sequence = x.ndim == 3 and axis == 2
+    image = x.reshape(-1, channels) if sequence else x.movedim(axis, 1)
     # Without a scale PyTorch fails to differentiate its op twice.
     gamma = x.new_ones(channels) if gamma is None else gamma.to(x.dtype)
     beta = None if beta is None else beta.to(x.dtype)
-    op = rows.normalize if many else _op
+    # A look at the means would make another device wait, and break a graph.
+    look = x.device.type == "cpu" and not torch.compiler.is_compiling()
     if look:
-        y, mean, variance = op(image, gamma, beta, epsilon)
+        y, mean, variance = _op(image, gamma, beta, epsilon)
     if not look or (mean * mean > LARGE**2 * variance).any():
-        y, mean, variance = _shifted(op, image, gamma, beta, epsilon)
-    y = y.reshape(x.shape) if flat else y.movedim(1, axis)
-    return y, Moments(n, mean, variance)
+        y, mean, variance = _shifted(image, gamma, beta, epsilon)
+    n = image.numel() // channels
+    # The op gives the unbiased variance.
+    moments = Moments(n, mean, variance * ((n - 1) / n))
+    return y.reshape(x.shape) if sequence else y.movedim(1, axis), moments
 
 
 def _op(image, gamma, beta, epsilon):
-    """`(y, mean, variance)`: the output, and the statistics of the batch."""
+    """`(y, mean, variance)`: the output, and the unbiased statistics of the batch."""
     mean, variance = image.new_zeros(2, image.shape[1])
     y = torch.batch_norm(
         image,
@@ -65,16 +64,14 @@ def _op(image, gamma, beta, epsilon):
         eps=epsilon,
         cudnn_enabled=torch.backends.cudnn.enabled,
     )
-    n = image.numel() // image.shape[1]
-    # The op gives the unbiased variance.
-    return y, mean, variance * ((n - 1) / n)
+    return y, mean, variance
 
 
-def _shifted(op, image, gamma, beta, epsilon):
+def _shifted(image, gamma, beta, epsilon):
     """The same, computed on the input less a shift: the mean of some first rows."""
     few = image.detach()[: -(-layout.SHIFT_ROWS // math.prod(image.shape[2:]))]
     shift = few.mean([i for i in range(image.ndim) if i != 1], keepdim=True)
-    y, mean, variance = op(image - shift, gamma, beta, epsilon)
+    y, mean, variance = _op(image - shift, gamma, beta, epsilon)
     return y, mean + shift.reshape(-1), variance
 
 
