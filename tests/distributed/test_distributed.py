@@ -332,6 +332,7 @@ def collectives(function, *arguments):
     )
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("arguments", "bytes_sent"),
     [
@@ -395,7 +396,9 @@ MODELS = [
 ]
 
 
-@pytest.mark.parametrize("name", ["mirrored 2", slow("mirrored 4"), "central 2", "one"])
+@pytest.mark.parametrize(
+    "name", ["mirrored 2", slow("mirrored 4"), slow("central 2"), slow("one")]
+)
 def test_fit_synchronized_is_fit_on_one_device(name):
     strategy = strategy_of(name)
     model = fit(strategy, lambda: model_of(True))

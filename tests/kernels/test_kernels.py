@@ -186,6 +186,7 @@ def test_error_is_within_the_budget(shape, mean, way):
     assert_not_worse(errors, least=FLOOR, most=1e-3)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("value", [1.0, 1e4 + 0.1, 1e8])
 @pytest.mark.parametrize("rows", [7, 1000])
 @pytest.mark.parametrize("way", WAYS)
@@ -197,6 +198,7 @@ def test_constant_columns_give_beta(way, rows, value):
     assert got["variance"][1] < 1e-9
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 @pytest.mark.parametrize(("shape", "axes"), [((64, 5), (1,)), ((4, 8, 8, 5), (3,))])
 @pytest.mark.parametrize("way", WAYS)
@@ -294,6 +296,7 @@ def test_second_derivatives(way, shape, axes):
         np.testing.assert_allclose(array(g), w, rtol=2e-4, atol=2e-4)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("bad", [0.0, np.nan, np.inf, 1e30])
 @pytest.mark.parametrize("shape", [(64, 5), (2048, 70), (4, 8, 8, 5)], ids=str)
 @pytest.mark.parametrize("way", WAYS)
@@ -324,6 +327,7 @@ def test_rows_in_order(way):
         assert relative_error(got[name], value) < 1e-5, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(32, 64), (16, 8, 8, 16), (64, 32, 32, 32)], ids=str)
 def test_xla_computes_nothing_anew_for_each_layer(shape):
     """The instructions of a chain grow with its length, not with its square.

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from keras import ops
 from support.backend import KERAS_IS_A_JUDGE, array, but_on, only, tf
+from support.marks import slow
 
 import keras_bn
 from keras_bn import kernels, step
@@ -29,11 +30,11 @@ def small_model(cls, dtype="float64"):
     "options",
     [
         {},
-        {"run_eagerly": True},
+        slow({"run_eagerly": True}),
         pytest.param(
             {"jit_compile": True}, marks=but_on("torch", "it needs a C++ compiler")
         ),
-        {"jit_compile": False},
+        slow({"jit_compile": False}),
     ],
     ids=str,
 )

@@ -72,6 +72,7 @@ def oracle_gradients(d, axes, epsilon):
     ]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("mode", [*MODES, *EXTRA])
 @pytest.mark.parametrize(("shape", "axis", "masked"), CASES)
 def test_second_derivatives(shape, axis, masked, mode):

@@ -24,6 +24,7 @@ def statistics(layer):
     return layer.moving_mean.numpy(), layer.moving_variance.numpy()
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("shape", [(0, 3), (0, 4, 3), (5, 0, 3), (0, 2, 2, 3)])
 def test_empty_batch(shape, mode):
@@ -56,6 +57,7 @@ def test_empty_batch_of_unknown_size_has_zero_gradients(mode):
     np.testing.assert_array_equal(d_beta, np.zeros(3))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize(("shape", "axis"), [((16, 4), -1), ((6, 4, 5, 5), 1)])
@@ -204,6 +206,7 @@ def test_training_as_an_input_of_a_model():
     assert np.abs(y.mean(0)).min() > 0.5
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("axis", [[1, 2], [2, 1], [-1, 1], (1, -1)])
 @pytest.mark.parametrize("mode", MODES)
 def test_list_axes_are_one_channel_axis_of_their_product(axis, mode):
@@ -267,6 +270,7 @@ def test_constant_columns_give_zero(rows, mode):
     np.testing.assert_allclose(got["moving_mean"], 0.01 * values, rtol=1e-5)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("mean", [7.0, 9.0, 300.0])
 @pytest.mark.parametrize("channel", [0, 3])
@@ -285,6 +289,7 @@ def test_means_of_some_deviations_in_one_channel(channel, mean, mode):
         np.testing.assert_allclose(got[name], want[name], rtol=0, atol=3e-6)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("dtype", ["int8", "int32", "int64", "uint8", "bool"])
 @pytest.mark.parametrize("policy", ["float32", "float64", "mixed_float16"])
 def test_integers_are_cast(dtype, policy):

@@ -138,6 +138,7 @@ def test_momentum_and_epsilon(momentum, epsilon):
             assert relative_error(our_step[name], keras_step[name]) < 1e-12, name
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("dtype", ["float32", "float64", "mixed_float16"])
 @pytest.mark.parametrize(("shape", "axis"), CASES)
 def test_inference_is_keras(shape, axis, dtype):

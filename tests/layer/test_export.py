@@ -79,6 +79,7 @@ def operators(interpreter):
     return sorted(op["op_name"] for op in details if op["op_name"] != "DELEGATE")
 
 
+@pytest.mark.slow
 def test_a_normalization_that_stays_costs_what_keras_costs(tmp_path):
     """One product and one sum, after a ReLU that it can't be folded into."""
     costs = []

@@ -40,6 +40,7 @@ def ours(shape, axis, dtype="float64", **arguments):
     return layer, gamma, beta
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(("shape", "axis"), CASES)
 def test_masked_step_is_the_oracles(shape, axis, mode):

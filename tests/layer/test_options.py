@@ -548,6 +548,7 @@ def combinations():
         yield pytest.param(arguments, marks=marks, id=name_of(arguments))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("arguments", combinations())
 def test_every_combination(arguments, tmp_path):
     """Eager = graph = XLA; config and file round trips, resumed in the middle."""

@@ -139,6 +139,7 @@ def test_second_gradient_from_outside_is_refused_aloud(trainers):
         second_gradient(trainer.forward, x, x)
 
 
+@pytest.mark.slow
 def test_the_package_is_not_needed_to_serve_or_to_train(exported, trainers):
     served = ("2-D", "large", "two axes", "mixed_float16", "conv")
     paths = [exported / name for name in served] + [trainers / f for f in TRAINED]

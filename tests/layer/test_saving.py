@@ -16,6 +16,7 @@ from support.forms import (
     examples,
     model_of,
 )
+from support.marks import slow
 
 import keras_bn
 
@@ -130,8 +131,8 @@ def compiled_model(dtype):
     return model
 
 
-@pytest.mark.parametrize("suffix", [".keras", ".weights.h5"])
-@pytest.mark.parametrize("dtype", ["float32", "mixed_float16"])
+@pytest.mark.parametrize("suffix", [".keras", slow(".weights.h5")])
+@pytest.mark.parametrize("dtype", ["float32", slow("mixed_float16")])
 def test_training_resumes_as_if_never_interrupted(dtype, suffix, tmp_path):
     model = compiled_model(dtype)
     fit(model, steps=3, seed=10)

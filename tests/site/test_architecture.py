@@ -118,6 +118,7 @@ def test_importing_imports_nothing_optional():
     assert result.stdout.strip() == "[]", result.stderr[-2000:]
 
 
+@pytest.mark.slow
 def test_a_backend_without_kernels_is_refused_in_words():
     code = (
         "import keras; keras.backend.backend = lambda: 'numpy'\n"
@@ -139,6 +140,7 @@ def test_a_missing_backend_says_what_to_do(backend):
     assert "KERAS_BACKEND" in result.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "tensorflow"])
 def test_another_backend_needs_no_tensorflow(backend):
     pytest.importorskip(backend, reason="the other backend of this test")

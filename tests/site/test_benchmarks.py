@@ -57,6 +57,7 @@ def test_every_peer_takes_its_step(training):
         function()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("known", [True, False])
 def test_the_batch_size_is_known_to_tracing_or_not(known, monkeypatch):
     seen = []
@@ -125,6 +126,7 @@ def test_synchronized_replicas_are_measured_synchronized():
     np.testing.assert_allclose(layers[0].moving_variance.numpy(), rows.var(0), 1e-5)
 
 
+@pytest.mark.slow
 def test_models_differ_in_nothing_but_their_normalization():
     built = {k: applications.build("MobileNetV2", 32, k) for k in applications.KINDS}
     instead = {

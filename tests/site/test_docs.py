@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from conftest import require
+from support.marks import mostly_slow
 
 from keras_bn.diagnosis.rules import RULES
 
@@ -18,9 +19,14 @@ def blocks(page):
 
 # The tutorial runs as a notebook, in test_notebook.py.
 EXECUTED = [p for p in PAGES if blocks(p) and p.name != "tutorial.md"]
+SLOW = [p for p in EXECUTED if p.name in ("int8.md", "tools.md")]
 
 
-@pytest.mark.parametrize("page", EXECUTED, ids=lambda p: str(p.relative_to(ROOT)))
+@pytest.mark.parametrize(
+    "page",
+    mostly_slow(EXECUTED, [p for p in EXECUTED if p not in SLOW]),
+    ids=lambda p: str(p.relative_to(ROOT)),
+)
 def test_python_blocks_run_in_order(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for package in ("matplotlib", "sklearn", "torch"):

@@ -161,6 +161,7 @@ def test_a_wrong_layer_is_not_equivalent(example, tmp_path, capsys):
     assert [one["equivalent"] for one in table["runs"]] == [False, False]
 
 
+@pytest.mark.slow
 def test_a_wrong_layer_is_not_equivalent_to_torch(
     example, tmp_path, capsys, monkeypatch
 ):
@@ -267,6 +268,7 @@ def test_a_file_that_is_not_mnist(example, tmp_path, capsys, write):
     assert "x_train and x_test" in said.err
 
 
+@pytest.mark.slow
 def test_mnist_without_a_network(tmp_path):
     nowhere = dict.fromkeys(("http_proxy", "https_proxy"), "http://127.0.0.1:9")
     result = run(

@@ -135,6 +135,7 @@ def test_shared_layers_stay_shared_across_nested_models():
     assert len(norms(ours)) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["adam", "scaled", "ema"])
 def test_training_goes_on_as_if_nothing_had_happened(optimizer):
     if optimizer == "ema" and backend.NAME == "jax":
@@ -222,6 +223,7 @@ def test_subclassed_model_from_its_config():
     assert_same_outputs(ours, keras_bn.to_keras(ours), x)
 
 
+@pytest.mark.slow
 def test_subclassed_model_without_a_config():
     class NoConfig(keras.Model):
         def __init__(self, inner, units):

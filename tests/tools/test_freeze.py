@@ -352,6 +352,7 @@ def by_thawing_the_base(model, folder):
     return model
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("affine", [True, slow("gamma"), slow("beta")])
 @pytest.mark.parametrize(
     "way",

@@ -233,6 +233,7 @@ def trained(model, data, steps=20, **options):
     return [v.numpy() for v in (*model.weights, *model.optimizer.variables)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("make", "options"),
     [
@@ -383,6 +384,7 @@ ROWS = np.random.default_rng(0).normal(size=(8, 6))
 TARGETS = np.random.default_rng(1).normal(size=(8, 1))
 
 
+@pytest.mark.slow
 def test_variables_files_and_optimizer_are_those_of_the_unfused_model(tmp_path):
     model = small()
     frozen, fused, _ = pair_of(model)
@@ -669,6 +671,7 @@ def test_an_activation_set_later_is_heeded():
     )
 
 
+@pytest.mark.slow
 def test_lora_and_quantization_that_come_later():
     for change in (
         lambda layer: layer.enable_lora(2),

@@ -318,6 +318,7 @@ OPTIMIZERS = {
 }
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("kind", "in_place"),
     [
@@ -379,6 +380,7 @@ def changed_head(model):
     model.add(layers.Dense(3, name="new_head"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
     [
@@ -418,6 +420,7 @@ def to_be_quantized():
     return model, inputs_of(model, 16), np.zeros((16, 3))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Layer .* does not have a `quantize` method")
 @pytest.mark.parametrize(
     ("mode", "trained"),

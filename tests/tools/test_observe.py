@@ -10,6 +10,7 @@ from keras import layers
 from support import backend
 from support.backend import NAME, array, dataset, tensor, tf
 from support.distributed import strategy_of
+from support.marks import slow
 
 import keras_bn
 from keras_bn.tools.observe import batches
@@ -460,8 +461,8 @@ def test_two_passes_at_once():
     assert not any("call" in vars(layer) for layer in model.layers)
 
 
-@pytest.mark.parametrize("norms", [1, 2])
-@pytest.mark.parametrize("synchronized", [False, True])
+@pytest.mark.parametrize("norms", [slow(1), 2])
+@pytest.mark.parametrize("synchronized", [slow(False), True])
 def test_replicas(norms, synchronized):
     strategy = strategy_of("mirrored 2")
     with strategy.scope():
