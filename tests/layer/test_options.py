@@ -11,7 +11,6 @@ import pytest
 from support import backend
 from support.backend import COMPILED, KERAS_IS_A_JUDGE, tensor
 from support.cases import groups
-from support.marks import mostly_slow, slow
 from support.steps import MODES, Step, array, in_mode, relative_error, set_parameters
 
 import keras_bn
@@ -60,8 +59,8 @@ CLIPPINGS = [
     ("mode", "scale", "center"),
     [
         *((mode, True, True) for mode in MODES),
-        slow(COMPILED, False, True),
-        slow(COMPILED, True, False),
+        (COMPILED, False, True),
+        (COMPILED, True, False),
         (COMPILED, False, False),
     ],
 )
@@ -373,7 +372,7 @@ def test_freeze_statistics():
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("n", mostly_slow([1, 3, 4, 7, 8, 11, 16], fast=[1, 7, 11]))
+@pytest.mark.parametrize("n", [1, 3, 4, 7, 8, 11, 16])
 @pytest.mark.parametrize(
     ("rest", "axis"), [((3,), -1), ((5, 3), -1), ((3, 2, 2), 1), ((2, 3), [1, 2])]
 )
@@ -544,8 +543,7 @@ def combinations():
             "unbiased": unbiased,
             "virtual_batch_size": ghost,
         }
-        marks = [] if debias is unbiased else [pytest.mark.slow]
-        yield pytest.param(arguments, marks=marks, id=name_of(arguments))
+        yield pytest.param(arguments, id=name_of(arguments))
 
 
 @pytest.mark.exhaustive
