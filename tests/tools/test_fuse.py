@@ -189,6 +189,23 @@ def test_outputs_and_gradients_are_those_of_the_unfused_layers(kind, float64):
     assert len(asked) == (2 if FUSES else 0)
 
 
+@pytest.mark.skipif(NAME != "tensorflow", reason="of graphs of TensorFlow")
+def test_a_tape_outside_of_the_graph_finds_the_same_gradients(float64):
+    """It asks the graph for its gradients, op by op, and not what tapes recorded."""
+    model = model_of("Conv2D")
+    x = inputs_of(model)
+    upstream = tensor(upstream_of(model, x))
+    found = []
+    for each in pair_of(model)[:2]:
+        graph = tf.function(each, autograph=False)
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_sum(graph(tensor(x), training=True) * upstream)
+        found.append(tape.gradient(loss, each.trainable_weights))
+    assert len(found[0]) == 3
+    for a, b in zip(*found, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-10)
+
+
 def chain():
     """Convolutions with every neighbour that matters, and their data."""
     keras.utils.set_random_seed(1)

@@ -100,11 +100,9 @@ def differentiable(first, upstream, kept: Kept, epsilon, layout):
             saved = formulas.Saved(centred, variance, kept.gamma, kept.count)
             how = {"epsilon": epsilon, "layout": layout}
             gradients = formulas.backward(saved, upstream, **how)
-        return *tape.gradient(gradients, inputs, upstreams), *[None] * len(kept.reserve)
+        return tape.gradient(gradients, inputs, upstreams)
 
-    # TensorFlow searches what the gradients are computed from for variables. With the
-    # op's saved values as inputs, the search ends there, not at the start of the model.
-    return with_gradients(first(upstream, kept), [*inputs, *kept.reserve], second)
+    return with_gradients(first(upstream, kept), inputs, second)
 
 
 def _here(tensor):

@@ -1,11 +1,10 @@
 """An offset per channel, and its gradient."""
 
 import tensorflow as tf
-from keras import ops
+from tensorflow.python.eager import record
 
 from keras_bn.kernels.layout import broadcast
 from keras_bn.kernels.tensorflow.context import in_xla, on_gpu
-from keras_bn.kernels.tensorflow.gradients import with_gradients
 
 
 def add_offset(x, offset, axis):
@@ -16,13 +15,16 @@ def add_offset(x, offset, axis):
     one with the gradient of the kernel, and oneDNN takes longer for that than for both
     (`benchmarks/NOTES.md`). It does not if the one takes another tensor than the other.
     """
-    y = ops.add(x, broadcast(offset, x.shape, (axis,)))
     image = len(x.shape) == 4 and axis == 3
     if not image or in_xla() or on_gpu():
-        return y
+        return x + broadcast(offset, x.shape, (axis,))
 
     def backward(upstream):
         rows = tf.reshape(upstream, [-1, offset.shape[0]])
         return upstream, tf.raw_ops.BiasAddGrad(out_backprop=rows)
 
-    return with_gradients(y, [x, offset], backward)
+    # For a tape alone: a gradient without one is that of an addition, as right as this.
+    with record.stop_recording():
+        y = x + offset
+    record.record_operation("add_offset", [y], [x, offset], backward)
+    return y
