@@ -24,7 +24,7 @@ def with_gradients(outputs, inputs, vjp):
     output might hold the new beta (`tests/layer/test_update_order.py`).
 
     In a graph, `tf.custom_gradient` also searches all that the outputs come from for
-    variables, and that took a tenth of the time to trace a model. There are none here.
+    variables, 6 % of all calls of Python in a first step. There are none here.
 
     Args:
         outputs: a tensor or several, computed from the inputs.
