@@ -50,8 +50,9 @@ def with_gradients(outputs, inputs, vjp):
     names.append(name)
     with record.stop_recording(), graph.gradient_override_map({"IdentityN": name}):
         held = tf.identity_n([*flat, *inputs])
+    held = held[: len(flat)]
     record.record_operation(name, held, [*flat, *inputs], backward)
-    return tf.nest.pack_sequence_as(outputs, held[: len(flat)])
+    return tf.nest.pack_sequence_as(outputs, held)
 
 
 def forget(graph):
