@@ -127,8 +127,12 @@ def corrected(moments: Moments, xp: Any) -> Moments:
 
 def of_tensors(moments: Moments) -> Moments:
     """The same with tensors for arrays, which PyTorch's tensors don't go with."""
-    mean, variance = map(ops.convert_to_tensor, moments[1:])
-    return Moments(moments.count, mean, variance)
+    return Moments(moments.count, *map(to_tensor, moments[1:]))
+
+
+def to_tensor(value: Tensor) -> Tensor:
+    """A tensor as it is, anything else converted: on PyTorch a look is the cheaper."""
+    return value if ops.is_tensor(value) else ops.convert_to_tensor(value)
 
 
 def _like(count: Tensor, mean: Tensor, xp: Any) -> Tensor:

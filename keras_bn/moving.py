@@ -7,7 +7,7 @@ from typing import NamedTuple
 from keras import ops
 
 from keras_bn import kernels
-from keras_bn.moments import Moments, Tensor, of_tensors
+from keras_bn.moments import Moments, Tensor, of_tensors, to_tensor
 
 
 class Rule(NamedTuple):
@@ -140,14 +140,15 @@ def advance(
     Returns:
         `(values, updates)`, of the shapes and dtypes of `old` and `updates`.
     """
-    old = ops.convert_to_tensor(old)
+    old = to_tensor(old)
     dtype = old.dtype
+    new = new if new.dtype == dtype else ops.cast(new, dtype)
     # In the plain mean all values have the same weight, as with a momentum of 1.
     momentum = 1.0 if rule.momentum is None else rule.momentum
     several = len(new.shape) > len(old.shape)
     if not several and updates is None:
-        return kernels.blend(old, ops.cast(new, dtype), usable, momentum), updates
-    new = ops.where(usable, ops.cast(new, dtype), ops.zeros((), dtype))
+        return kernels.blend(old, new, usable, momentum), updates
+    new = ops.where(usable, new, ops.zeros((), dtype))
     taken = ops.cast(usable, dtype)
     total = ops.sum(taken, axis=0) if several else taken
     # How many usable values follow each new one.

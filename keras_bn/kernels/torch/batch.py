@@ -6,7 +6,7 @@ import torch
 
 from keras_bn.kernels import autodiff, layout
 from keras_bn.kernels.plan import Plan
-from keras_bn.kernels.torch import replicas
+from keras_bn.kernels.torch import planes, replicas
 from keras_bn.moments import Moments, Tensor
 
 # The op multiplies the input before it subtracts the mean, and so loses the digits that
@@ -33,7 +33,7 @@ def _fused(x, gamma, beta, epsilon, axis):
     """PyTorch's op; where means are large, on the input less a shift."""
     channels = x.shape[axis]
     # The op takes memory in any order, so that nothing is copied.
-    sequence = x.ndim == 3 and axis == 2
+    sequence = x.ndim == 3 and axis == 2 and x.is_contiguous()
     image = x.reshape(-1, channels) if sequence else x.movedim(axis, 1)
     # Without a scale PyTorch fails to differentiate its op twice.
     gamma = x.new_ones(channels) if gamma is None else gamma.to(x.dtype)
@@ -41,18 +41,19 @@ def _fused(x, gamma, beta, epsilon, axis):
     # A look at the means would make another device wait, and break a graph.
     look = x.device.type == "cpu" and not torch.compiler.is_compiling()
     if look:
-        y, mean, variance = _op(image, gamma, beta, epsilon)
+        by_planes = planes.fits(image, gamma, beta)
+        run = planes.Normalize.apply if by_planes else _op
+        y, mean, variance = run(image, gamma, beta, epsilon)
     if not look or (mean * mean > LARGE**2 * variance).any():
         y, mean, variance = _shifted(image, gamma, beta, epsilon)
-    n = image.numel() // channels
-    # The op gives the unbiased variance.
-    moments = Moments(n, mean, variance * ((n - 1) / n))
+    moments = Moments(image.numel() // channels, mean, variance)
     return y.reshape(x.shape) if sequence else y.movedim(1, axis), moments
 
 
 def _op(image, gamma, beta, epsilon):
-    """`(y, mean, variance)`: the output, and the unbiased statistics of the batch."""
-    mean, variance = image.new_zeros(2, image.shape[1])
+    """`(y, mean, variance)`: the output, and the statistics of the batch."""
+    channels = image.shape[1]
+    mean, variance = image.new_zeros(2, channels)
     y = torch.batch_norm(
         image,
         gamma,
@@ -64,7 +65,9 @@ def _op(image, gamma, beta, epsilon):
         eps=epsilon,
         cudnn_enabled=torch.backends.cudnn.enabled,
     )
-    return y, mean, variance
+    n = image.numel() // channels
+    # The op gives the unbiased variance.
+    return y, mean, variance * ((n - 1) / n)
 
 
 def _shifted(image, gamma, beta, epsilon):

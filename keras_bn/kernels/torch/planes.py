@@ -1,0 +1,73 @@
+"""Images whose channels come first in memory, one plane per sample and channel.
+
+PyTorch's op takes most of its forward pass there for the statistics, one element after
+another. Sums over planes are ten times as fast. The backward pass is the op's.
+"""
+
+import math
+
+import torch
+from torch.autograd.forward_ad import unpack_dual
+
+# Elements from which it pays: a gradient of its own takes 0.04 ms to start.
+FROM = 2**17
+
+# Elements of a plane. Shorter ones take as long as in the op, and of longer ones the
+# norm would lose digits.
+SHORTEST, LONGEST = 16, 2**14
+
+
+def fits(image, gamma, beta) -> bool:
+    """Whether an image, `(batch, channels, ...)`, is to be normalized here."""
+    plane = math.prod(image.shape[2:])
+    if image.numel() < FROM or not SHORTEST <= plane <= LONGEST:
+        return False
+    # The op is differentiated in forward mode, which is not written out here.
+    tensors = (image, gamma) if beta is None else (image, gamma, beta)
+    forward_mode = any(unpack_dual(each).tangent is not None for each in tensors)
+    return image.is_contiguous() and not forward_mode
+
+
+class Normalize(torch.autograd.Function):
+    """Normalize an image with its own statistics.
+
+    Args of `apply`:
+        image: as `fits` wants it, on a CPU, of float32 or float64.
+        gamma, beta: scale, and offset or None.
+        epsilon: added to the variance.
+
+    Returns:
+        `(y, mean, variance)`, the statistics without gradient.
+    """
+
+    @staticmethod
+    def forward(image, gamma, beta, epsilon):
+        channels = image.shape[1]
+        n = image.numel() // channels
+        planes = image.view(len(image), channels, -1)
+        mean = planes.sum((0, 2)) / n
+        y = planes - mean[:, None]
+        variance = torch.linalg.vector_norm(y, dim=2).square().sum(0) / n
+        y *= (gamma * torch.rsqrt(variance + epsilon))[:, None]
+        if beta is not None:
+            y += beta[:, None]
+        return y.view(image.shape), mean, variance
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        image, gamma, _, epsilon = inputs
+        _, mean, variance = output
+        ctx.mark_non_differentiable(mean, variance)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(image, gamma, mean, torch.rsqrt(variance + epsilon))
+        ctx.epsilon = epsilon
+
+    @staticmethod
+    def backward(ctx, upstream, *_):
+        image, gamma, mean, rstd = ctx.saved_tensors
+        wanted = list(ctx.needs_input_grad[:3])
+        statistics = None, None, mean, rstd
+        gradients = torch.ops.aten.native_batch_norm_backward(
+            upstream, image, gamma, *statistics, True, ctx.epsilon, wanted
+        )
+        return *gradients, None
