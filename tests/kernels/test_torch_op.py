@@ -16,8 +16,8 @@ import torch
 from keras_bn.kernels.torch import batch, planes
 
 
-def layer_on(x):
-    layer = keras_bn.BatchNormalization()
+def layer_on(x, **options):
+    layer = keras_bn.BatchNormalization(**options)
     layer.build(x.shape)
     return layer
 
@@ -46,8 +46,7 @@ def test_one_activation_is_kept(shape, axis, mean):
     """Without a shift it is the input itself, which is there anyway."""
     rng = np.random.default_rng(0)
     x = tensor(rng.normal(mean, 1, shape), "float32").requires_grad_()
-    layer = keras_bn.BatchNormalization(axis=axis)
-    layer.build(x.shape)
+    layer = layer_on(x, axis=axis)
     alive = []
 
     class Kept:
@@ -109,10 +108,9 @@ def test_planes_against_the_oracle(shape, mean):
     rng = np.random.default_rng(0)
     c = shape[1]
     gamma, beta = rng.uniform(0.5, 2, c), rng.normal(size=c)
-    layer = keras_bn.BatchNormalization(axis=1, momentum=0.0)
-    layer.build(shape)
-    set_parameters(layer, gamma, beta)
     x, upstream = rng.normal(mean, 1, shape), rng.normal(size=shape)
+    layer = layer_on(x, axis=1, momentum=0.0)
+    set_parameters(layer, gamma, beta)
     got = Step(layer)(x, upstream)
     want = oracle_step(layer, x, upstream, (1,), gamma, beta)
     for name, value in want.items():
@@ -125,8 +123,7 @@ def test_forward_mode_by_planes():
     rng = np.random.default_rng(0)
     draws = (tensor(rng.normal(size=(32, 16, 16, 17)), "float64") for _ in range(3))
     x, direction, upstream = draws
-    layer = keras_bn.BatchNormalization(axis=1, dtype="float64")
-    layer.build(x.shape)
+    layer = layer_on(x, axis=1, dtype="float64")
     with fw.dual_level():
         y = layer(fw.make_dual(x, direction), training=True)
         along = (fw.unpack_dual(y).tangent * upstream).sum()

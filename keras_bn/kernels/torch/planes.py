@@ -19,13 +19,12 @@ SHORTEST, LONGEST = 16, 2**14
 
 def fits(image, gamma, beta) -> bool:
     """Whether an image, `(batch, channels, ...)`, is to be normalized here."""
-    plane = math.prod(image.shape[2:])
-    if image.numel() < FROM or not SHORTEST <= plane <= LONGEST:
+    if image.numel() < FROM or not image.is_contiguous():
         return False
     # The op is differentiated in forward mode, which is not written out here.
     tensors = (image, gamma) if beta is None else (image, gamma, beta)
     forward_mode = any(unpack_dual(each).tangent is not None for each in tensors)
-    return image.is_contiguous() and not forward_mode
+    return SHORTEST <= math.prod(image.shape[2:]) <= LONGEST and not forward_mode
 
 
 class Normalize(torch.autograd.Function):
@@ -59,14 +58,14 @@ class Normalize(torch.autograd.Function):
         _, mean, variance = output
         ctx.mark_non_differentiable(mean, variance)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(image, gamma, mean, torch.rsqrt(variance + epsilon))
+        ctx.save_for_backward(image, gamma, mean, variance)
         ctx.epsilon = epsilon
 
     @staticmethod
     def backward(ctx, upstream, *_):
-        image, gamma, mean, rstd = ctx.saved_tensors
+        image, gamma, mean, variance = ctx.saved_tensors
         wanted = list(ctx.needs_input_grad[:3])
-        statistics = None, None, mean, rstd
+        statistics = None, None, mean, torch.rsqrt(variance + ctx.epsilon)
         gradients = torch.ops.aten.native_batch_norm_backward(
             upstream, image, gamma, *statistics, True, ctx.epsilon, wanted
         )
