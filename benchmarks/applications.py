@@ -5,14 +5,14 @@ import numpy as np
 import tensorflow as tf
 
 import keras_bn
-from keras_bn import bench
+from keras_bn import verify
 
 # (application, side of its square images, batch size)
 QUICK = [("MobileNetV2", 96, 16), ("ResNet50", 96, 16)]
 USUAL = [*QUICK, ("EfficientNetB0", 64, 16), ("DenseNet121", 64, 16)]
 FULL = [*USUAL, ("MobileNetV2", 128, 32), ("ResNet50", 128, 32)]
 WITHOUT = "without"
-KINDS = (bench.PEER, bench.OURS, WITHOUT)
+KINDS = (verify.PEER, verify.OURS, WITHOUT)
 # Ours with all statistics frozen: by themselves, and fused with the layers before them.
 FROZEN, FUSED = "frozen", "fused"
 FROZEN_KINDS = (FROZEN, FUSED, WITHOUT)
@@ -39,7 +39,7 @@ def build(application, size, kind, jit=False):
     """
     make = getattr(keras.applications, application)
     model = make(weights=None, input_shape=(size, size, 3), classes=CLASSES)
-    if kind in (bench.OURS, FROZEN, FUSED):
+    if kind in (verify.OURS, FROZEN, FUSED):
         model = keras_bn.from_keras(model)
     if kind in (FROZEN, FUSED):
         keras_bn.freeze(model, fuse=kind == FUSED)

@@ -20,11 +20,10 @@ import numpy as np
 
 import keras_bn
 from benchmarks import markdown, peers, process
-from keras_bn import bench
-from keras_bn.bench import chains
-from keras_bn.bench.timing import interleave
-from keras_bn.kernels import modes
-from keras_bn.proof import cases, judge
+from keras_bn import verify
+from keras_bn.backends import modes
+from keras_bn.verify import cases, chains, judge
+from keras_bn.verify.timing import interleave
 
 BACKEND = keras.backend.backend()
 NAMES = {"tensorflow": "TensorFlow", "torch": "PyTorch", "jax": "JAX"}
@@ -47,8 +46,8 @@ def layer(shape, axis=-1, dtype="float32", seconds=4.0):
     """Milliseconds of a training step of one layer in a chain, by who made it."""
     policy = dtype if dtype == "float32" else f"mixed_{dtype}"
     makes = {
-        bench.PEER: lambda: keras.layers.BatchNormalization(axis=axis, dtype=policy),
-        bench.OURS: lambda: keras_bn.BatchNormalization(axis=axis, dtype=policy),
+        verify.PEER: lambda: keras.layers.BatchNormalization(axis=axis, dtype=policy),
+        verify.OURS: lambda: keras_bn.BatchNormalization(axis=axis, dtype=policy),
     }
     if BACKEND == "tensorflow" and axis == -1:
         makes[OWN] = peers.FusedOp
@@ -68,12 +67,12 @@ def model(application, size, batch, seconds=20.0):
     x = rng.normal(size=(batch, size, size, 3)).astype("float32")
     y = rng.integers(0, 10, batch)
     functions = {}
-    for name in bench.PEER, bench.OURS:
+    for name in verify.PEER, verify.OURS:
         keras.utils.set_random_seed(0)
         made = getattr(keras.applications, application)(
             weights=None, input_shape=(size, size, 3), classes=10
         )
-        if name == bench.OURS:
+        if name == verify.OURS:
             made = keras_bn.from_keras(made)
         made.compile(keras.optimizers.SGD(0.01), "sparse_categorical_crossentropy")
         functions[name] = lambda made=made: made.train_on_batch(x, y)
@@ -169,8 +168,8 @@ def table(results):
     for row in results[0]["rows"]:
         line = [row]
         for ms in (result["rows"][row] for result in results):
-            own = f"{ms[bench.OURS] / ms[OWN]:.2f}" if OWN in ms else ""
-            line += [f"{ms[bench.PEER] / ms[bench.OURS]:.2f}", own]
+            own = f"{ms[verify.OURS] / ms[OWN]:.2f}" if OWN in ms else ""
+            line += [f"{ms[verify.PEER] / ms[verify.OURS]:.2f}", own]
         lines.append(line)
     return markdown.table(head, lines)
 

@@ -9,10 +9,10 @@ import time
 import numpy as np
 
 from benchmarks import applications, markdown, process
-from keras_bn import bench
+from keras_bn import verify
 
 CALLS = ("fit", "evaluate", "predict")
-KINDS = (bench.PEER, bench.OURS)
+KINDS = (verify.PEER, verify.OURS)
 
 
 def seconds(kind, application, size, batch, of="fit", jit=False):

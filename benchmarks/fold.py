@@ -15,10 +15,10 @@ import numpy as np
 import tensorflow as tf
 
 import keras_bn
-from keras_bn.tools.copying import copy_model
-from keras_bn.tools.exchange import bypass
-from keras_bn.tools.graph import walk
-from keras_bn.tools.norms import is_normalization
+from keras_bn.surgery.copying import copy_model
+from keras_bn.surgery.exchange import bypass
+from keras_bn.surgery.graph import walk
+from keras_bn.surgery.norms import is_normalization
 
 MODELS = {"ResNet50": (96, 16), "MobileNetV2": (96, 16)}
 

@@ -18,9 +18,8 @@ import keras
 
 import keras_bn
 from benchmarks import backends
-from keras_bn.bench import chains
-from keras_bn.kernels import modes
-from keras_bn.proof import cases, judge
+from keras_bn.backends import modes
+from keras_bn.verify import cases, chains, judge
 
 BACKEND = keras.backend.backend()
 SHAPES = [(256, 1024), (64, 56, 56, 64), (64, 14, 14, 1024)]

@@ -13,7 +13,7 @@ import tensorflow as tf
 
 import keras_bn
 from benchmarks import markdown
-from keras_bn import bench
+from keras_bn import verify
 from keras_bn.int8.export import integer_file
 
 APPLICATIONS = ("MobileNetV2", "ResNet50")
@@ -28,7 +28,7 @@ def measure(application, size, seconds=10.0):
     x = np.random.default_rng(0).uniform(-1, 1, (16, size, size, 3)).astype("float32")
     files = {FLOAT: float_file(model), INT8: integer_file(model, x)[0]}
     functions = {kind: runner(content, x[:1]) for kind, content in files.items()}
-    timings = bench.interleave(functions, seconds)
+    timings = verify.interleave(functions, seconds)
     sizes = {kind: len(content) for kind, content in files.items()}
     return {
         "model": application,

@@ -4,8 +4,8 @@ import argparse
 import json
 
 from benchmarks import markdown, peers
-from keras_bn import bench
-from keras_bn.kernels import modes
+from keras_bn import verify
+from keras_bn.backends import modes
 
 # (shape, axis)
 SHAPES = [
@@ -44,7 +44,7 @@ def measure(
     """
     how = {"mode": mode, "axis": axis, "training": training, "backward": backward}
     chains = peers.functions(shape, **how, **options)
-    timings = bench.per_layer(bench.interleave(chains, seconds), shape)
+    timings = verify.per_layer(verify.interleave(chains, seconds), shape)
     row = {
         "shape": shape,
         **how,
@@ -55,13 +55,13 @@ def measure(
     }
     if row["backward"] and mode == "graph" and not options:
         chains = peers.functions(shape, **how, known=True)
-        row["known_ratio"] = ratio(bench.interleave(chains, seconds / 2))
+        row["known_ratio"] = ratio(verify.interleave(chains, seconds / 2))
     return row
 
 
 def ratio(timings):
     """Keras's time over ours."""
-    return timings[bench.PEER].median / timings[bench.OURS].median
+    return timings[verify.PEER].median / timings[verify.OURS].median
 
 
 def name(row):

@@ -26,12 +26,12 @@ def step(kind, jit=False):
     import tensorflow as tf
 
     import keras_bn
-    from keras_bn import bench
-    from keras_bn.kernels import modes
+    from keras_bn import verify
+    from keras_bn.backends import modes
 
     cls = (keras.layers if kind == "Keras" else keras_bn).BatchNormalization
     unknown = (None, *SHAPE[1:])
-    forward, variables = bench.in_line(cls, unknown, length=LAYERS)
+    forward, variables = verify.in_line(cls, unknown, length=LAYERS)
     x, upstream = tf.random.normal(SHAPE), tf.random.normal(SHAPE)
     weights = [variable.value for variable in variables if variable.trainable]
 

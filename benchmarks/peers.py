@@ -5,8 +5,8 @@ import numpy as np
 from keras import ops
 
 import keras_bn
-from keras_bn import bench
-from keras_bn.kernels import modes
+from keras_bn import verify
+from keras_bn.backends import modes
 
 MOMENTUM, EPSILON = 0.99, 1e-3
 
@@ -51,7 +51,7 @@ def pytorch(shape, axis=-1, training=True):
     sizes.insert(1, c)
     norm = [torch.nn.BatchNorm1d] * 2 + [torch.nn.BatchNorm2d, torch.nn.BatchNorm3d]
     make = norm[len(shape) - 2]
-    layers = [make(c, eps=EPSILON, momentum=0.01) for _ in range(bench.depth(shape))]
+    layers = [make(c, eps=EPSILON, momentum=0.01) for _ in range(verify.depth(shape))]
     model = torch.nn.Sequential(*layers).train(training)
     x, upstream = (
         torch.tensor(rng.normal(size=sizes).astype("float32")) for _ in range(2)
@@ -77,7 +77,7 @@ def torch_nn(shape, axis=-1, dtype="float32"):
     x, upstream = (ops.convert_to_tensor(each, dtype) for each in draws)
     make = torch.nn.BatchNorm1d if len(shape) == 2 else torch.nn.BatchNorm2d
     how = {"eps": EPSILON, "momentum": 1 - MOMENTUM, "device": x.device}
-    layers = [make(shape[axis], **how) for _ in range(bench.depth(shape))]
+    layers = [make(shape[axis], **how) for _ in range(verify.depth(shape))]
     weights = [weight for each in layers for weight in each.parameters()]
 
     def step():
@@ -103,7 +103,7 @@ def flax(shape, axis=-1, training=True):
     how = {"momentum": MOMENTUM, "epsilon": EPSILON, "axis": axis}
     layers = [
         nnx.BatchNorm(shape[axis], **how, rngs=nnx.Rngs(0))
-        for _ in range(bench.depth(shape))
+        for _ in range(verify.depth(shape))
     ]
     model = nnx.Sequential(*layers)
     model.train() if training else model.eval()
@@ -140,15 +140,15 @@ def functions(
     `known`, there are Keras's and ours alone.
     """
     peers = {
-        bench.PEER: lambda: keras.layers.BatchNormalization(axis=axis, **options),
-        bench.OURS: lambda: keras_bn.BatchNormalization(axis=axis, **options),
+        verify.PEER: lambda: keras.layers.BatchNormalization(axis=axis, **options),
+        verify.OURS: lambda: keras_bn.BatchNormalization(axis=axis, **options),
     }
     alone = known or bool(options)
     if training and mode == "graph" and axis == -1 and not alone:
         peers["fused op"] = FusedOp
     dtype = keras.DTypePolicy(options.get("dtype", "float32")).compute_dtype
     how = mode, training, dtype, backward, known
-    chains = {n: bench.chain(m, shape, *how) for n, m in peers.items()}
+    chains = {n: verify.chain(m, shape, *how) for n, m in peers.items()}
     if alone or not backward:
         return chains
     others = {

@@ -13,8 +13,8 @@ import numpy as np
 import tensorflow as tf
 
 import keras_bn
-from keras_bn import bench
-from keras_bn.kernels import modes
+from keras_bn import verify
+from keras_bn.backends import modes
 
 DEVICES = ["CPU:0", "CPU:1"]
 # Of the share of one replica.
@@ -38,7 +38,7 @@ def chain(strategy, make, shape):
         A function of no arguments.
     """
     with strategy.scope():
-        forward, variables = bench.in_line(make, shape)
+        forward, variables = verify.in_line(make, shape)
     rng = np.random.default_rng(0)
     arguments = [
         strategy.experimental_distribute_values_from_function(
@@ -59,7 +59,7 @@ def measure(strategy, shape, seconds=5.0):
         for how in HOW:
             make = functools.partial(cls, synchronized=how == "together")
             chains[f"{name}, {how}"] = chain(strategy, make, shape)
-    timings = bench.per_layer(bench.interleave(chains, seconds), shape)
+    timings = verify.per_layer(verify.interleave(chains, seconds), shape)
     row = {"shape": shape, "ms": {name: t._asdict() for name, t in timings.items()}}
     for name in KINDS:
         apart, together = (timings[f"{name}, {how}"].median for how in HOW)

@@ -10,12 +10,12 @@ from keras_bn.int8.aware import quantize_aware
 from keras_bn.int8.export import export_int8
 from keras_bn.layer import BatchNormalization
 from keras_bn.moments import Moments
-from keras_bn.renorm import renorm_ramp
+from keras_bn.layer.renorm import renorm_ramp
 from keras_bn.tools.convert import from_keras, to_keras
 from keras_bn.tools.fold import fold, plan_fold
 from keras_bn.tools.freeze import freeze, unfreeze
 from keras_bn.tools.freeze_after import FreezeAfter
-from keras_bn.tools.load import load_model
+from keras_bn.loading.load import load_model
 from keras_bn.tools.pytorch import from_torch, to_torch
 from keras_bn.tools.recalibrate import Recalibrate, recalibrate
 from keras_bn.version import __version__

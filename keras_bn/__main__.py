@@ -1,6 +1,6 @@
 """`python -m keras_bn`: the command line."""
 
-from keras_bn.cli import main
+from keras_bn.cli.main import main
 
 if __name__ == "__main__":
     raise SystemExit(main())

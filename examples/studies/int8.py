@@ -23,7 +23,7 @@ import numpy as np
 from keras import layers
 
 import keras_bn
-from keras_bn.int8 import kernels
+from keras_bn.int8 import weights
 from keras_bn.int8.export import integer_file
 from keras_bn.int8.tflite import Interpreter
 
@@ -157,9 +157,9 @@ def scaled_apart(model, seed):
     rng = np.random.default_rng(seed)
     linear = [layer for layer in model.layers if hasattr(layer, "kernel")]
     for layer, following in itertools.pairwise(linear):
-        channels = kernels.output_range(layer, {"kernel": layer.kernel.numpy()}).size
+        channels = weights.output_range(layer, {"kernel": layer.kernel.numpy()}).size
         factor = np.exp(rng.uniform(-APART, APART, channels)).astype("float32")
-        matrix, back = kernels.as_matrix(layer, "kernel", layer.kernel.numpy())
+        matrix, back = weights.as_matrix(layer, "kernel", layer.kernel.numpy())
         layer.kernel.assign(back(matrix * factor))
         layer.bias.assign(layer.bias.numpy() * factor)
         # The input channels of every kernel here are on its last axis but one.

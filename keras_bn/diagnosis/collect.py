@@ -13,19 +13,10 @@ import numpy as np
 from keras.src.losses.loss import unscale_loss_for_distribution
 from keras.src.trainers.trainer import Trainer
 
-from keras_bn.arguments import align_mask
 from keras_bn.diagnosis.records import LayerRecord, ModelRecord
+from keras_bn.layer.arguments import align_mask
 from keras_bn.moments import Moments, merged
-from keras_bn.tools.arrays import axes, float64, is_initial, moving
-from keras_bn.tools.graph import graph_of, input_of, nodes, walk
-from keras_bn.tools.linear import is_linear
-from keras_bn.tools.norms import (
-    is_frozen,
-    is_keras,
-    is_normalization,
-    normalizations,
-)
-from keras_bn.tools.observe import (
+from keras_bn.passes.observe import (
     Watch,
     batches,
     check_call,
@@ -33,6 +24,10 @@ from keras_bn.tools.observe import (
     pooled,
     state_kept,
 )
+from keras_bn.surgery.arrays import axes, float64, is_initial, moving
+from keras_bn.surgery.graph import graph_of, input_of, nodes, walk
+from keras_bn.surgery.norms import is_frozen, is_keras, is_normalization, normalizations
+from keras_bn.tools.linear import is_linear
 
 _INFERENCE, _TRAINING, _PROBE = "inference", "training", "probe"
 

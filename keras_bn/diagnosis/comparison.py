@@ -8,7 +8,7 @@ from keras_bn.diagnosis import text
 from keras_bn.diagnosis.findings import Finding
 from keras_bn.diagnosis.records import LayerRecord
 from keras_bn.moments import Moments
-from keras_bn.tools.plain import table
+from keras_bn.pages.plain import table
 
 
 def compare(before: Any, after: Any) -> "Comparison":
@@ -136,7 +136,7 @@ class Comparison:
 
     def open(self) -> Path:
         """Show the page in the browser, as `Report.open` does."""
-        from keras_bn.tools.display import opened
+        from keras_bn.pages.display import opened
 
         return opened(self.to_html(), f"{self.after.record.model}-compared")
 

@@ -3,7 +3,7 @@
 from html import escape
 
 from keras_bn.diagnosis import html
-from keras_bn.tools import display
+from keras_bn.pages import display
 
 
 def page(comparison):

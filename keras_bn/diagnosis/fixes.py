@@ -2,9 +2,9 @@
 
 from typing import NamedTuple
 
-from keras_bn.tools.arrays import rolled_back
+from keras_bn.surgery.arrays import rolled_back
+from keras_bn.surgery.norms import normalizations
 from keras_bn.tools.freeze import unfreeze
-from keras_bn.tools.norms import normalizations
 from keras_bn.tools.recalibrate import recalibrate, replace_statistics
 
 

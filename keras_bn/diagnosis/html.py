@@ -13,7 +13,7 @@ from keras_bn.diagnosis import drawings, text
 from keras_bn.diagnosis.findings import WORST_MEAN_DRIFT, WORST_STDDEV_RATIO
 from keras_bn.diagnosis.plots import mean_limit, ratio_limit
 from keras_bn.diagnosis.rules import SEVERITIES
-from keras_bn.tools import display
+from keras_bn.pages import display
 
 _MEAN, _RATIO, GAP = (
     "Moving mean, off the data's by",

@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 
 import keras
 
+from keras_bn.backends import Events
 from keras_bn.diagnosis.collect import check_any, collect
-from keras_bn.kernels import Events
-from keras_bn.tools.files import check_writable, write_whole
-from keras_bn.tools.norms import warn_of_others
-from keras_bn.tools.observe import DataCallback, Logs
+from keras_bn.pages.files import check_writable, write_whole
+from keras_bn.passes.observe import DataCallback, Logs
+from keras_bn.surgery.norms import warn_of_others
 
 
 class DriftRow(NamedTuple):

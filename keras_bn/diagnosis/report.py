@@ -16,9 +16,9 @@ from keras_bn.diagnosis.findings import Finding, findings
 from keras_bn.diagnosis.fixes import recalibrated
 from keras_bn.diagnosis.records import LayerRecord, ModelRecord
 from keras_bn.diagnosis.rules import ERROR, RULES, SEVERITIES, WARNING, ignored_kinds
-from keras_bn.tools.norms import warn_of_others
-from keras_bn.tools.observe import Verbose, check_end
-from keras_bn.tools.plain import number
+from keras_bn.pages.plain import number
+from keras_bn.passes.observe import Verbose, check_end
+from keras_bn.surgery.norms import warn_of_others
 
 # Of the dict; it grows when a key goes away or changes its meaning.
 SCHEMA_VERSION = 1
@@ -225,7 +225,7 @@ class Report:
         Warns:
             UserWarning: if there is no browser.
         """
-        from keras_bn.tools.display import opened
+        from keras_bn.pages.display import opened
 
         return opened(self.to_html(int8), self.record.model)
 

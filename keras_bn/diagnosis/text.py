@@ -2,7 +2,7 @@
 
 import textwrap
 
-from keras_bn.tools.plain import table
+from keras_bn.pages.plain import table
 
 
 def lines_of(report):

@@ -6,26 +6,26 @@ import keras
 import numpy as np
 from keras import layers
 
-from keras_bn.int8 import kernels, tflite
-from keras_bn.int8.calls import check_graph
+from keras_bn.int8 import tflite, weights
 from keras_bn.int8.export import batch_of, check_layers, constant, convert
-from keras_bn.int8.insert import insert
 from keras_bn.int8.layers import (
     FakeQuantizedLinear,
     FakeQuantizedNormalization,
     FakeQuantizer,
     quantizers,
 )
-from keras_bn.int8.uses import Uses
-from keras_bn.tools.arrays import axes as axes_of
+from keras_bn.passes.observe import batches
+from keras_bn.surgery.arrays import axes as axes_of
+from keras_bn.surgery.calls import check_graph
+from keras_bn.surgery.exchange import bypass, exchange, optimizers
+from keras_bn.surgery.graph import graph_of, holders, scope, walk
+from keras_bn.surgery.insert import insert
+from keras_bn.surgery.norms import is_frozen, is_normalization
+from keras_bn.surgery.uses import Uses
 from keras_bn.tools.convert import from_keras
-from keras_bn.tools.exchange import bypass, exchange, optimizers
 from keras_bn.tools.fold import Plan
 from keras_bn.tools.fuse import separate
-from keras_bn.tools.graph import graph_of, holders, scope, walk
 from keras_bn.tools.linear import is_linear
-from keras_bn.tools.norms import is_frozen, is_normalization
-from keras_bn.tools.observe import batches
 
 # Ranges that TFLite's operations always have for int8.
 _FIXED = {
@@ -278,7 +278,7 @@ def _behind(node, uses, bits):
 
 def _merges(operation):
     """Whether TFLite computes a ReLU in one operation with the layer before it."""
-    return kernels.is_relu(operation) in (float("inf"), 6.0)
+    return weights.is_relu(operation) in (float("inf"), 6.0)
 
 
 def _fixed(operation):

@@ -16,17 +16,17 @@ import keras
 import numpy as np
 from keras import layers
 
-from keras_bn.int8 import kernels
-from keras_bn.int8.uses import Uses
-from keras_bn.tools.arrays import axes, float64
-from keras_bn.tools.graph import walk
+from keras_bn.int8 import weights
+from keras_bn.surgery.arrays import axes, float64
+from keras_bn.surgery.graph import walk
+from keras_bn.surgery.norms import is_normalization
+from keras_bn.surgery.uses import Uses
 from keras_bn.tools.linear import (
     Affine,
     linear,
     scale_convolution_input,
     scale_depthwise_input,
 )
-from keras_bn.tools.norms import is_normalization
 
 
 class Normal(NamedTuple):
@@ -135,7 +135,7 @@ def _after(node, given):
             return None
         means, stddevs = zip(*given, strict=True)
         return Normal(sum(means), np.sqrt(sum(np.square(s) for s in stddevs)))
-    high = kernels.is_relu(operation)
+    high = weights.is_relu(operation)
     if high is not None:
         return cut(given[0], high)
     if isinstance(operation, layers.Dropout | layers.ZeroPadding2D | layers.Identity):
@@ -177,9 +177,9 @@ def _supported(layer):
 
 def _shift(layer, arrays, mean):
     """What rounding the weights adds to the mean of each output channel."""
-    names = kernels.names(layer)
+    names = weights.names(layer)
     error = {
-        name: kernels.rounded(layer, name, arrays[name]) - arrays[name]
+        name: weights.rounded(layer, name, arrays[name]) - arrays[name]
         for name in names
     }
     if len(names) == 2:

@@ -13,9 +13,9 @@ import keras
 import numpy as np
 from keras import layers
 
-from keras_bn.int8 import kernels
-from keras_bn.int8.uses import Uses
-from keras_bn.tools.graph import walk
+from keras_bn.int8 import weights
+from keras_bn.surgery.graph import walk
+from keras_bn.surgery.uses import Uses
 from keras_bn.tools.linear import Affine, Linear, UnfoldableError, linear
 
 _SWEEPS = 50
@@ -89,8 +89,8 @@ def equalize(model):
 def _step(edits, scales, first, second):
     """Equalize one pair; returns how far the scales are from 1, as a logarithm."""
     before, after = edits[id(first.operation)], edits[id(second.operation)]
-    out = kernels.output_range(before.layer, before.arrays)
-    into = kernels.input_range(after.layer, after.arrays)
+    out = weights.output_range(before.layer, before.arrays)
+    into = weights.input_range(after.layer, after.arrays)
     alive = (out > 0) & (into > 0)
     ratio = np.divide(out, into, out=np.ones_like(out), where=alive)
     scale = np.sqrt(ratio)
@@ -129,7 +129,7 @@ def _homogeneous(layer):
     return (
         activation is None
         or activation is keras.activations.linear
-        or kernels.is_relu(activation) == np.inf
+        or weights.is_relu(activation) == np.inf
     )
 
 
@@ -138,7 +138,7 @@ def _next_weighted(node, uses):
     node = uses.next(node)
     while node is not None and not _is_weighted(node.operation, uses):
         operation = node.operation
-        relu = kernels.is_relu(operation) == np.inf
+        relu = weights.is_relu(operation) == np.inf
         if not (relu or type(operation) in _HOMOGENEOUS) or len(node.input_tensors) > 1:
             return None
         node = uses.next(node)
@@ -157,8 +157,8 @@ def _takes(first, second):
         linear(node.operation, len(node.input_tensors[0].shape))
         for node in (first, second)
     )
-    out = kernels.output_range(before.layer, before.arrays)
-    into = kernels.input_range(after.layer, after.arrays)
+    out = weights.output_range(before.layer, before.arrays)
+    into = weights.input_range(after.layer, after.arrays)
     if out.shape != into.shape:
         return False
     none = np.zeros_like(into)

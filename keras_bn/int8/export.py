@@ -8,17 +8,17 @@ import keras
 import numpy as np
 
 from keras_bn.int8 import tflite
-from keras_bn.int8.calls import check_graph, run
 from keras_bn.int8.correct import correct
 from keras_bn.int8.equalize import equalize as equalize_channels
 from keras_bn.int8.layers import Constants, FakeQuantizedLinear, quantizers
 from keras_bn.int8.measure import compare, tag, tagged
 from keras_bn.int8.report import Int8Report
-from keras_bn.tools import files
-from keras_bn.tools.copying import copy_model
+from keras_bn.pages import files
+from keras_bn.passes.observe import batches
+from keras_bn.surgery.calls import check_graph, run
+from keras_bn.surgery.copying import copy_model
+from keras_bn.surgery.graph import graph_of, walk
 from keras_bn.tools.fold import Plan
-from keras_bn.tools.graph import graph_of, walk
-from keras_bn.tools.observe import batches
 
 # Samples that the report compares.
 _COMPARED = 64

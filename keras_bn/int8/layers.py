@@ -22,10 +22,10 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_bn.int8 import fake, kernels
-from keras_bn.tools.arrays import axes as axes_of
-from keras_bn.tools.graph import walk
-from keras_bn.tools.observe import is_watched
+from keras_bn.int8 import fake, weights
+from keras_bn.passes.observe import is_watched
+from keras_bn.surgery.arrays import axes as axes_of
+from keras_bn.surgery.graph import walk
 
 # So that the largest weight, rounded, is not a hair outside of the range.
 _ROOM = 1 + 1e-6
@@ -153,7 +153,7 @@ class FakeQuantizedLinear(_Wrapper):
         self.bits, self.activation_bits = bits, activation_bits
         self.supports_masking = layer.supports_masking
         self.between: Any = None
-        if len(kernels.names(layer)) == 2:
+        if len(weights.names(layer)) == 2:
             self.between = FakeQuantizer(activation_bits, name="between")
         # The rounded weights as constants, while a file is made.
         self.baked: Constants | None = None
@@ -168,7 +168,7 @@ class FakeQuantizedLinear(_Wrapper):
         self.built = True
 
     def call(self, inputs, training=None, mask=None):
-        norm, last = self.normalization, kernels.names(self.layer)[-1]
+        norm, last = self.normalization, weights.names(self.layer)[-1]
         x = inputs if self.between is None else self._depthwise(inputs, training)
         if self.baked is not None:
             return self._linear(x, self.baked.kernel(last), self.baked.bias)
@@ -178,7 +178,7 @@ class FakeQuantizedLinear(_Wrapper):
         if norm is None:
             return self._linear(x, self._rounded(last, kernel), self.layer.bias)
         scale = self._scale(norm.moving_variance)
-        folded = kernels.scaled(self.layer, last, kernel, scale, ops)
+        folded = weights.scaled(self.layer, last, kernel, scale, ops)
         rounded = self._rounded(last, folded)
         if not training or not norm.trainable or norm.freeze_statistics:
             return self._linear(x, rounded, self._folded_bias(scale))
@@ -222,14 +222,14 @@ class FakeQuantizedLinear(_Wrapper):
         return self.between(y, training=training)
 
     def _rounded(self, name, kernel):
-        matrix, back = kernels.as_matrix(self.layer, name, kernel, ops)
+        matrix, back = weights.as_matrix(self.layer, name, kernel, ops)
         limit = ops.stop_gradient(ops.max(ops.abs(matrix), axis=0))
         limit = ops.maximum(limit * _ROOM, _LEAST)
         return back(fake.per_channel(matrix, limit, self.bits))
 
     def _linear(self, x, kernel, bias):
         """What the layer computes with other weights; a bias of None is zero."""
-        layer, name = self.layer, kernels.names(self.layer)[-1]
+        layer, name = self.layer, weights.names(self.layer)[-1]
         inside = bias is not None and layer.bias is not None
         inside = inside and tuple(bias.shape) == tuple(layer.bias.shape)
         if self.between is not None:
@@ -251,14 +251,14 @@ class FakeQuantizedLinear(_Wrapper):
     def weights_of_inference(self):
         """`(arrays, bias)`: the rounded kernels by name, and the bias or None."""
         kernel_of = {}
-        *first, last = kernels.names(self.layer)
+        *first, last = weights.names(self.layer)
         for name in first:
             value = ops.convert_to_tensor(getattr(self.layer, name))
             kernel_of[name] = ops.convert_to_numpy(self._rounded(name, value))
         kernel, bias = ops.convert_to_tensor(getattr(self.layer, last)), self.layer.bias
         if self.normalization is not None:
             scale = self._scale(self.normalization.moving_variance)
-            kernel = kernels.scaled(self.layer, last, kernel, scale, ops)
+            kernel = weights.scaled(self.layer, last, kernel, scale, ops)
             bias = self._folded_bias(scale)
         kernel_of[last] = ops.convert_to_numpy(self._rounded(last, kernel))
         return kernel_of, None if bias is None else ops.convert_to_numpy(bias)
@@ -342,12 +342,12 @@ class Constants:
         """A kernel, as a constant."""
         layer, bits = self._layer.layer, self._layer.bits
         kernel = ops.convert_to_tensor(self._kernels[name])
-        images = len(kernel.shape) == 4 and not kernels.is_transpose(layer)
+        images = len(kernel.shape) == 4 and not weights.is_transpose(layer)
         if bits == 8 or not images:
             return kernel
-        largest = np.abs(kernels.as_matrix(layer, name, self._kernels[name])[0]).max(0)
+        largest = np.abs(weights.as_matrix(layer, name, self._kernels[name])[0]).max(0)
         limit = np.maximum(largest * (127 / (2 ** (bits - 1) - 1)), _LEAST)
-        if len(kernels.channel_axes(layer, name)) == 1:
+        if len(weights.channel_axes(layer, name)) == 1:
             return fake.per_channel(kernel, limit)
         # Depthwise kernels: the converter wants the channels along one axis.
         together = ops.reshape(kernel, (*kernel.shape[:-2], -1))

@@ -6,9 +6,9 @@ import keras
 import numpy as np
 
 from keras_bn.int8 import tflite
-from keras_bn.int8.calls import run
 from keras_bn.int8.layers import FakeQuantizedLinear
 from keras_bn.int8.report import Int8Layer
+from keras_bn.surgery.calls import run
 from keras_bn.tools.linear import is_linear
 
 # Samples that go through a model of floats at once.

@@ -6,8 +6,8 @@ from html import escape
 from pathlib import Path
 from typing import NamedTuple
 
-from keras_bn.tools import display
-from keras_bn.tools.plain import number, table
+from keras_bn.pages import display
+from keras_bn.pages.plain import number, table
 
 # The error that fills the bar of a layer: what the command allows for an output.
 FULL_ERROR = 0.1

@@ -1,1 +1,1 @@
-"""Tools for models: convert, fold, recalibrate, freeze, load, PyTorch."""
+"""Functions that take a model: convert, fold, recalibrate, freeze, PyTorch."""

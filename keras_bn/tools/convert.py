@@ -6,20 +6,18 @@ from typing import Any
 
 import keras
 
-from keras_bn import kernels
-from keras_bn.frozen import AFFINE, forget_traces
 from keras_bn.layer import BatchNormalization
-from keras_bn.tools.copying import copy_model
-from keras_bn.tools.exchange import (
+from keras_bn.layer.frozen import AFFINE, forget_traces
+from keras_bn.surgery.copying import copy_model
+from keras_bn.surgery.exchange import (
     exchange,
     holders_alive,
     optimizers,
     rekey,
     replace,
 )
-from keras_bn.tools.fuse import separate
-from keras_bn.tools.graph import holders, scope, walk
-from keras_bn.tools.norms import (
+from keras_bn.surgery.graph import holders, scope, walk
+from keras_bn.surgery.norms import (
     check_layer,
     computes_otherwise,
     is_frozen,
@@ -27,6 +25,8 @@ from keras_bn.tools.norms import (
     is_ours,
     rounds,
 )
+from keras_bn.surgery.rebuild import rebuild
+from keras_bn.tools.fuse import separate
 
 # Arguments that only our layer has, with the value that means "not used".
 _BEYOND_KERAS = {
@@ -38,8 +38,6 @@ _BEYOND_KERAS = {
 _TAKEN_BY_KERAS = inspect.signature(keras.layers.BatchNormalization).parameters
 if "renorm" not in _TAKEN_BY_KERAS:
     _BEYOND_KERAS["renorm"] = False
-# The attributes to copy besides the arguments.
-_ATTRIBUTES = ("_trainable", "_path", "_parent_path", "_remat_mode", "_called")
 
 
 def from_keras(
@@ -81,8 +79,8 @@ def from_keras(
     ...     [keras.Input((4,)), keras.layers.BatchNormalization(name="bn")]
     ... )
     >>> converted = keras_bn.from_keras(model)
-    >>> type(converted.get_layer("bn")).__module__
-    'keras_bn.layer'
+    >>> type(converted.get_layer("bn")) is keras_bn.BatchNormalization
+    True
     """
     return _convert(model, is_keras, BatchNormalization, in_place, compiled)
 
@@ -163,72 +161,10 @@ def _convert(model, wanted, kind, in_place, compiled):
 
 def _replacement(layer, kind):
     """The layer that takes the place of another; Keras freezes by `trainable`."""
-    new = remade(layer, kind)
+    new = rebuild(layer, kind)
     if kind is not BatchNormalization and is_frozen(layer):
         new.trainable = False
     return new
-
-
-def remade(layer, kind, **changes):
-    """A normalization with the config and the variables of another.
-
-    Args:
-        layer: a normalization, ours or Keras's, built or not.
-        kind: the class of the new one.
-        **changes: arguments that differ.
-
-    Returns:
-        The new layer, built if the old one is. It takes over the old variables by name;
-        a variable that is missing or has another dtype is new.
-
-    Raises:
-        ValueError: if the old layer has weights that the new one does not.
-    """
-    new = kind(**{**_arguments(layer, kind), **changes})
-    for name in _ATTRIBUTES:
-        if name in vars(layer):
-            vars(new)[name] = vars(layer)[name]
-    if not layer.built:
-        return new
-    present = {variable.name: variable for variable in layer.variables}
-    add = new.add_weight
-
-    def add_weight(*args, name, **options):
-        made = add(*args, name=name, **options)
-        old = present.pop(name, None)
-        if old is None:
-            return made
-        if old.dtype != made.dtype:
-            made.assign(old)
-            if made.trainable != old.trainable:
-                made.trainable = old.trainable
-            return made
-        # A frozen weight stays in the list that the tracker first put it in.
-        kind = "trainable" if made.trainable else "non_trainable"
-        new._tracker.untrack(made)
-        new._tracker.add_to_store(f"{kind}_variables", old)
-        return old
-
-    vars(new)["add_weight"] = add_weight
-    new.build_from_config(layer.get_build_config())
-    del vars(new)["add_weight"]
-    kernels.retrack(new)
-    if present:
-        raise ValueError(
-            f"Cannot convert '{layer.name}': {type(layer).__name__} has the weights "
-            f"{', '.join(present)}, and a batch normalization has no place for them."
-        )
-    return new
-
-
-def _arguments(layer, kind):
-    """The arguments for a layer of another class that does what this one does.
-
-    Read from attributes: a config would lose functions and classes of the user's.
-    """
-    names = [*inspect.signature(kind).parameters, "activity_regularizer", "autocast"]
-    known = {name: getattr(layer, name) for name in names if hasattr(layer, name)}
-    return {**known, "name": layer.name, "dtype": layer.dtype_policy}
 
 
 def _hand_over_variables(model, pairs):

@@ -5,12 +5,10 @@ from typing import NamedTuple
 
 import keras
 
-from keras_bn.tools import display
-from keras_bn.tools.convert import remade
-from keras_bn.tools.copying import copy_model
-from keras_bn.tools.exchange import bypass, exchange
-from keras_bn.tools.fuse import has_own_call, separate
-from keras_bn.tools.graph import (
+from keras_bn.pages import display
+from keras_bn.surgery.copying import copy_model
+from keras_bn.surgery.exchange import bypass, exchange
+from keras_bn.surgery.graph import (
     graph_of,
     graphs,
     holders,
@@ -19,6 +17,16 @@ from keras_bn.tools.graph import (
     scope,
     walk,
 )
+from keras_bn.surgery.norms import (
+    check_built,
+    computes_otherwise,
+    is_normalization,
+    is_ours,
+    plain,
+    rounds,
+)
+from keras_bn.surgery.rebuild import rebuild
+from keras_bn.tools.fuse import has_own_call, separate
 from keras_bn.tools.linear import (
     Linear,
     Normalization,
@@ -26,14 +34,6 @@ from keras_bn.tools.linear import (
     is_activated,
     is_linear,
     linear,
-)
-from keras_bn.tools.norms import (
-    check_built,
-    computes_otherwise,
-    is_normalization,
-    is_ours,
-    plain,
-    rounds,
 )
 
 
@@ -203,7 +203,7 @@ class Plan:
             for edit in self.edits.values():
                 layer = of(edit.layer)
                 if isinstance(edit, Normalization):
-                    whole = remade(layer, plain(layer), center=True, scale=True)
+                    whole = rebuild(layer, plain(layer), center=True, scale=True)
                     pairs.append((layer, whole))
                     layer = whole
                 edit.write(layer)

@@ -4,12 +4,12 @@ import warnings
 
 import keras
 
-from keras_bn.frozen import forget_traces
 from keras_bn.layer import BatchNormalization
-from keras_bn.tools import norms
+from keras_bn.layer.frozen import forget_traces
+from keras_bn.surgery import norms
+from keras_bn.surgery.graph import walk
 from keras_bn.tools.fold import Fold, Plan
 from keras_bn.tools.fuse import note, separate
-from keras_bn.tools.graph import walk
 
 
 def freeze(

@@ -1,8 +1,8 @@
 """Linear layers that take in the frozen normalization behind them, call by call.
 
 `Noting` stands in the place of the `call` of a linear layer. It gives the layer's own
-output, with a note (`keras_bn.noted`) that a frozen normalization follows. The layer
-has the same class, config and variables as before, so nothing of this is saved.
+output, with a note (`keras_bn.layer.noted`) that a frozen normalization follows. The
+layer has the same class, config and variables as before, so nothing of this is saved.
 """
 
 import functools
@@ -11,9 +11,10 @@ import keras
 from keras import ops
 from keras.src.backend import AutocastScope
 
-from keras_bn import kernels, noted
-from keras_bn.kernels.plan import elements
-from keras_bn.tools.graph import walk
+from keras_bn import backends
+from keras_bn.backends.plan import elements
+from keras_bn.layer import noted
+from keras_bn.surgery.graph import walk
 from keras_bn.tools.linear import is_activated
 
 # Scaling a kernel costs as much per element as scaling an output: where the output has
@@ -38,7 +39,7 @@ class Noting:
         layer = self.layer
         y = type(layer).call(layer, inputs, **options)
         worth = elements(y.shape) >= WORTH * elements(getattr(layer, self._last).shape)
-        if kernels.pruned(y) and worth and not is_activated(layer):
+        if backends.pruned(y) and worth and not is_activated(layer):
             again = functools.partial(self._again, inputs, options)
             noted.leave(y, noted.Note(self.axes, again))
         return y
@@ -62,7 +63,7 @@ class Noting:
             "use_bias": not convolution,
         }
         y = type(layer).call(_Instead(layer, **weights), inputs, **options)
-        return kernels.add_offset(y, bias, self.axes[0]) if convolution else y
+        return backends.add_offset(y, bias, self.axes[0]) if convolution else y
 
 
 def _spread(values, shape):

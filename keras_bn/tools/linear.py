@@ -13,9 +13,9 @@ from typing import NamedTuple
 import numpy as np
 from keras import activations, layers
 
-from keras_bn.tools.arrays import axes as axes_of
-from keras_bn.tools.arrays import float64
-from keras_bn.tools.norms import is_normalization
+from keras_bn.surgery.arrays import axes as axes_of
+from keras_bn.surgery.arrays import float64
+from keras_bn.surgery.norms import is_normalization
 
 
 class Affine(NamedTuple):

@@ -12,9 +12,8 @@ from typing import Any
 import numpy as np
 from keras import ops
 
-from keras_bn import arguments
-from keras_bn.layer import BatchNormalization
-from keras_bn.tools import norms
+from keras_bn.layer import BatchNormalization, arguments
+from keras_bn.surgery import norms
 
 _RANKS = {"BatchNorm1d": 2, "BatchNorm2d": 4, "BatchNorm3d": 5}
 _AFFINE = {"gamma": "weight", "beta": "bias"}

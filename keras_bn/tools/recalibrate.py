@@ -7,9 +7,7 @@ import keras
 import numpy as np
 
 from keras_bn.moments import Moments, corrected, merged
-from keras_bn.tools.arrays import float64, moving, rolled_back
-from keras_bn.tools.norms import is_frozen, normalizations, warn_of_others
-from keras_bn.tools.observe import (
+from keras_bn.passes.observe import (
     DataCallback,
     Logs,
     Verbose,
@@ -19,6 +17,8 @@ from keras_bn.tools.observe import (
     observed,
     pooled,
 )
+from keras_bn.surgery.arrays import float64, moving, rolled_back
+from keras_bn.surgery.norms import is_frozen, normalizations, warn_of_others
 
 # Below this many elements, the standard error of a variance is over 14 %.
 _FEW = 100

@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from keras_bn import Moments, moving
+from keras_bn import Moments
+from keras_bn.layer import moving
 
 values = st.floats(-1e3, 1e3, allow_subnormal=False)
 

@@ -14,7 +14,7 @@ from support.cases import groups
 from support.steps import MODES, Step, array, in_mode, relative_error, set_parameters
 
 import keras_bn
-from keras_bn import moving, renorm
+from keras_bn.layer import moving, renorm
 
 
 def batches(count, shape=(16, 3), seed=0, dtype="float64"):

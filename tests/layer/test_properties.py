@@ -8,7 +8,7 @@ from support.cases import Case, check
 from support.steps import array
 
 import keras_bn
-from keras_bn import Moments, kernels
+from keras_bn import Moments, backends
 
 LIMITS = settings(max_examples=25, deadline=None)
 
@@ -77,8 +77,8 @@ def test_affine_invariance(scale, shift, negative, seed):
 
 def moments_of(x):
     x = ops.convert_to_tensor(x)
-    plan = kernels.Plan("plain", axes=(1,))
-    _, batch = kernels.forward(x, None, None, None, epsilon=1e-3, plan=plan)
+    plan = backends.Plan("plain", axes=(1,))
+    _, batch = backends.forward(x, None, None, None, epsilon=1e-3, plan=plan)
     return Moments(*(array(part) for part in batch))
 
 

@@ -70,13 +70,13 @@ def test_a_step_is_right_with_nothing_known_but_the_rank(
     shape, axis, kernel, monkeypatch
 ):
     plans = []
-    make = keras_bn.step.kernels.forward
+    make = keras_bn.layer.step.backends.forward
 
     def forward(*args, plan, **kwargs):
         plans.append(plan.kernel)
         return make(*args, plan=plan, **kwargs)
 
-    monkeypatch.setattr(keras_bn.step.kernels, "forward", forward)
+    monkeypatch.setattr(keras_bn.layer.step.backends, "forward", forward)
     compare(shape, axis)
     assert plans == [kernel]
 

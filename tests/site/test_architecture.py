@@ -18,14 +18,14 @@ ORDER = [
     {"version", "backend"},
     {"quiet"},
     {"moments"},
-    {"kernels"},
-    {"moving"},
-    {"renorm"},
-    {"step", "arguments", "frozen", "noted", "stored"},
+    {"backends"},
     {"layer"},
-    {"tools", "proof", "bench"},
+    {"pages", "surgery"},
+    {"passes"},
+    {"tools", "verify"},
+    {"loading"},
     {"diagnosis", "int8"},
-    {"commands", "testing"},
+    {"testing"},
     {"cli"},
     {"__main__"},
 ]
@@ -86,16 +86,21 @@ ABOUT = {
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_a_backend_is_named_in_its_own_folder_only(path):
-    own = {b for b in BACKENDS if PACKAGE / "kernels" / b in path.parents}
+    own = {b for b in BACKENDS if PACKAGE / "backends" / b in path.parents}
     source = path.read_text()
     assert named(at_the_top(source)) <= own
     assert named(source) - own <= {ABOUT.get(path)}
 
 
 def test_these_guards_can_fail():
-    assert list(upward("moments", "from keras_bn.layer import BatchNormalization"))
-    assert list(upward("kernels", "from keras_bn import cli"))
-    assert not list(upward("layer", "from keras_bn import kernels"))
+    assert list(
+        upward(
+            "moments",
+            "from keras_bn.layer import BatchNormalization",
+        )
+    )
+    assert list(upward("backends", "from keras_bn import cli"))
+    assert not list(upward("layer", "from keras_bn import backends"))
     assert named("import tensorflow as tf") == {"tensorflow"}
     assert named(at_the_top("import jax.numpy as jnp")) == {"jax"}
     assert not named(at_the_top("def f():\n    import tensorflow as tf"))

@@ -12,8 +12,8 @@ import pytest
 from support.distributed import strategy_of
 
 import keras_bn
-from keras_bn import bench
-from keras_bn.bench import chains
+from keras_bn import verify
+from keras_bn.verify import chains
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from benchmarks import __main__ as everything
@@ -41,7 +41,7 @@ def test_interleave_tells_slow_from_fast():
     def slow():
         return sum(range(20_000))
 
-    timings = bench.interleave({"slow": slow, "fast": lambda: None}, seconds=0.05)
+    timings = verify.interleave({"slow": slow, "fast": lambda: None}, seconds=0.05)
     assert timings["slow"].median > 3 * timings["fast"].median
     for timing in timings.values():
         assert timing.low <= timing.median <= timing.high
@@ -52,7 +52,7 @@ def test_interleave_tells_slow_from_fast():
 @pytest.mark.parametrize("training", [True, False])
 def test_every_peer_takes_its_step(training):
     functions = peers.functions(SHAPE, training=training)
-    assert {bench.PEER, bench.OURS} <= set(functions)
+    assert {verify.PEER, verify.OURS} <= set(functions)
     for function in functions.values():
         function()
 
@@ -69,10 +69,10 @@ def test_the_batch_size_is_known_to_tracing_or_not(known, monkeypatch):
 
     monkeypatch.setattr(keras_bn, "BatchNormalization", Spy)
     functions = peers.functions(SHAPE, known=known)
-    functions[bench.OURS]()
+    functions[verify.OURS]()
     assert set(seen) == {SHAPE[0] if known else None}
     if known:
-        assert set(functions) == {bench.PEER, bench.OURS}
+        assert set(functions) == {verify.PEER, verify.OURS}
 
 
 @pytest.fixture
@@ -121,7 +121,7 @@ def test_synchronized_replicas_are_measured_synchronized():
         return layers[-1]
 
     sync.chain(strategy, make, SHAPE)()
-    assert len(layers) == bench.depth(SHAPE)
+    assert len(layers) == verify.depth(SHAPE)
     rows = np.random.default_rng(0).normal(size=(2 * SHAPE[0], *SHAPE[1:]))
     np.testing.assert_allclose(layers[0].moving_variance.numpy(), rows.var(0), 1e-5)
 
@@ -401,7 +401,7 @@ def test_what_users_run_is_the_first_table_of_the_report(monkeypatch):
 @pytest.mark.parametrize(("shape", "axis"), [(SHAPE, -1), ((2, 4, 3, 3), 1)])
 def test_a_layer_beside_the_backends_own(shape, axis):
     ms = backends.layer(shape, axis, seconds=0.01)
-    assert set(ms) == {bench.PEER, bench.OURS} | (
+    assert set(ms) == {verify.PEER, verify.OURS} | (
         {backends.OWN} if axis == -1 else set()
     )
 
@@ -412,7 +412,7 @@ def test_each_backend_has_a_process(monkeypatch):
 
     def run(command, env, **_):
         seen.append((command[0], env["KERAS_BACKEND"]))
-        ms = {bench.PEER: 6.0, bench.OURS: 2.0}
+        ms = {verify.PEER: 6.0, verify.OURS: 2.0}
         if env["KERAS_BACKEND"] == "jax":
             ms[backends.OWN] = 1.0
         row = {"backend": env["KERAS_BACKEND"], "rows": {"8×4": ms}}

@@ -9,7 +9,7 @@ import keras_bn
 from keras_bn.diagnosis.collect import LayerRecord
 from keras_bn.diagnosis.findings import Finding
 from keras_bn.diagnosis.report import Report
-from keras_bn.renorm import LinearRamp
+from keras_bn.layer.renorm import LinearRamp
 from keras_bn.tools.fold import Fold
 
 PUBLIC = [getattr(keras_bn, name) for name in keras_bn.__all__ if name != "__version__"]

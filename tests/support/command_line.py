@@ -2,12 +2,12 @@
 
 import pytest
 
-from keras_bn import cli
+from keras_bn.cli import main
 
 
 def run(*arguments):
     """The exit status."""
-    return cli.main([str(argument) for argument in arguments])
+    return main.main([str(argument) for argument in arguments])
 
 
 def refused(capsys, *arguments):

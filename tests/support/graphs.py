@@ -7,7 +7,7 @@ goes through all objects in memory, as the garbage collector does, takes twice a
 import gc
 import inspect
 
-from keras_bn import step
+from keras_bn.layer import step
 from support import backend
 
 

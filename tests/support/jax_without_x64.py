@@ -7,7 +7,7 @@ import keras
 import numpy as np
 
 import keras_bn
-from keras_bn.proof import cases, judge
+from keras_bn.verify import cases, judge
 
 assert keras.backend.backend() == "jax"
 assert not jax.config.jax_enable_x64

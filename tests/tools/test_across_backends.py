@@ -7,7 +7,7 @@ from support import backend
 from support.alone import run_alone
 
 import keras_bn
-from keras_bn.tools.graph import walk
+from keras_bn.surgery.graph import walk
 
 pytestmark = pytest.mark.slow
 tf = backend.tensorflow("it serves what another process trained")

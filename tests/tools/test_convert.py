@@ -20,7 +20,7 @@ from support.zoo import (
 )
 
 import keras_bn
-from keras_bn.tools.graph import walk
+from keras_bn.surgery.graph import walk
 
 KERAS = layers.BatchNormalization
 OURS = keras_bn.BatchNormalization

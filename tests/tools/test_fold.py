@@ -9,8 +9,8 @@ from support.backend import KERAS_IS_A_JUDGE, array, tf
 from support.zoo import GRAPHS, Subclassed, inputs_of, randomized
 
 import keras_bn
+from keras_bn.surgery.graph import walk
 from keras_bn.tools.fold import is_normalization
-from keras_bn.tools.graph import walk
 
 OURS = keras_bn.BatchNormalization
 KERAS = layers.BatchNormalization

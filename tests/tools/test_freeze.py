@@ -19,8 +19,8 @@ from support.zoo import (
 )
 
 import keras_bn
+from keras_bn.surgery.graph import walk
 from keras_bn.tools.convert import is_ours
-from keras_bn.tools.graph import walk
 
 OURS = keras_bn.BatchNormalization
 

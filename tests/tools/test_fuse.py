@@ -17,8 +17,8 @@ from support.training import Loop
 from support.zoo import inputs_of, nested, randomized, several, wrapped
 
 import keras_bn
+from keras_bn.surgery.copying import copy_model
 from keras_bn.tools import fuse
-from keras_bn.tools.copying import copy_model
 
 OURS = keras_bn.BatchNormalization
 # Run op by op, as on PyTorch, no layer follows a note: the other way has been computed.

@@ -14,7 +14,7 @@ from support.zoo import randomized
 
 import keras_bn
 from keras_bn.int8 import correct as correction
-from keras_bn.int8 import kernels, tflite
+from keras_bn.int8 import tflite, weights
 from keras_bn.int8.equalize import equalize
 from keras_bn.int8.export import integer_file
 from keras_bn.int8.report import Int8Layer, Int8Report
@@ -326,8 +326,8 @@ def test_equalization_changes_ranges_and_not_the_model():
         out, into = (
             measure(layer, {"kernel": layer.kernel.numpy()})
             for measure, layer in (
-                (kernels.output_range, left),
-                (kernels.input_range, right),
+                (weights.output_range, left),
+                (weights.input_range, right),
             )
         )
         np.testing.assert_allclose(out, into, rtol=0.05)
@@ -370,7 +370,7 @@ def test_moments_of_a_cut_normal(high):
 
 def test_bias_correction_takes_out_the_mean_error(monkeypatch):
     """With coarse weights, and inputs that have the moments of beta and gamma."""
-    monkeypatch.setattr(kernels, "rounded", functools.partial(kernels.rounded, bits=3))
+    monkeypatch.setattr(weights, "rounded", functools.partial(weights.rounded, bits=3))
     model = small()
     keras_bn.recalibrate(model, images(400), batch_size=400, verbose=0)
     plan, folded = keras_bn.plan_fold(model), keras_bn.fold(model)
@@ -378,9 +378,9 @@ def test_bias_correction_takes_out_the_mean_error(monkeypatch):
     def coarse(model):
         """The model with rounded kernels."""
         for layer in model._flatten_layers():
-            for name in kernels.names(layer) if hasattr(layer, "kernel") else ():
+            for name in weights.names(layer) if hasattr(layer, "kernel") else ():
                 variable = getattr(layer, name)
-                variable.assign(kernels.rounded(layer, name, variable.numpy()))
+                variable.assign(weights.rounded(layer, name, variable.numpy()))
         return model
 
     def off(model, other):

@@ -13,7 +13,7 @@ from support.marks import mostly_slow
 from support.zoo import GRAPHS, convolutional, inputs_of, randomized
 
 import keras_bn
-from keras_bn.tools.graph import walk
+from keras_bn.surgery.graph import walk
 
 KERAS = layers.BatchNormalization
 OURS = keras_bn.BatchNormalization

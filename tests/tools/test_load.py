@@ -13,9 +13,9 @@ from support.backend import but_on
 from support.zoo import convolutional, inputs_of, randomized, sequential, wrapped
 
 import keras_bn
-from keras_bn.tools.configs import modern
-from keras_bn.tools.graph import walk
-from keras_bn.tools.norms import is_keras, is_ours
+from keras_bn.loading.configs import modern
+from keras_bn.surgery.graph import walk
+from keras_bn.surgery.norms import is_keras, is_ours
 
 
 def kinds(model):

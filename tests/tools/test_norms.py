@@ -7,7 +7,7 @@ from conftest import require
 from support import backend
 
 import keras_bn
-from keras_bn.tools import norms
+from keras_bn.surgery import norms
 
 TOOLS = {
     "freeze": keras_bn.freeze,

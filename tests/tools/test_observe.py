@@ -13,7 +13,7 @@ from support.distributed import strategy_of
 from support.marks import slow
 
 import keras_bn
-from keras_bn.tools.observe import batches
+from keras_bn.passes.observe import batches
 
 KERAS = layers.BatchNormalization
 OURS = keras_bn.BatchNormalization

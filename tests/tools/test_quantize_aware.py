@@ -11,7 +11,7 @@ from support.marks import slow
 from support.zoo import randomized
 
 import keras_bn
-from keras_bn.int8 import kernels, tflite
+from keras_bn.int8 import tflite, weights
 from keras_bn.int8.export import integer_file
 from keras_bn.int8.layers import FakeQuantizedLinear, FakeQuantizer, quantizers
 
@@ -199,7 +199,7 @@ def test_training_is_the_whitepapers_formula(use_bias, affine):
     sigma = np.sqrt(variance + norm.epsilon)
     plain = conv(x).numpy()
     batch_sigma = np.sqrt(plain.var((0, 1, 2)) + norm.epsilon)
-    rounded = kernels.rounded(conv, "kernel", conv.kernel.numpy() * gamma / sigma, 4)
+    rounded = weights.rounded(conv, "kernel", conv.kernel.numpy() * gamma / sigma, 4)
     whole = ops.conv(x, rounded.astype("float32")).numpy()
     # Section 3.2.2: the correction c is the batch's deviation over the moving one.
     bias = conv.bias.numpy() if use_bias else 0.0
@@ -215,7 +215,7 @@ def test_inference_and_frozen_training_use_the_weights_of_the_file(frozen):
     layer, conv, norm = wrapped(use_bias=True)
     norm.freeze_statistics = frozen
     scale = norm.gamma / ops.sqrt(norm.moving_variance + norm.epsilon)
-    rounded = kernels.rounded(conv, "kernel", (conv.kernel * scale).numpy(), 4)
+    rounded = weights.rounded(conv, "kernel", (conv.kernel * scale).numpy(), 4)
     offset = (conv.bias - norm.moving_mean) * scale + norm.beta
     expected = ops.conv(images(6), rounded.astype("float32")) + offset
     before = norm.moving_mean.numpy()

@@ -20,8 +20,8 @@ from support.zoo import (
 )
 
 import keras_bn
+from keras_bn.surgery.graph import walk
 from keras_bn.tools.fold import is_normalization
-from keras_bn.tools.graph import walk
 
 OURS = keras_bn.BatchNormalization
 KERAS = layers.BatchNormalization
@@ -361,7 +361,7 @@ def test_an_interrupted_assignment_is_taken_back(monkeypatch):
         return assign(self, value)
 
     monkeypatch.setattr(type(last), "assign", interrupted)
-    monkeypatch.setattr("keras_bn.tools.observe.state_kept", lambda m: Nothing())
+    monkeypatch.setattr("keras_bn.passes.observe.state_kept", lambda m: Nothing())
     with pytest.raises(KeyboardInterrupt):
         recalibrate(model, data())
     for path, value in before.items():

@@ -1,0 +1,27 @@
+"""Normalizing a batch with its own statistics."""
+
+import jax.numpy as jnp
+
+from keras_bn.backends import autodiff
+from keras_bn.backends.jax import closed
+from keras_bn.backends.plan import Plan
+from keras_bn.moments import Moments, Tensor
+
+
+def forward(
+    x, mask, gamma, beta, *, epsilon: float, plan: Plan
+) -> tuple[Tensor, Moments]:
+    """Normalize a batch with its own statistics; see the contract of the backends."""
+    # Sums overflow or lose digits in half precision.
+    wide = x if x.dtype == jnp.float64 else x.astype(jnp.float32)
+    if plan.kernel == "closed":
+        y, moments = closed.forward(wide, gamma, beta, epsilon, plan.axes)
+    else:
+        how = {"epsilon": epsilon, "plan": plan}
+        y, moments = autodiff.forward(wide, mask, gamma, beta, **how)
+    return y.astype(x.dtype), moments
+
+
+def standardize(x, mean, scale, beta):
+    """`scale * (x - mean) + beta`; see the contract of the backends."""
+    return x * scale + (beta - mean * scale)

@@ -1,0 +1,218 @@
+"""Where the channels of an input are, and how its statistics line up with it."""
+
+import functools
+import math
+import operator
+from collections.abc import Sequence
+
+from keras import ops
+
+from keras_bn.backends.formulas import where
+from keras_bn.moments import Tensor
+
+# How many elements of each channel give the shift: enough to be near its mean.
+SHIFT_ROWS = 16
+
+
+def broadcast(
+    value: Tensor, shape: Sequence[int | None], axes: tuple[int, ...]
+) -> Tensor:
+    """A value per channel, in the shape that broadcasts against an input.
+
+    Args:
+        value: tensor with the sizes of the input along `axes`.
+        shape: static shape of the input.
+        axes: the channel axes, non-negative and ascending.
+    """
+    first = min(axes)
+    if tuple(axes) == tuple(range(first, len(shape))):
+        return value
+    sizes = [shape[i] if i in axes else 1 for i in range(first, len(shape))]
+    return ops.reshape(value, sizes)
+
+
+class Layout:
+    """How statistics line up with an input: the shapes used inside a kernel.
+
+    Inside a kernel the input is `inner(x)`, and every statistic or parameter has a
+    shape that broadcasts against it, so that no formula mentions an axis. With the
+    channels last, in one axis or several, statistics keep their shape; otherwise they
+    have sizes of 1 in between.
+
+    Args:
+        x: the input, with known sizes along `axes`.
+        axes: the channel axes, non-negative and ascending.
+    """
+
+    def __init__(self, x, axes):
+        rank = len(x.shape)
+        self._axes = axes
+        self._channels = [x.shape[axis] for axis in axes]
+        self._rows = [axis for axis in range(rank) if axis not in axes]
+        last = tuple(axes) == tuple(range(rank - len(axes), rank))
+        self._keepdims = not last
+        self._inner = self._channels
+        if not last:
+            self._inner = [x.shape[i] if i in axes else 1 for i in range(rank)]
+
+    def inner(self, x):
+        """`x` in the shape the arithmetic runs in."""
+        return x
+
+    def outer(self, y, x):
+        """`y`, of the inner shape, in the shape of the input `x`."""
+        return y
+
+    def parameter(self, value, fill, dtype):
+        """A value per channel in the inner shape; `fill` for all if it is None."""
+        if value is None:
+            return ops.full(self._inner, fill, dtype)
+        return _reshaped(ops.cast(value, dtype), self._inner)
+
+    def statistic(self, value):
+        """A value per channel, or one for all, from the inner shape to the caller's."""
+        all_alike = math.prod(value.shape) < math.prod(self._channels)
+        return _reshaped(value, [] if all_alike else self._channels)
+
+    def mask(self, mask, x):
+        """The mask with the sizes of the input, 1 along the channels; or None."""
+        if mask is None:
+            return None
+        sizes = [
+            1 if axis in self._axes and mask.shape[axis] == 1 else size
+            for axis, size in enumerate(ops.shape(x))
+        ]
+        return ops.broadcast_to(mask, sizes)
+
+    def count(self, x, mask):
+        """How many elements stand behind each statistic, in the dtype of `x`."""
+        if mask is not None:
+            return self.sum(ops.cast(mask, x.dtype))
+        sizes = ops.shape(x)
+        rows = [sizes[axis] for axis in self._rows]
+        known = math.prod(n for n in rows if isinstance(n, int))
+        unknown = [n for n in rows if not isinstance(n, int)]
+        factors = unknown if known == 1 and unknown else [known, *unknown]
+        return ops.cast(functools.reduce(operator.mul, factors), x.dtype)
+
+    def shift(self, x, mask):
+        """A value near the mean of each channel, a constant to differentiation.
+
+        It is the mean of the first few elements; of all of them if there is a mask,
+        which may leave out the first ones.
+        """
+        if mask is not None or 0 in self._axes:
+            return self._mean(x, mask)
+        each = math.prod(x.shape[axis] or 1 for axis in self._rows[1:])
+        few = x[: -(-SHIFT_ROWS // max(each, 1))]
+        return ops.stop_gradient(ops.mean(few, self._rows, keepdims=self._keepdims))
+
+    def _mean(self, x, mask):
+        x = where(mask, ops.stop_gradient(x))
+        return self.sum(x) / ops.maximum(self.count(x, mask), 1)
+
+    def sum(self, x):
+        """The sum over everything that belongs to one channel, in the inner shape."""
+        return ops.sum(x, self._rows, keepdims=self._keepdims)
+
+    def spread(self, value):
+        """A statistic as it broadcasts against the input: as it is."""
+        return value
+
+    def total(self, value):
+        """The sum of a statistic over the groups of the batch: here there is one."""
+        return value
+
+
+class Images(Layout):
+    """The layout of ops for images: four axes, the channels last.
+
+    Args:
+        x: the input, with known sizes along `axes`.
+        axes: the one channel axis, non-negative.
+    """
+
+    def __init__(self, x, axes):
+        rank, (axis,) = len(x.shape), axes
+        self._rank = rank
+        self._last = [i for i in range(rank) if i != axis] + [axis]
+        self._moves = axis != rank - 1
+        super().__init__(self.inner(x), (3,))
+
+    def inner(self, x):
+        if self._moves:
+            x = ops.transpose(x, self._last)
+        return x if self._rank == 4 else ops.reshape(x, [-1, 1, 1, x.shape[-1]])
+
+    def outer(self, y, x):
+        if self._rank != 4:
+            sizes = ops.shape(x)
+            y = ops.reshape(y, [sizes[i] for i in self._last])
+        if self._moves:
+            y = ops.transpose(y, [self._last.index(i) for i in range(self._rank)])
+        return y
+
+
+class Grouped(Layout):
+    """The layout of a batch cut in order into groups, each with its own statistics.
+
+    A batch of `n` gives `max(1, n // size)` groups of `size`, the last taking the
+    remainder. Statistics have the groups along the leading axis of the inner shape,
+    where the input has its batch.
+
+    Args:
+        x: the input, with known sizes along `axes` and the batch in axis 0.
+        axes: the channel axes, non-negative and ascending, without axis 0.
+        size: how many samples make a group.
+    """
+
+    def __init__(self, x, axes, size):
+        super().__init__(x, axes)
+        self._inner = [d if i in axes else 1 for i, d in enumerate(x.shape)]
+        batch = ops.shape(x)[0]
+        known = isinstance(batch, int)
+        self._size = size if known else None
+        self._groups = max(batch // size, 1) if known else ops.maximum(batch // size, 1)
+        self._group = ops.minimum(ops.arange(batch) // size, self._groups - 1)
+
+    def count(self, x, mask):
+        if mask is None:
+            ones = [1 if i in self._axes else n for i, n in enumerate(ops.shape(x))]
+            mask = ops.ones(ones, "bool")
+        return self.sum(ops.cast(mask, x.dtype))
+
+    def statistic(self, value):
+        """A value per group and channel, with the groups along the leading axis."""
+        return ops.reshape(value, [self._groups, *(value.shape[a] for a in self._axes)])
+
+    def shift(self, x, mask):
+        return self._mean(x, mask)
+
+    def sum(self, x):
+        """The sum over what belongs to one channel of one group."""
+        samples = ops.sum(x, self._rows[1:], keepdims=True)
+        if self._size is None:
+            return ops.segment_sum(samples, self._group, self._groups)
+        # Keras's `segment_sum` adds up in float32 on PyTorch.
+        groups, rest = self._groups - 1, samples.shape[1:]
+        first, last = samples[: groups * self._size], samples[groups * self._size :]
+        first = ops.sum(ops.reshape(first, (groups, self._size, *rest)), 1)
+        return ops.concatenate([first, ops.sum(last, 0, keepdims=True)])
+
+    def spread(self, value):
+        """The statistics of each sample's own group."""
+        return ops.take(value, self._group, axis=0)
+
+    def total(self, value):
+        return ops.sum(value, 0, keepdims=True)
+
+
+def layout_of(x, plan) -> Layout:
+    """The layout of the formulas for an input, by its `Plan`."""
+    if plan.group_size is None:
+        return Layout(x, plan.axes)
+    return Grouped(x, plan.axes, plan.group_size)
+
+
+def _reshaped(value, shape):
+    return value if list(value.shape) == list(shape) else ops.reshape(value, shape)

@@ -1,0 +1,93 @@
+"""Normalizing a batch with its own statistics, by the kernel of its plan."""
+
+import functools
+from collections.abc import Sequence
+
+import keras
+import tensorflow as tf
+
+from keras_bn.backends import formulas, layout
+from keras_bn.backends.plan import Plan
+from keras_bn.backends.tensorflow import either, fused, synced
+from keras_bn.backends.tensorflow.gradients import with_gradients
+from keras_bn.moments import Moments, Tensor
+
+
+def forward(
+    x, mask, gamma, beta, *, epsilon: float, plan: Plan
+) -> tuple[Tensor, Moments]:
+    """Normalize a batch with its own statistics; see the contract of the backends."""
+    # Sums overflow or lose digits in half precision.
+    wide = tf.cast(x, keras.backend.result_type(x.dtype.name, "float32"))
+    lay = _layout(wide, plan)
+    inner = lay.inner(wide)
+    gamma = lay.parameter(gamma, 1.0, wide.dtype)
+    beta = lay.parameter(beta, 0.0, wide.dtype)
+    how = {"epsilon": epsilon, "layout": lay}
+    if plan.kernel == "fused":
+        y, moments, saved = fused.forward(inner, gamma, beta, gpu=plan.gpu, **how)
+        backward = fused.backward
+    elif plan.kernel == "either":
+        y, moments, saved = either.forward(inner, gamma, beta, **how)
+        backward = either.backward
+    else:
+        merge = synced.merge if plan.synchronized else None
+        total = synced.total if plan.synchronized else None
+        mask = lay.mask(mask, inner)
+        y, moments, saved = formulas.forward(
+            inner, mask, gamma, beta, merge=merge, **how
+        )
+        backward = functools.partial(formulas.backward, total=total)
+    if plan.once:
+        y = once(y, inner)
+
+    def vjp(upstream):
+        dx, d_gamma, d_beta = backward(saved, upstream, **how)
+        return once(dx, upstream) if plan.once else dx, d_gamma, d_beta
+
+    y = with_gradients(y, [inner, gamma, beta], vjp)
+    count, *others = (lay.statistic(value) for value in moments)
+    moments = Moments(count, *(tf.stop_gradient(value) for value in others))
+    return tf.cast(lay.outer(y, x), x.dtype), moments
+
+
+def _layout(x, plan):
+    last = plan.axes == (len(x.shape) - 1,)
+    if plan.kernel == "fused" or (plan.kernel == "either" and not last):
+        return layout.Images(x, plan.axes)
+    return layout.layout_of(x, plan)
+
+
+def once(value, operand):
+    """`value`, in a form that XLA on a CPU computes only once.
+
+    XLA would fuse it into each of its uses and compute it anew there, again and again
+    in a chain of layers. It does not do so with an op of several operands of full size.
+
+    Args:
+        value, operand: tensors of one shape, the first NaN wherever the second is.
+    """
+    return tf.where(operand == operand, value, operand)
+
+
+def standardize(x, mean, scale, beta):
+    """`scale * (x - mean) + beta`; see the contract of the backends."""
+    return x * scale + (beta - mean * scale)
+
+
+def checked(mask: Tensor, x: Tensor, along: Sequence[int]) -> Tensor:
+    """The mask, checked when it runs to have the sizes of `x` along some axes.
+
+    Raises:
+        tf.errors.InvalidArgumentError: at run time, if they do not fit.
+    """
+    got, wanted = tf.shape(mask), tf.gather(tf.shape(x), along)
+    fits = tf.reduce_all((got == wanted) | (got == 1))
+    message = (
+        f"The mask must have the sizes of the inputs along their axes {list(along)}. "
+        "A mask without the channel axis is only known as such by its static shape. "
+        "Received: a mask of shape, and inputs with sizes along these axes:"
+    )
+    check = tf.debugging.Assert(fits, [message, got, wanted])
+    with tf.control_dependencies([check] if check is not None else []):
+        return tf.identity(mask)

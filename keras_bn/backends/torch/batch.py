@@ -1,0 +1,88 @@
+"""Normalizing a batch with its own statistics, by PyTorch's op where it can serve."""
+
+import math
+
+import torch
+
+from keras_bn.backends import autodiff, layout
+from keras_bn.backends.plan import Plan
+from keras_bn.backends.torch import planes, replicas
+from keras_bn.moments import Moments, Tensor
+
+# The op multiplies the input before it subtracts the mean, and so loses the digits that
+# a large mean takes. Up to so many deviations that is a rounding error.
+LARGE = 8
+
+
+def forward(
+    x, mask, gamma, beta, *, epsilon: float, plan: Plan
+) -> tuple[Tensor, Moments]:
+    """Normalize a batch with its own statistics; see the contract of the backends."""
+    # Sums overflow or lose digits in half precision.
+    wide = x if x.dtype == torch.float64 else x.float()
+    if plan.kernel == "fused":
+        y, moments = _fused(wide, gamma, beta, epsilon, plan.axes[0])
+    else:
+        total = replicas.total if plan.synchronized else None
+        how = {"epsilon": epsilon, "plan": plan, "total": total}
+        y, moments = autodiff.forward(wide, mask, gamma, beta, **how)
+    return y.to(x.dtype), moments
+
+
+def _fused(x, gamma, beta, epsilon, axis):
+    """PyTorch's op; where means are large, on the input less a shift."""
+    channels = x.shape[axis]
+    # The op takes memory in any order, so that nothing is copied.
+    sequence = x.ndim == 3 and axis == 2 and x.is_contiguous()
+    image = x.reshape(-1, channels) if sequence else x.movedim(axis, 1)
+    # Without a scale PyTorch fails to differentiate its op twice.
+    gamma = x.new_ones(channels) if gamma is None else gamma.to(x.dtype)
+    beta = None if beta is None else beta.to(x.dtype)
+    # A look at the means would make another device wait, and break a graph.
+    look = x.device.type == "cpu" and not torch.compiler.is_compiling()
+    if look:
+        by_planes = planes.fits(image, gamma, beta)
+        run = planes.Normalize.apply if by_planes else _op
+        y, mean, variance = run(image, gamma, beta, epsilon)
+    if not look or (mean * mean > LARGE**2 * variance).any():
+        y, mean, variance = _shifted(image, gamma, beta, epsilon)
+    moments = Moments(image.numel() // channels, mean, variance)
+    return y.reshape(x.shape) if sequence else y.movedim(1, axis), moments
+
+
+def _op(image, gamma, beta, epsilon):
+    """`(y, mean, variance)`: the output, and the statistics of the batch."""
+    channels = image.shape[1]
+    mean, variance = image.new_zeros(2, channels)
+    y = torch.batch_norm(
+        image,
+        gamma,
+        beta,
+        mean,
+        variance,
+        training=True,
+        momentum=1.0,  # the scratch statistics become those of the batch
+        eps=epsilon,
+        cudnn_enabled=torch.backends.cudnn.enabled,
+    )
+    n = image.numel() // channels
+    # The op gives the unbiased variance.
+    return y, mean, variance * ((n - 1) / n)
+
+
+def _shifted(image, gamma, beta, epsilon):
+    """The same, computed on the input less a shift: the mean of some first rows."""
+    few = image.detach()[: -(-layout.SHIFT_ROWS // math.prod(image.shape[2:]))]
+    shift = few.mean([i for i in range(image.ndim) if i != 1], keepdim=True)
+    y, mean, variance = _op(image - shift, gamma, beta, epsilon)
+    return y, mean + shift.reshape(-1), variance
+
+
+def standardize(x, mean, scale, beta):
+    """`scale * (x - mean) + beta`; see the contract of the backends."""
+    return torch.addcmul(beta, x - mean, scale)
+
+
+def blend(old, new, usable, momentum: float):
+    """Old and new values averaged; see the contract of the backends."""
+    return torch.where(usable, torch.lerp(old, new, 1.0 - momentum), old)

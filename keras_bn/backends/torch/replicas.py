@@ -1,0 +1,50 @@
+"""How the processes of `torch.distributed` exchange sums and steps."""
+
+import math
+
+import torch
+import torch.distributed as dist
+from torch.distributed.nn import functional
+from torch.nn.parallel import DistributedDataParallel
+
+from keras_bn.backends import merging
+
+
+def active() -> bool:
+    """Whether this is one of several processes."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def in_step() -> bool:
+    """Whether this code runs in the forward pass of a `DistributedDataParallel`.
+
+    Then every process runs it. In a group of processes alone, some may do other things,
+    and an exchange would wait for them for ever.
+    """
+    return active() and _module() is not None
+
+
+def total(*values):
+    """A list of tensors of one dtype, each added up over the processes.
+
+    Gradients are added up too.
+    """
+    packed = torch.cat([value.reshape(-1) for value in values])
+    packed = functional.all_reduce(packed, group=_group())
+    parts = packed.split([math.prod(value.shape) for value in values])
+    return [part.reshape(v.shape) for part, v in zip(parts, values, strict=True)]
+
+
+def agree(old, new, taken):
+    """Average the steps of the processes; see the contract of the backends."""
+    return merging.agree(old, new, taken, total)
+
+
+def _module():
+    # PyTorch has no public name for "which module runs its forward pass here".
+    return DistributedDataParallel._get_active_ddp_module()
+
+
+def _group():
+    module = _module()
+    return dist.group.WORLD if module is None else module.process_group

@@ -1,0 +1,62 @@
+"""`keras-bn fold`: a model for inference, without batch normalization."""
+
+from keras_bn.cli.errors import refused, sentence
+from keras_bn.cli.models import add_command, open_model, save
+from keras_bn.cli.output import show
+from keras_bn.tools.compare import random_inputs, relative_difference
+from keras_bn.tools.fold import Plan
+
+# The largest difference of outputs before and after folding, relative to their spread.
+# Above it, something is wrong.
+_TOLERANCE = 1e-4
+
+
+def add(commands):
+    """Add the command."""
+    add_command(
+        commands,
+        "fold",
+        "fold batch normalizations into the layers next to them, for inference",
+        "Write a model for inference in which the batch normalizations are folded into "
+        "the weights of the layers next to them. Both models are compared on random "
+        f"input; if they differ by more than {_TOLERANCE:g} of the spread of the "
+        "outputs, nothing is written and the exit status is 1.",
+        _run,
+        output=True,
+    )
+
+
+def _run(arguments):
+    model, _, native, notes = open_model(arguments)
+    with refused(TypeError, ValueError):
+        plan = Plan(model)
+        folded = plan.folded_model()
+    difference, compared = _compare(model, folded)
+    gone = {each.layer: each.into for each in plan.folds if each.into is not None}
+    results = {
+        "folded": gone,
+        "stays": {each.layer: each.reason for each in plan.folds if each.into is None},
+        "relative_difference": difference,
+    }
+    right = difference is None or difference <= _TOLERANCE
+    if right:
+        save(arguments, folded, native)
+        total = len(plan.folds)
+        closing = f"{len(gone)} of {total} folded, {compared}: {arguments.output}"
+    else:
+        closing = f"{compared}: nothing written"
+    rows = [[each.layer, each.into or "stays", each.reason] for each in plan.folds]
+    show(arguments, results, ["layer", "into", "why"], rows, [*notes, closing])
+    return 0 if right else 1
+
+
+def _compare(model, folded):
+    """The difference of their outputs on random input, or None; and in words."""
+    try:
+        x = random_inputs(model)
+        expected = model(x, training=False)
+    except Exception as error:  # the model may refuse random numbers
+        return None, f"not compared: {sentence(error)}"
+    difference = float(relative_difference(expected, folded(x, training=False)))
+    measured = f"largest difference of the outputs {difference:.1e} of their spread"
+    return difference, measured

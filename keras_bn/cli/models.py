@@ -1,0 +1,161 @@
+"""Shared by the commands on model files: arguments, opening and saving models."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import h5py
+import keras
+
+from keras_bn.cli import output
+from keras_bn.cli.errors import UsageError, noted, refused, sentence
+from keras_bn.cli.modules import add_import, imported
+from keras_bn.cli.options import add_json
+from keras_bn.loading.load import holds_ours, load_model
+from keras_bn.surgery.norms import normalizations
+from keras_bn.tools.convert import to_keras
+
+# Parts of Keras's message if it doesn't know a class or function of a file.
+_UNKNOWN = ("Could not locate ", "custom_object_scope")
+
+
+class Opened(NamedTuple):
+    """A model from a file.
+
+    Args:
+        model: the model, with layers of ours.
+        layers: its batch normalizations by path.
+        native: whether the file has Keras's own layers.
+        notes: warnings from loading it.
+    """
+
+    model: keras.Model
+    layers: dict[str, keras.Layer]
+    native: bool
+    notes: list[str]
+
+
+def add_command(commands, name, summary, description, run, output=False):
+    """Add a command on a model file, with the usual arguments.
+
+    Args:
+        commands: the result of `add_subparsers`.
+        name, summary, description: of the command.
+        run: `run(arguments)`, which returns the exit status.
+        output: whether it writes a model.
+
+    Returns:
+        The parser, for further arguments.
+    """
+    parser = commands.add_parser(name, help=summary, description=description)
+    files = "a .keras or .h5 file"
+    parser.add_argument("model", metavar="IN" if output else "MODEL", help=files)
+    if output:
+        parser.add_argument("output", metavar="OUT", help="the file to write")
+    add_json(parser)
+    set_run(parser, run)
+    return parser
+
+
+def set_run(parser, run):
+    """Add `--import`, and run the command with these modules imported."""
+    add_import(parser)
+
+    def with_modules(arguments):
+        with imported(arguments.modules):
+            return run(arguments)
+
+    parser.set_defaults(run=with_modules, parser=parser)
+
+
+def open_model(arguments, suffixes=(".keras", ".h5"), normalized=True) -> Opened:
+    """Check the outputs of a command, then load its model.
+
+    Args:
+        arguments: of the command.
+        suffixes: those that the file of the output may have.
+        normalized: whether the model must have a batch normalization.
+
+    Raises:
+        UsageError: if either fails.
+        SystemExit: with status 1 if the model needs a batch normalization and has none.
+    """
+    if (target := getattr(arguments, "output", None)) is not None:
+        check_target(arguments, target, suffixes)
+    output.check_json(arguments)
+    return open_file(arguments.model, normalized)
+
+
+def check_target(arguments, file, suffixes=(".keras", ".h5")):
+    """Refuse early a file that cannot be written."""
+    if Path(file).suffix not in suffixes:
+        raise UsageError(f"{file} must end in {' or '.join(suffixes)}")
+    output.check(arguments, file)
+
+
+def open_file(file, normalized=True) -> Opened:
+    """Load a model.
+
+    Raises:
+        UsageError, SystemExit: as `open_model`.
+    """
+    with refused(OSError):
+        _check_holds_model(file)
+    try:
+        with noted() as notes:
+            model = load_model(file)
+        native = not holds_ours(file)
+    except Exception as error:  # Keras may raise anything for a file it can't read
+        raise UsageError(_cause(file, error)) from error
+    with refused(ValueError):
+        layers = normalizations(model)
+    if normalized and not layers:
+        raise SystemExit(f"'{model.name}' has no batch normalization in it.")
+    return Opened(model, layers, native, notes)
+
+
+def save(arguments, model, native=False, file=None):
+    """Write a model, completely or not at all.
+
+    Args:
+        arguments: of the command.
+        model: the model.
+        native: whether to write Keras's own layers, as its file had them.
+        file: where; the output of the command by default.
+
+    Returns:
+        A list of what the conversion to Keras's layers warns of.
+    """
+    notes: list[str] = []
+    if native:
+        with refused(ValueError, TypeError), noted() as notes:
+            model = to_keras(model)
+    with noted():
+        output.write(arguments, file or arguments.output, model.save)
+    return notes
+
+
+def channels(layer):
+    """How many channels a layer has; a list of sizes for several axes."""
+    sizes = tuple(layer.moving_mean.shape)
+    return sizes[0] if len(sizes) == 1 else list(sizes)
+
+
+def _check_holds_model(file):
+    """Refuse a file that has only weights."""
+    if not Path(file).is_file() or not h5py.is_hdf5(file):
+        return
+    with h5py.File(file) as opened:
+        if "model_config" not in opened.attrs:
+            raise UsageError(
+                f"{file} holds weights and no model: load them into their model, and "
+                "save that with model.save"
+            )
+
+
+def _cause(file, error):
+    """What is wrong with a file, with advice if Keras doesn't know a class in it."""
+    said = sentence(error)
+    if any(words in said for words in _UNKNOWN):
+        said = said.partition(". ")[0]  # the rest is advice for code
+        said += "; --import MODULE imports the module that defines it"
+    return said if file in said else f"{file} can't be loaded: {said}"

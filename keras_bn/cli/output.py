@@ -1,0 +1,89 @@
+"""The output of a command: tables, JSON, files."""
+
+import json
+import math
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Column, Table
+
+from keras_bn.cli.errors import refused
+from keras_bn.pages import files
+
+
+def console(arguments) -> Console:
+    """Where a command prints: on stderr if its JSON goes to stdout."""
+    return Console(stderr=arguments.json == "-", highlight=False)
+
+
+def table(header, rows) -> Table:
+    """A table for the console, of rows of strings."""
+    columns = [Column(name, overflow="fold") for name in header]
+    made = Table(*columns, box=box.SIMPLE_HEAD)
+    for row in rows:
+        made.add_row(*map(escape, row))
+    return made
+
+
+def show(arguments, results, header, rows, lines):
+    """Print a table and the lines below it, and write the JSON.
+
+    Args:
+        arguments: of the command.
+        results: the content of the JSON, in plain types.
+        header, rows: of the table, strings.
+        lines: the text below the table.
+    """
+    place = console(arguments)
+    place.print(table(header, rows))
+    place.print("\n".join(lines), soft_wrap=True, markup=False)
+    write_json(arguments, results)
+
+
+def check_json(arguments):
+    """Refuse early a file for the JSON that cannot be written."""
+    if arguments.json not in (None, "-"):
+        check(arguments, arguments.json)
+
+
+def write_json(arguments, results):
+    """Write the results where `--json` says; NaN and infinity become null."""
+    if arguments.json is None:
+        return
+    text = json.dumps(_finite(results), indent=1, allow_nan=False) + "\n"
+    if arguments.json == "-":
+        print(text, end="")
+    else:
+        write(
+            arguments,
+            arguments.json,
+            lambda path: path.write_text(text, encoding="utf-8"),
+        )
+
+
+def check(arguments, file):
+    """Refuse early an output that cannot be written."""
+    with refused(OSError):
+        files.check_writable(file, arguments.force)
+
+
+def write(arguments, file, write_to):
+    """Write a file, completely or not at all.
+
+    Args:
+        arguments: of the command.
+        file: its path.
+        write_to: `write_to(path)`, which writes a file of the same suffix at `path`.
+    """
+    # Writing a model or a figure may raise anything.
+    with refused(Exception, saying=f"{file} can't be written: "):
+        files.write_whole(file, write_to, arguments.force)
+
+
+def _finite(value):
+    if isinstance(value, dict):
+        return {key: _finite(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

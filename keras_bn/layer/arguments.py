@@ -1,0 +1,207 @@
+"""Checks of the layer's arguments and inputs."""
+
+import math
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+from keras import ops
+
+from keras_bn import backends
+from keras_bn.layer import renorm
+from keras_bn.moments import Tensor, wide
+
+Axis = int | list[int]
+Shape = Sequence[int | None]
+
+
+def check_axis(axis: Any) -> Axis:
+    """The axis as an int, or as a list of two or more ints."""
+    several = isinstance(axis, list | tuple)
+    try:
+        if isinstance(axis, bool):
+            raise TypeError
+        axes = [operator.index(a) for a in (axis if several else [axis])]
+    except TypeError:
+        raise ValueError(
+            f"`axis` must be an int or a list of ints. Received: axis={axis!r}"
+        ) from None
+    if not axes:
+        raise ValueError(f"`axis` must name at least one axis. Received: axis={axis!r}")
+    if len(set(axes)) < len(axes):
+        raise ValueError(f"`axis` must not repeat an axis. Received: axis={axis!r}")
+    return axes if len(axes) > 1 else axes[0]
+
+
+def check_momentum(momentum: float, name: str = "momentum") -> float:
+    """The momentum as a float between 0 and 1."""
+    if not 0.0 <= (number := float(momentum)) <= 1.0:
+        raise ValueError(
+            f"`{name}` must be between 0 and 1. Received: {name}={momentum!r}"
+        )
+    return number
+
+
+def check_clipping(
+    renorm_used: bool, clipping: dict[str, Any] | None
+) -> dict[str, Any] | None:
+    """The bounds of renormalization as a dict; unchanged without renormalization."""
+    if not renorm_used:
+        return clipping
+    clipping = dict(clipping or {})
+    if unknown := set(clipping) - set(renorm.KEYS):
+        raise ValueError(
+            "Received invalid keys for `renorm_clipping`, which takes "
+            f"{list(renorm.KEYS)}. Received: {sorted(unknown)}"
+        )
+    rmax, rmin, dmax = (
+        None if callable(clipping.get(key)) else clipping.get(key)
+        for key in renorm.KEYS
+    )
+    if rmax is not None and rmin is not None and rmax < rmin:
+        raise ValueError(
+            "rmax should be greater than or equal to rmin in `renorm_clipping`. "
+            f"Received: rmax={rmax}, rmin={rmin}"
+        )
+    if dmax is not None and dmax < 0:
+        raise ValueError(
+            f"dmax should be non-negative in `renorm_clipping`. Received: dmax={dmax}"
+        )
+    return clipping
+
+
+def check_group_size(size: int | None, **excluded: bool) -> int | None:
+    """The size of ghost batches as a positive int; refuses options it excludes."""
+    if size is None:
+        return None
+    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+        raise ValueError(
+            "`virtual_batch_size` must be a positive int or None. "
+            f"Received: virtual_batch_size={size!r}"
+        )
+    for name, value in excluded.items():
+        if value:
+            raise ValueError(
+                f"`virtual_batch_size` and `{name}` exclude each other. "
+                f"Received: virtual_batch_size={size}, {name}={value}"
+            )
+    return size
+
+
+def check_epsilon(epsilon: float) -> float:
+    """Epsilon as a finite float, 0 or greater."""
+    if not 0.0 <= (number := float(epsilon)) < math.inf:
+        raise ValueError(
+            "`epsilon` must be a finite number, 0 or greater. "
+            f"Received: epsilon={epsilon!r}"
+        )
+    return number
+
+
+def channel_axes(
+    axis: Axis, input_shape: Shape, sizes_known: bool = True
+) -> tuple[int, ...]:
+    """The channel axes of an input of this shape, non-negative and ascending."""
+    rank, shape = len(input_shape), tuple(input_shape)
+    if rank < 2:
+        raise ValueError(
+            "BatchNormalization needs inputs of rank 2 or more, "
+            f"(batch, ..., channels). Received: input shape {shape}"
+        )
+    axes = axis if isinstance(axis, list) else [axis]
+    for a in axes:
+        if not -rank <= a < rank:
+            raise ValueError(
+                f"`axis` must be between {-rank} and {rank - 1} for inputs of shape "
+                f"{shape}. Received: axis={axis}"
+            )
+    positive = sorted(a % rank for a in axes)
+    if len(set(positive)) < len(axes):
+        raise ValueError(
+            f"`axis` must not repeat an axis of inputs of shape {shape}. "
+            f"Received: axis={axis}"
+        )
+    if len(axes) == rank:
+        raise ValueError(
+            f"`axis` must leave an axis to take statistics over in inputs of shape "
+            f"{shape}. Received: axis={axis}"
+        )
+    if sizes_known and any(shape[a] is None for a in positive):
+        raise ValueError(
+            f"The size of the channel axis must be known. Received: axis={axis}, "
+            f"input shape {shape}"
+        )
+    return tuple(positive)
+
+
+def to_float(inputs: Tensor, compute_dtype: str) -> Tensor:
+    """Floats as they are; integers in the compute dtype, at least float32."""
+    dtype = keras.backend.standardize_dtype(inputs.dtype)
+    if keras.backend.is_float_dtype(dtype):
+        return inputs
+    if "int" in dtype or dtype == "bool":
+        return ops.cast(inputs, wide(compute_dtype))
+    raise TypeError(f"Inputs must be real numbers. Received: inputs of dtype {dtype}")
+
+
+def with_channels(x: Tensor, axes: Sequence[int], sizes: Sequence[int]) -> Tensor:
+    """The inputs, with unknown channel sizes set to those from `build`.
+
+    Args:
+        x: the inputs.
+        axes: the channel axes, non-negative and ascending.
+        sizes: their sizes.
+    """
+    if all(x.shape[axis] is not None for axis in axes):
+        return x
+    shape = list(ops.shape(x))
+    for axis, size in zip(axes, sizes, strict=True):
+        shape[axis] = size
+    return ops.reshape(x, shape)
+
+
+def align_mask(mask: Tensor, x: Tensor, axes: Sequence[int]) -> Tensor:
+    """The mask as bools that broadcast to the inputs; None stays None.
+
+    A mask has the shape of the inputs without the last axis, wherever the channels
+    are: `Masking` and `Embedding` give this, and Keras's layer takes it. Otherwise, it
+    has the shape of the inputs without the channel axes. Sizes of 1 broadcast.
+
+    Args:
+        mask: tensor of any dtype, or None.
+        x: the inputs.
+        axes: the channel axes, non-negative and ascending.
+
+    Raises:
+        ValueError: for a mask of any other shape.
+    """
+    if mask is None:
+        return None
+    mask = ops.convert_to_tensor(mask)
+    shape, received = tuple(x.shape), tuple(mask.shape)
+    leading = tuple(range(len(shape) - 1))
+    rows = tuple(axis for axis in range(len(shape)) if axis not in axes)
+    fitting = [along for along in (leading, rows) if _fits(received, shape, along)]
+    if not fitting:
+        expected = [tuple(shape[i] for i in along) for along in (leading, rows)]
+        or_else = f", or {expected[1]}, theirs without the channels" * (leading != rows)
+        raise ValueError(
+            f"The mask must have the shape of the inputs' leading axes, {expected[0]}"
+            f"{or_else}, for inputs of shape {shape} with the channels on axis "
+            f"{axes[0] if len(axes) == 1 else list(axes)}. "
+            f"Received: mask of shape {received}"
+        )
+    along = fitting[0]
+    if leading != rows and None in (*received, *(shape[i] for i in along)):
+        mask = backends.checked(mask, x, along)
+    missing = [axis for axis in range(len(shape)) if axis not in along]
+    return ops.expand_dims(ops.cast(mask, "bool"), missing)
+
+
+def _fits(received: Shape, shape: Shape, along: Sequence[int]) -> bool:
+    """Whether a mask of this shape may lie along these axes of the inputs."""
+    return len(received) == len(along) and all(
+        size in (None, 1, shape[axis]) or shape[axis] is None
+        for size, axis in zip(received, along, strict=True)
+    )

@@ -1,0 +1,1 @@
+"""Passes over data that show the moments at every normalization."""

@@ -1,0 +1,1 @@
+"""What touches the inside of Keras: its graphs, its trackers, its live objects."""

@@ -1,0 +1,89 @@
+"""A model run call by call, so that each call can be named and its output seen."""
+
+import itertools
+from typing import Any, NamedTuple
+
+import keras
+from keras.src.models.functional import Functional
+
+from keras_bn.surgery.graph import graph_of, walk
+from keras_bn.surgery.norms import check_layer
+
+
+class Call(NamedTuple):
+    """One call of a layer or operation, in a model or in a model inside it.
+
+    Args:
+        number: its place in calling order, from 0.
+        path: the names of the layers around it and its own, joined with slashes.
+        operation: the layer or operation.
+    """
+
+    number: int
+    path: str
+    operation: Any
+
+
+def check_graph(model):
+    """Refuse a model whose calls are not all known.
+
+    Raises:
+        TypeError: if `model` is not a Keras model.
+        ValueError: if it is not built, or not Functional or Sequential, or has such a
+            model in it.
+    """
+    check_layer(model)
+    for path, layer in walk(model):
+        if not isinstance(layer, keras.Model):
+            continue
+        name, kind = path or layer.name, type(layer)
+        if kind.call not in (Functional.call, keras.Sequential.call):
+            raise ValueError(
+                f"'{name}' is neither a Functional nor a Sequential model but a "
+                f"{kind.__name__} with a `call` of its own, so the order of its layers "
+                "is not known. Build it as `keras.Model(inputs, outputs)`."
+            )
+        if graph_of(layer) is None:
+            raise ValueError(
+                f"'{name}' is not built. Give it a `keras.Input`, or call it on data."
+            )
+
+
+def run(model, inputs, around):
+    """Run a model in inference, with a function around each call.
+
+    Args:
+        model: a Functional or Sequential model.
+        inputs: a list of tensors or arrays, in the order of `model.inputs`.
+        around: `around(call, function)` gets a `Call`, and gives the outputs of the
+            call, which `function()` computes.
+
+    Returns:
+        The outputs, a list in the order of `model.outputs`.
+    """
+    indices = itertools.count()
+
+    def through(holder, inputs, path):
+        graph = graph_of(holder)
+        inputs = [
+            keras.ops.convert_to_tensor(x, dtype=t.dtype)
+            for x, t in zip(keras.tree.flatten(inputs), graph.inputs, strict=True)
+        ]
+        return graph._run_through_graph(inputs, lambda op: called(op, path))
+
+    def called(operation, path):
+        path = (*path, operation.name)
+
+        def call(*args, **kwargs):
+            if graph_of(operation) is not None:
+                given = args[0] if args else kwargs["inputs"]
+                outputs = through(operation, given, path)
+                # As Keras does for a model called in a graph.
+                single = isinstance(outputs, list | tuple) and len(outputs) == 1
+                return outputs[0] if single else outputs
+            this = Call(next(indices), "/".join(path), operation)
+            return around(this, lambda: operation(*args, **kwargs))
+
+        return call
+
+    return keras.tree.flatten(through(model, inputs, ()))

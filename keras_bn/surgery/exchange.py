@@ -1,0 +1,233 @@
+"""Replacing layers in a model in place, with what that takes in Keras's graph.
+
+All nodes, tensors, lists and trackers stay; layers in them are replaced, and what
+depends on the `id` of an object is updated.
+"""
+
+import collections
+import gc
+import operator
+from typing import Any
+
+import keras
+from keras.src.ops.function import make_node_key, map_graph
+from keras.src.ops.node import KerasHistory
+from keras.src.optimizers.base_optimizer import BaseOptimizer
+
+from keras_bn import backends
+from keras_bn.surgery.graph import graphs, holders, input_of, nodes, walk
+
+
+def exchange(pairs, holders):
+    """Replace layers in everything that holds or calls them.
+
+    All other layers, calls and tensors stay the same objects.
+
+    Args:
+        pairs: of an old layer and its replacement.
+        holders: the layers and models to change.
+    """
+    pairs = list(pairs)
+    for old, new in pairs:
+        new._inbound_nodes = old._inbound_nodes
+        new._outbound_nodes = old._outbound_nodes
+        for node in new._inbound_nodes:
+            node.operation = new
+            for tensor in node.outputs:
+                if hasattr(tensor, "_keras_history"):
+                    _, *place = tensor._keras_history
+                    tensor._keras_history = KerasHistory(new, *place)
+    others = {id(old): new for old, new in pairs}
+    for holder in holders:
+        replace(holder, others)
+
+
+def bypass(model, layers):
+    """Take layers of one input and one output out of the graphs of a model.
+
+    Args:
+        model: a layer or model, changed in place.
+        layers: the layers, each called once in some graph. Whatever takes the output
+            of one then takes its input.
+    """
+    gone = {id(layer): GONE for layer in layers}
+    for graph in graphs(model):
+        instead: dict = {}
+        for node in nodes(graph):
+            source = input_of(node)
+            source = instead.get(id(source), source)
+            if id(node.operation) in gone:
+                instead[id(node.outputs[0])] = source
+        if not instead:
+            continue
+        for node in nodes(graph):
+            if id(node.operation) not in gone:
+                _take_other_inputs(node, instead)
+        for operation in graph._operations:
+            users = operation._outbound_nodes
+            users[:] = [node for node in users if id(node.operation) not in gone]
+        replace(graph, instead)
+        graph._nodes, graph._nodes_by_depth, graph._operations, by_depth = map_graph(
+            graph._inputs, graph._outputs
+        )
+        graph._operations_by_depth = by_depth
+        graph.output_names = [t._keras_history.operation.name for t in graph._outputs]
+    for holder in holders(model):
+        replace(holder, gone)
+
+
+def _take_other_inputs(node, instead):
+    """Give a call other input tensors, and note it in the layers that make them."""
+    for tensor in node.input_tensors:
+        if id(tensor) in instead:
+            maker = instead[id(tensor)]._keras_history.operation
+            maker._outbound_nodes.append(node)
+    replace(node.arguments, instead)
+
+
+def holders_alive(layers):
+    """All Keras layers and models in memory that hold one of some layers."""
+    wanted = {id(layer) for layer in layers}
+    return [
+        each
+        for each in gc.get_objects()
+        if issubclass(type(each), keras.layers.Layer)
+        and any(id(layer) in wanted for layer in vars(each).get("_layers", ()))
+    ]
+
+
+def replace(holder, others):
+    """Replace objects in all attributes of an object.
+
+    Lists and dicts change in place, to any depth.
+
+    Args:
+        holder: any object.
+        others: dict from the `id` of an object to its replacement; `GONE` removes it.
+    """
+    seen = set()
+
+    def replaced(value):
+        if id(value) in others:
+            return others[id(value)]
+        kind = type(value)
+        if is_wrapped(value):
+            before = _flat(value.__wrapped__)
+            inner = replaced(value.__wrapped__)
+            after = _flat(inner)
+            same = len(before) == len(after) and all(map(operator.is_, before, after))
+            return value if same else kind(inner)
+        if issubclass(kind, tuple):
+            parts = [replaced(part) for part in value]
+            if all(map(operator.is_, parts, value)):
+                return value
+            if any(part is GONE for part in parts):
+                return GONE
+            return kind(*parts) if hasattr(kind, "_fields") else kind(parts)
+        if id(value) in seen:
+            return value
+        seen.add(id(value))
+        if issubclass(kind, list):
+            parts = [replaced(part) for part in list.__iter__(value)]
+            parts = [part for part in parts if part is not GONE]
+            list.__setitem__(value, slice(None), parts)
+            if kind.__module__ == _TENSORFLOWS:
+                # TensorFlow's list keeps a second copy, and what to save of it.
+                replace(value, others)
+        elif issubclass(kind, dict):
+            for key, part in list(dict.items(value)):
+                new_key, new = others.get(id(key), key), replaced(part)
+                base = plain_dict(kind)
+                if new_key is not key or new is GONE:
+                    base.pop(value, key)
+                if new_key is not GONE and new is not GONE:
+                    base.__setitem__(value, new_key, new)
+        return value
+
+    for name, value in list(vars(holder).items()):
+        new = replaced(value)
+        if new is not GONE:
+            vars(holder)[name] = new
+    if tracker := vars(holder).get("_tracker"):
+        for _, items in tracker.config.values():
+            replaced(items)
+        retrack(tracker)
+    if hasattr(holder, "_nodes_by_depth"):
+        note_nodes(holder)
+    if isinstance(holder, keras.layers.Layer):
+        backends.retrack(holder)
+
+
+class GONE:
+    """Stands for an object to remove."""
+
+
+_TENSORFLOWS = "tensorflow.python.trackable.data_structures"
+
+
+def _flat(value):
+    """The keys and values of a dict, or the parts of a tuple, in a list."""
+    return [*value.keys(), *value.values()] if isinstance(value, dict) else list(value)
+
+
+def plain_dict(kind: Any) -> Any:
+    """The plain class whose methods change a dict of a kind, unseen by any tracking.
+
+    An `OrderedDict` has its order beside the dict that it is.
+    """
+    ordered = issubclass(kind, collections.OrderedDict)
+    return collections.OrderedDict if ordered else dict
+
+
+def is_wrapped(value):
+    """Whether a value is a dict or tuple in TensorFlow's tracking wrapper.
+
+    By type(), since `isinstance` takes the wrapper for its content.
+    """
+    kind = type(value)
+    return kind.__module__ == _TENSORFLOWS and not issubclass(kind, list)
+
+
+def retrack(tracker):
+    """Tell a Keras tracker what its lists hold now."""
+    for name, (_, items) in tracker.config.items():
+        tracker.stored_ids[name] = {id(item) for item in items}
+
+
+def note_nodes(graph):
+    """Give a Functional model the present keys of the calls in its graph."""
+    graph._nodes = {
+        make_node_key(node.operation, node.operation._inbound_nodes.index(node))
+        for calls in graph._nodes_by_depth.values()
+        for node in calls
+    }
+
+
+def optimizers(model):
+    """The optimizers in the attributes of a model's layers, to any depth."""
+    waiting = [v for _, layer in walk(model) for v in vars(layer).values()]
+    found = {}
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, BaseOptimizer) and id(value) not in found:
+            found[id(value)] = value
+            waiting += vars(value).values()
+    return list(found.values())
+
+
+def rekey(optimizer, keys):
+    """Replace the keys of an optimizer's variables.
+
+    Args:
+        optimizer: a Keras optimizer.
+        keys: dict from old to new keys.
+    """
+    for value in vars(optimizer).values():
+        value = getattr(value, "__wrapped__", value)  # TensorFlow wraps dicts
+        if issubclass(type(value), dict):
+            for key in [k for k in value if isinstance(k, str | int) and k in keys]:
+                dict.__setitem__(value, keys[key], dict.pop(value, key))
+        elif issubclass(type(value), set):
+            known = {v for v in value if isinstance(v, str | int) and v in keys}
+            set.difference_update(value, known)
+            set.update(value, {keys[v] for v in known})

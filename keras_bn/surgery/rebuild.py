@@ -1,0 +1,70 @@
+"""A normalization of another class that takes over the variables of the first."""
+
+import inspect
+
+from keras_bn import backends
+
+# The attributes to copy besides the arguments.
+_ATTRIBUTES = ("_trainable", "_path", "_parent_path", "_remat_mode", "_called")
+
+
+def rebuild(layer, kind, **changes):
+    """A normalization with the config and the variables of another.
+
+    Args:
+        layer: a normalization, ours or Keras's, built or not.
+        kind: the class of the new one.
+        **changes: arguments that differ.
+
+    Returns:
+        The new layer, built if the old one is. It takes over the old variables by name;
+        a variable that is missing or has another dtype is new.
+
+    Raises:
+        ValueError: if the old layer has weights that the new one does not.
+    """
+    new = kind(**{**_arguments(layer, kind), **changes})
+    for name in _ATTRIBUTES:
+        if name in vars(layer):
+            vars(new)[name] = vars(layer)[name]
+    if not layer.built:
+        return new
+    present = {variable.name: variable for variable in layer.variables}
+    add = new.add_weight
+
+    def add_weight(*args, name, **options):
+        made = add(*args, name=name, **options)
+        old = present.pop(name, None)
+        if old is None:
+            return made
+        if old.dtype != made.dtype:
+            made.assign(old)
+            if made.trainable != old.trainable:
+                made.trainable = old.trainable
+            return made
+        # A frozen weight stays in the list that the tracker first put it in.
+        kind = "trainable" if made.trainable else "non_trainable"
+        new._tracker.untrack(made)
+        new._tracker.add_to_store(f"{kind}_variables", old)
+        return old
+
+    vars(new)["add_weight"] = add_weight
+    new.build_from_config(layer.get_build_config())
+    del vars(new)["add_weight"]
+    backends.retrack(new)
+    if present:
+        raise ValueError(
+            f"Cannot convert '{layer.name}': {type(layer).__name__} has the weights "
+            f"{', '.join(present)}, and a batch normalization has no place for them."
+        )
+    return new
+
+
+def _arguments(layer, kind):
+    """The arguments for a layer of another class that does what this one does.
+
+    Read from attributes: a config would lose functions and classes of the user's.
+    """
+    names = [*inspect.signature(kind).parameters, "activity_regularizer", "autocast"]
+    known = {name: getattr(layer, name) for name in names if hasattr(layer, name)}
+    return {**known, "name": layer.name, "dtype": layer.dtype_policy}

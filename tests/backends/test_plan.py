@@ -1,0 +1,368 @@
+"""Which plan serves what: the table, what feeds it, and how often it is traced."""
+
+import gc
+import importlib
+import itertools
+import weakref
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+from support.backend import COMPILED, MODES, NAME, in_mode, only, tf
+from support.steps import Step, oracle_step, relative_error, set_parameters
+
+import keras_bn
+from keras_bn import backends
+from keras_bn.backends import make_plan
+from keras_bn.backends.plan import Plan, by_size, fused_fits
+from keras_bn.layer import step
+
+XLA = only("tensorflow", "its plans are others under XLA")
+TRACES = only("tensorflow", "elsewhere a trace is of one size, or there is none")
+SIZES = only("tensorflow", "elsewhere the kernel does not depend on the size")
+
+
+def of_backends(tensorflow, torch, jax):
+    """What is expected here."""
+    return {"tensorflow": tensorflow, "torch": torch, "jax": jax}[NAME]
+
+
+def module(name):
+    return importlib.import_module(f"keras_bn.backends.{name}")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "axes", "epsilon", "gpu", "fits"),
+    [
+        ("float32", (3,), 1e-3, False, True),
+        ("float32", (1,), 1e-3, False, True),
+        ("float32", (1, 2), 1e-3, False, False),
+        ("float16", (3,), 1e-3, False, True),
+        ("bfloat16", (3,), 1e-3, False, True),
+        ("float64", (3,), 1e-3, False, False),
+        ("float32", (3,), 0.0, False, True),
+        ("float32", (3,), 1e-3, True, True),
+        ("float32", (3,), 1e-6, True, False),
+        ("float64", (3,), 1e-3, True, False),
+    ],
+    ids=str,
+)
+def test_where_the_fused_op_fits(dtype, axes, epsilon, gpu, fits):
+    assert fused_fits(dtype, axes, epsilon, gpu) == fits
+
+
+@pytest.mark.parametrize(
+    ("shape", "kernel"),
+    [
+        ((32, 64), "plain"),
+        ((128, 256), "plain"),
+        ((8, 7, 7, 64), "plain"),
+        ((256, 1024), "fused"),
+        ((8192, 256), "fused"),
+        ((32, 7, 7, 512), "fused"),
+        ((None, 64), "plain"),
+        ((None, 256), "either"),
+        ((None, 4096), "either"),
+        ((None, None, 64), "either"),
+        ((None, 50, 128), "fused"),
+        ((None, 10, 64), "plain"),
+        ((None, 7, 7, 64), "plain"),
+        ((None, 7, 7, 512), "fused"),
+        ((None, 56, 56, 64), "fused"),
+        ((None, None, None, 64), "fused"),
+        ((None, None, None, 8), "plain"),
+        ((0, 56, 56, 64), "plain"),
+    ],
+    ids=str,
+)
+def test_sizes(shape, kernel):
+    assert by_size(shape, channels=shape[-1]) == kernel
+
+
+IMAGES = step.Settings((3,), 1e-3)
+
+
+def planned(x, mask=None, **changes):
+    return make_plan(x, mask, IMAGES._replace(**changes))
+
+
+def test_what_a_plan_holds():
+    x = ops.zeros((8, 32, 32, 32))
+    usual = of_backends("fused", "fused", "closed")
+    assert planned(x) == Plan(usual, (3,))
+    several = of_backends("plain", "plain", "closed")
+    assert planned(x, axes=(1, 2)) == Plan(several, (1, 2))
+    assert planned(x, mask=True) == Plan("plain", (3,))
+    assert planned(x, group_size=4) == Plan("plain", (3,), group_size=4)
+    # Outside of replicas there is nobody to share with.
+    assert planned(x, synchronized=True) == Plan(usual, (3,))
+
+
+@pytest.mark.parametrize("rows", [0, 1, 2, 10_000])
+def test_plans_of_few_and_many_rows(rows):
+    few = {0: ("plain", "plain"), 1: ("plain", "closed")}.get(rows, ("fused", "closed"))
+    kernel = of_backends("fused" if rows > 2 else "plain", *few)
+    assert planned(ops.zeros((rows, 64)), axes=(1,)) == Plan(kernel, (1,))
+
+
+@XLA
+@pytest.mark.parametrize("large", [False, True])
+def test_a_plan_for_xla(large):
+    """Outputs are computed once where that costs little memory."""
+    plans = []
+
+    @tf.function(jit_compile=True, autograph=False)
+    def run(x):
+        plans.append(planned(x))
+        return x
+
+    run(tf.zeros((65, 32, 32, 64) if large else (8, 32, 32, 32)))
+    assert plans == [Plan("plain", (3,), once=not large)]
+
+
+@only("tensorflow", "elsewhere a GPU has the same plans")
+def test_a_plan_for_a_gpu(monkeypatch):
+    """As if the machine had one on which everything runs."""
+    monkeypatch.setattr(module("tensorflow.context"), "on_gpu", lambda: True)
+    small = tf.zeros((2, 3, 3, 4))
+    assert planned(small) == Plan("fused", (3,), gpu=True)
+    assert planned(small, epsilon=1e-6) == Plan("plain", (3,), gpu=True)
+    assert planned(small, mask=True) == Plan("plain", (3,), gpu=True)
+
+
+@pytest.fixture
+def traced(monkeypatch):
+    """The kernels that a test traces, by name."""
+    seen = []
+    functions = of_backends(
+        {
+            "plain": ("formulas", "forward"),
+            "fused": ("tensorflow.fused", "forward"),
+            "either": ("tensorflow.either", "forward"),
+        },
+        {"plain": ("autodiff", "forward"), "fused": ("torch.batch", "_fused")},
+        {"plain": ("autodiff", "forward"), "closed": ("jax.closed", "forward")},
+    )
+    for name, (place, attribute) in functions.items():
+        kernel = getattr(module(place), attribute)
+
+        def trace(*args, kernel=kernel, name=name, **kwargs):
+            seen.append(name)
+            return kernel(*args, **kwargs)
+
+        monkeypatch.setattr(module(place), attribute, trace)
+    return seen
+
+
+# One for each layer: no trace of another test serves it.
+EPSILONS = itertools.count(0.0019, 0.0001)
+
+
+def call(shape, mask=None, **kwargs):
+    layer = keras_bn.BatchNormalization(epsilon=next(EPSILONS), **kwargs)
+    return layer, lambda x: layer(x, training=True, mask=mask)
+
+
+@pytest.mark.parametrize("mode", sorted({"eager", COMPILED}))
+@pytest.mark.parametrize(
+    ("shape", "options", "kernels"),
+    [
+        ((32, 64), {}, ("plain", "fused", "closed")),
+        ((8, 32, 32, 32), {}, ("fused", "fused", "closed")),
+        ((8, 32, 32, 32), {"axis": 1}, ("fused", "fused", "closed")),
+        ((8, 32, 32, 32), {"axis": [1, 2]}, ("plain", "plain", "closed")),
+        ((8, 32, 32, 32), {"virtual_batch_size": 4}, ("plain", "plain", "plain")),
+        ((8, 32, 32, 32), {"dtype": "float64"}, ("plain", "fused", "closed")),
+        ((8, 32, 32, 32), {"mask": np.ones((8, 32, 32), bool)}, ("plain",) * 3),
+    ],
+    ids=str,
+)
+def test_the_layer_takes_the_kernel_of_the_table(traced, mode, shape, options, kernels):
+    layer, run = call(shape, **options)
+    layer.build(shape)
+    in_mode(run, mode, layer.variables)(ops.zeros(shape, layer.dtype))
+    assert traced == [of_backends(*kernels)]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("shape", "axis"), [((8, 32, 32, 32), -1), ((4096, 40), 1)])
+def test_large_steps_of_the_layer_against_the_oracle(mode, shape, axis):
+    rng = np.random.default_rng(0)
+    layer = keras_bn.BatchNormalization(axis=axis)
+    layer.build(shape)
+    axes = (axis % len(shape),)
+    gamma, beta = rng.normal(1, 0.3, shape[axis]), rng.normal(size=shape[axis])
+    set_parameters(layer, gamma, beta)
+    x, upstream = rng.normal(1, 2, shape), rng.normal(size=shape)
+    x, upstream = x.astype("float32"), upstream.astype("float32")
+    got = Step(layer, mode)(x, upstream)
+    want = oracle_step(layer, x, upstream, axes, gamma, beta)
+    for name, value in want.items():
+        assert relative_error(got[name], value) < 1e-5, name
+
+
+@XLA
+def test_xla_is_seen_from_inside(traced):
+    layer, run = call((8, 32, 32, 32))
+    layer.build((8, 32, 32, 32))
+    in_mode(run, "xla")(tf.zeros((8, 32, 32, 32)))
+    assert set(traced) == {"plain"}
+
+
+@XLA
+def test_what_was_traced_outside_of_xla_runs_inside():
+    """XLA lowers the fused op to E[x²] − E[x]², which the shift keeps right."""
+    shape = (64, 32, 32, 32)
+    layer = keras_bn.BatchNormalization()
+    layer.build(shape)
+    traced = tf.function(lambda x: layer(x, training=True), autograph=False)
+    outside = traced.get_concrete_function(tf.TensorSpec(shape))
+    inside = tf.function(lambda x: outside(x), jit_compile=True, autograph=False)
+    x = np.random.default_rng(0).normal(1e3, 1, shape).astype("float32")
+    np.testing.assert_allclose(inside(x), outside(x), atol=1e-4)
+
+
+@SIZES
+def test_eager_calls_choose_by_their_own_size(traced):
+    layer = keras_bn.BatchNormalization()
+    layer(tf.zeros([4, 77]), training=True)
+    assert traced == ["plain"]
+    layer(tf.zeros([4096, 77]), training=True)
+    assert traced == ["plain", "fused"]
+
+
+BATCHES = range(1, 21)
+
+
+@SIZES
+def test_eager_traces_each_kernel_once(traced):
+    layer = keras_bn.BatchNormalization(axis=-1, epsilon=0.0017)
+    for n in BATCHES:
+        layer(tf.zeros([n, 5, 41]), training=True)
+    assert traced == ["plain"]
+    for n in BATCHES:
+        layer(tf.zeros([1000 * n, 5, 41]), training=True)
+    assert traced == ["plain", "fused"]
+
+
+@TRACES
+def test_graph_traces_once(traced):
+    layer = keras_bn.BatchNormalization()
+    layer.build((None, 5))
+
+    @tf.function(input_signature=[tf.TensorSpec([None, 5])], autograph=False)
+    def run(x):
+        return layer(x, training=True)
+
+    for n in BATCHES:
+        run(tf.zeros([n, 5]))
+    assert traced == ["plain"]
+
+
+def fit(sizes):
+    """One epoch of batches of the given sizes."""
+    model = keras.Sequential(
+        [keras.Input([5]), keras_bn.BatchNormalization(), keras.layers.Dense(1)]
+    )
+    model.compile(loss="mse")
+    signature = (tf.TensorSpec([None, 5]), tf.TensorSpec([None, 1]))
+    data = tf.data.Dataset.from_generator(
+        lambda: ((np.ones([n, 5]), np.ones([n, 1])) for n in sizes),
+        output_signature=signature,
+    )
+    model.fit(data, verbose=0, shuffle=False)
+
+
+@TRACES
+def test_fit_traces_no_more_for_many_sizes_than_for_one(traced):
+    fit([4])
+    once = len(traced)
+    fit(BATCHES)
+    assert len(traced) == 2 * once
+
+
+@SIZES
+@pytest.mark.parametrize("rows", [10, 3000])
+def test_the_kernel_of_a_matrix_is_chosen_when_its_rows_are_there(rows):
+    """In one and the same graph."""
+    plans = [Plan(name, (1,)) for name in ("either", "plain", "fused")]
+    signature = [tf.TensorSpec([None, 64])]
+
+    def run(plan):
+        def forward(x):
+            with tf.GradientTape() as tape:
+                tape.watch(x)
+                y, _ = backends.forward(x, None, None, None, epsilon=1e-3, plan=plan)
+            return y, tape.gradient(y, x, tf.sin(x))
+
+        return tf.function(forward, input_signature=signature, autograph=False)
+
+    x = np.random.default_rng(0).normal(5, 1, (rows, 64)).astype("float32")
+    either, plain, fused = (run(plan)(x) for plan in plans)
+    want, other = (fused, plain) if rows * 64 >= 2**17 else (plain, fused)
+    for got, right, wrong in zip(either, want, other, strict=True):
+        np.testing.assert_allclose(got, right, atol=1e-6)
+        assert (
+            np.abs(np.subtract(got, right)).max()
+            <= np.abs(np.subtract(got, wrong)).max()
+        )
+
+
+def test_compiled_functions_are_told_the_plan():
+    seen = []
+
+    @backends.compiled
+    def function(x, mask, *, settings, plan):
+        seen.append(plan.kernel)
+        return x
+
+    settings = step.Settings((1,), 1e-3)
+    for rows in (8, 16, 100_000, 200_000):
+        function(ops.zeros([rows, 4]), None, settings=settings)
+    # TensorFlow's traces serve all sizes of a plan.
+    assert seen == of_backends(["plain", "fused"], ["fused"] * 4, ["closed"] * 4)
+
+
+@TRACES
+@pytest.mark.parametrize("rows", [4, 50_000])
+def test_traces_are_bounded_and_let_go(rows, monkeypatch):
+    from tensorflow.python.framework.ops import gradient_registry
+
+    monkeypatch.setattr(module("tensorflow.compiled"), "TRACES", 3)
+    graphs = []
+
+    @backends.compiled
+    def function(x, mask, *, settings, plan):
+        graphs.append(weakref.ref(tf.compat.v1.get_default_graph()))
+        y, _ = backends.forward(x, None, None, None, epsilon=1e-3, plan=plan)
+        return y
+
+    settings = step.Settings((1,), 1e-3)
+
+    def call(shape):
+        x = tf.random.normal(shape)
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y = tf.reduce_sum(function(x, None, settings=settings) ** 3)
+        assert np.all(np.isfinite(tape.gradient(y, x)))
+
+    def gradients():
+        names = gradient_registry.list()
+        return sum(name.startswith("CustomGradient") for name in names)
+
+    for channels in range(3, 11):
+        call([rows, channels])
+    for more in range(3):
+        call([rows + more, 10])
+    assert len(graphs) == 8, "one trace for all sizes but those of the channels"
+    gc.collect()
+    # The last call's tape may still hold what it was traced with.
+    assert sum(graph() is not None for graph in graphs) <= 4
+    before = gradients()
+    for channels in range(11, 17):
+        call([rows, channels])
+    gc.collect()
+    assert gradients() <= before + 2
+    call([rows, 3])
+    assert len(graphs) == 15
