@@ -17,6 +17,7 @@ from keras_bn.diagnosis.records import LayerRecord, ModelRecord
 from keras_bn.layer.arguments import align_mask
 from keras_bn.moments import Moments, merged
 from keras_bn.passes.observe import (
+    NoDataError,
     Watch,
     batches,
     check_call,
@@ -149,7 +150,7 @@ class _Run(Watch):
                     self._forward(x, _PROBE, training=True)
             self._step(x, y, sample_weight)
         if not self.samples:
-            raise ValueError("There is no data: not one batch came.")
+            raise NoDataError
 
     def _step(self, x, y, sample_weight):
         samples = keras.tree.flatten(x)[0].shape[0]

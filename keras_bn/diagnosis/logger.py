@@ -12,7 +12,7 @@ import keras
 from keras_bn.backends import Events
 from keras_bn.diagnosis.collect import check_any, collect
 from keras_bn.pages.files import check_writable, write_whole
-from keras_bn.passes.observe import DataCallback, Logs
+from keras_bn.passes.observe import DataCallback, Logs, NoDataError
 from keras_bn.surgery.norms import warn_of_others
 
 
@@ -49,8 +49,10 @@ class StatisticsLogger(DataCallback):
     zero both for statistics that have arrived and for those that nothing updates.
 
     It costs two eager passes over `data`: a few hundred samples are enough. Nothing in
-    the model changes. Listed after `keras_bn.Recalibrate`, it records the drift that
-    remains.
+    the model changes. Beside `keras_bn.Recalibrate`, it records the drift that remains.
+
+    It does not end a training: where no data is left, or the file can no longer be
+    written, it warns once.
 
     Args:
         data: as in `keras_bn.diagnose`, from the training data and in random order; a
@@ -160,18 +162,33 @@ class StatisticsLogger(DataCallback):
         return figure
 
     def _record(self, epoch):
-        record = collect(self._target, self._data, **self._options)
+        try:
+            record = collect(self._target, self._data, **self._options)
+        except NoDataError:
+            self._warn_once(
+                "ended",
+                "the data has no batch left, so nothing more is recorded; training "
+                "goes on. A generator must give `steps` batches for each epoch, and "
+                "for the start.",
+            )
+            return
         new = [_row(epoch, layer) for layer in record.layers]
         nan = math.nan
         new.append(DriftRow(epoch, record.model, nan, nan, nan, nan, record.gap))
         self.rows += new
         if self.filename is not None:
             text = _written(self.rows)
-            write_whole(
-                self.filename,
-                lambda path: path.write_text(text, encoding="utf-8"),
-                force=True,
-            )
+            try:
+                write_whole(
+                    self.filename,
+                    lambda path: path.write_text(text, encoding="utf-8"),
+                    force=True,
+                )
+            except OSError as error:
+                self._warn_once(
+                    "file",
+                    f"{self.filename} can't be written ({error}); `rows` has all.",
+                )
         if self._events is not None:
             self._events.write(epoch, dict(_scalars(new)))
 

@@ -28,6 +28,14 @@ from keras_bn.surgery.copying import copy_model
 from keras_bn.surgery.graph import walk
 from keras_bn.surgery.rebuild import rebuild
 
+
+class NoDataError(ValueError):
+    """Data that has no batch, or none left."""
+
+    def __init__(self) -> None:
+        super().__init__("There is no data: not one batch came.")
+
+
 # As in `fit`; and what it gives callbacks.
 Verbose = Literal["auto", 0, 1, 2]
 Logs = dict[str, Any] | None
@@ -137,6 +145,18 @@ class DataCallback(keras.callbacks.Callback):
         """Refuse, when `fit` begins, what could not run later."""
         check_end(self._data, steps)
         check_call(self._target)
+        self._warned: set[str] = set()
+
+    def _warn_once(self, reason, message):
+        """Warn of what a callback cannot do, instead of ending the training.
+
+        Args:
+            reason: the same warning comes once in a `fit`.
+            message: text of the warning.
+        """
+        if reason not in self._warned:
+            self._warned.add(reason)
+            warnings.warn(f"{type(self).__name__}: {message}", stacklevel=3)
 
 
 def _adapted(x, y=None, sample_weight=None, steps=None, batch_size=None):

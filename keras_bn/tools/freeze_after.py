@@ -2,17 +2,24 @@
 
 from typing import Any
 
-import keras
+import numpy as np
 
+from keras_bn.passes.observe import Logs
+from keras_bn.surgery.arrays import float64
 from keras_bn.tools.freeze import freeze
+from keras_bn.tools.steps import StepCallback
 
 
-class FreezeAfter(keras.callbacks.Callback):
+class FreezeAfter(StepCallback):
     """Freezes the statistics of the fitted model after so many steps.
 
     It calls `keras_bn.freeze(model)` once. For a model from `keras_bn.quantize_aware`,
     the last part of training then runs with the very weights of the file. With
     `steps_per_execution`, it waits for the execution to end in which the step is.
+
+    Where another callback resumes an interrupted training when `fit` begins, such as
+    `keras.callbacks.BackupAndRestore`, the steps that it restores count as well: those
+    by which `model.optimizer.iterations` goes up.
 
     Args:
         steps: how many steps of training come before; those of several `fit` together.
@@ -36,37 +43,54 @@ class FreezeAfter(keras.callbacks.Callback):
 
     def __init__(self, steps: int) -> None:
         super().__init__()
-        if not isinstance(steps, int) or isinstance(steps, bool) or steps < 0:
+        if (
+            not isinstance(steps, int | np.integer)
+            or isinstance(steps, bool)
+            or steps < 0
+        ):
             raise ValueError(
                 f"`steps` must be a whole number, 0 or greater. Received: {steps!r}"
             )
         self.steps = steps
-        self._done, self._at, self._frozen = 0, 0, False
+        self._done, self._frozen = 0, False
+        self._restored_from: int | None = None
 
-    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
+    def set_model(self, model: Any) -> None:
+        # Keras calls this on all callbacks before the first can restore anything.
+        super().set_model(model)
+        self._restored_from = _steps_of_optimizer(model)
+
+    def on_train_begin(self, logs: Logs = None) -> None:
+        self._count_restored()
+
+    def on_epoch_begin(self, epoch: int, logs: Logs = None) -> None:
+        super().on_epoch_begin(epoch, logs)
+        self._count_restored()
+        self._restored_from = None
+
+    def on_train_batch_end(self, batch: int, logs: Logs = None) -> None:
+        self._done += self.count_steps()
         self._freeze_if_due()
 
-    def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        self._at = 0
-
-    def on_train_batch_begin(
-        self, batch: int, logs: dict[str, Any] | None = None
-    ) -> None:
-        self._at = batch
-
-    def on_train_batch_end(
-        self, batch: int, logs: dict[str, Any] | None = None
-    ) -> None:
-        # An execution is several batches, of which Keras 3.10 names the first here,
-        # and later releases the last, as if none were missing at the end of an epoch.
-        end = self._at + self.model.steps_per_execution
-        if length := (self.params or {}).get("steps"):
-            end = min(end, length)
-        self._done += end - self._at
-        self._at = end
+    def _count_restored(self):
+        """Count the steps that were restored since the callback got its model."""
+        if self._restored_from is not None:
+            now = _steps_of_optimizer(self.model)
+            self._done += now - self._restored_from
+            self._restored_from = now
         self._freeze_if_due()
 
     def _freeze_if_due(self):
         if not self._frozen and self._done >= self.steps:
             freeze(self.model)
             self._frozen = True
+
+
+def _steps_of_optimizer(model):
+    """How many steps of training an optimizer has taken part in."""
+    optimizer = getattr(model, "optimizer", None)
+    if getattr(optimizer, "iterations", None) is None:
+        return 0
+    # Keras counts the updates, of which each may be of several steps.
+    each = getattr(optimizer, "gradient_accumulation_steps", None) or 1
+    return int(float64(optimizer.iterations)) * each

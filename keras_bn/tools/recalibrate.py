@@ -10,6 +10,7 @@ from keras_bn.moments import Moments, corrected, merged
 from keras_bn.passes.observe import (
     DataCallback,
     Logs,
+    NoDataError,
     Verbose,
     Watch,
     batches,
@@ -19,6 +20,7 @@ from keras_bn.passes.observe import (
 )
 from keras_bn.surgery.arrays import float64, moving, rolled_back
 from keras_bn.surgery.norms import is_frozen, normalizations, warn_of_others
+from keras_bn.tools.steps import StepCallback
 
 # Below this many elements, the standard error of a variance is over 14 %.
 _FEW = 100
@@ -133,7 +135,7 @@ def replace_statistics(
         else:
             found = collector.at_once(data, verbose=verbose, **options)
     if not collector.samples:
-        raise ValueError("There is no data: not one batch came.")
+        raise NoDataError
     _warn_of_few(found, prior)
     _warn_of_skew(model, options["labels"])
     warn_of_others(model, stacklevel=4)
@@ -152,11 +154,7 @@ def replace_statistics(
 def _layers(model, include_frozen):
     """The layers to recalibrate, by path."""
     check_call(model)
-    found = normalizations(model)
-    if not found:
-        raise ValueError(
-            f"'{model.name}' has no batch normalization that could be recalibrated."
-        )
+    found = _present(model)
     if include_frozen:
         return found
     live = {path: layer for path, layer in found.items() if not is_frozen(layer)}
@@ -166,6 +164,15 @@ def _layers(model, include_frozen):
             "`include_frozen=True` to recalibrate them anyway."
         )
     return live
+
+
+def _present(model):
+    """The normalizations of a model by path; refuses one that has none."""
+    if found := normalizations(model):
+        return found
+    raise ValueError(
+        f"'{model.name}' has no batch normalization that could be recalibrated."
+    )
 
 
 class _Collector(Watch):
@@ -295,13 +302,19 @@ def _warn_of_skew(model, labels):
         )
 
 
-class Recalibrate(DataCallback):
+class Recalibrate(DataCallback, StepCallback):
     """Recalibrates a model during `fit`.
 
-    It does so after the training of each epoch and before its validation, so that
-    validation and saved checkpoints have statistics that belong to the weights; or once
-    at the end. Listed after `keras.callbacks.SwapEMAWeights`, it recalibrates while the
-    averaged weights are in the model, and again for the others.
+    It does so after the last step of each epoch, before validation and before other
+    callbacks save the model, so that all of them have statistics that belong to the
+    weights; or once at the end. Its place in the list of callbacks does not matter,
+    with two exceptions: list it after `keras.callbacks.SwapEMAWeights` and before what
+    saves the averaged weights; and before what saves the model if Keras does not know
+    how many steps an epoch has, as with a generator, for then it acts in the first
+    epoch when its turn comes.
+
+    It does not end a training: once all layers are frozen, or the data has ended, it
+    warns and does nothing more.
 
     Args:
         data: as in `recalibrate`; a generator goes on from epoch to epoch.
@@ -312,8 +325,11 @@ class Recalibrate(DataCallback):
         **options: further arguments of `recalibrate`.
 
     Raises:
-        ValueError: when `fit` begins, if there is nothing to recalibrate, or for
+        ValueError: when `fit` begins, if the model has no batch normalization, or for
             endless data without `steps`.
+
+    Warns:
+        UserWarning: once in a `fit`, if every layer is frozen or no data is left.
 
     Example:
 
@@ -342,21 +358,27 @@ class Recalibrate(DataCallback):
         self._options = {"verbose": verbose, **options}
         self._fitting = False
         self._weights: list[float] | None = None
+        self._length: int | None = None
 
     def on_train_begin(self, logs: Logs = None) -> None:
         self._check(self._options.get("steps"))
         if self._target.built:
-            _layers(self._target, self._options.get("include_frozen", False))
+            _present(self._target)
         self._fitting, self._weights = True, None
+        self._length = self.epoch_length
 
     def on_train_batch_end(self, batch: int, logs: Logs = None) -> None:
         self._weights = None
+        self.count_steps()
+        if self.when == "epoch" and self.done_of_epoch == self._length:
+            self._recalibrate()
 
     def on_test_begin(self, logs: Logs = None) -> None:
         if self._fitting and self.when == "epoch":
             self._recalibrate()
 
     def on_epoch_end(self, epoch: int, logs: Logs = None) -> None:
+        self._length = self.done_of_epoch
         if self.when == "epoch":
             self._recalibrate()
 
@@ -366,7 +388,26 @@ class Recalibrate(DataCallback):
 
     def _recalibrate(self):
         """Recalibrate, unless the statistics already belong to these weights."""
-        weights = [float64(v).sum() for v in self._target.trainable_variables]
-        if weights != self._weights:
-            recalibrate(self._target, self._data, **self._options)
-            self._weights = weights
+        assert self.model is not None  # on JAX, this brings the variables up to date
+        target = self._target
+        weights = [float64(v).sum() for v in target.trainable_variables]
+        if weights == self._weights:
+            return
+        live = [layer for layer in _present(target).values() if not is_frozen(layer)]
+        if not live and not self._options.get("include_frozen"):
+            self._warn_once(
+                "frozen",
+                f"every batch normalization of '{target.name}' is frozen, so there is "
+                "nothing to recalibrate; training goes on.",
+            )
+            return
+        try:
+            recalibrate(target, self._data, **self._options)
+        except NoDataError:
+            self._warn_once(
+                "ended",
+                "the data has no batch left, so the statistics are no longer "
+                "recalibrated; training goes on. A generator must give `steps` batches "
+                "for each epoch.",
+            )
+        self._weights = weights

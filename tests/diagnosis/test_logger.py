@@ -176,6 +176,23 @@ def test_a_file_that_cannot_be_is_refused_before_training(tmp_path):
     assert not model.optimizer.iterations.numpy()
 
 
+def test_a_training_goes_on_when_its_file_can_no_longer_be_written(tmp_path):
+    folder = tmp_path / "there"
+    folder.mkdir()
+    logger = keras_bn.StatisticsLogger(data(), folder / "a.csv")
+
+    class Remove(keras.callbacks.Callback):
+        def on_epoch_begin(self, epoch, logs=None):
+            if epoch == 1:
+                (folder / "a.csv").unlink()
+                folder.rmdir()
+
+    with pytest.warns(UserWarning, match=r"a\.csv can't be written") as caught:
+        fit(made(), logger, Remove(), epochs=4)
+    assert len([w for w in caught if "can't be written" in str(w.message)]) == 1
+    assert {row.epoch for row in logger.rows} == {0, 1, 2, 3, 4}
+
+
 def test_a_model_without_any_is_refused():
     model = keras.Sequential([keras.Input((3,)), layers.Dense(2)])
     model.compile("sgd", "mse")

@@ -56,3 +56,66 @@ def test_freeze_after_takes_a_number_of_steps():
     for steps in -1, 1.5, True, "end":
         with pytest.raises(ValueError, match="`steps` must be a whole number"):
             keras_bn.FreezeAfter(steps)
+
+
+class Crash(keras.callbacks.Callback):
+    """Ends a training as a machine that fails does, after so many epochs."""
+
+    def __init__(self, epochs):
+        super().__init__()
+        self.epochs = epochs
+
+    def on_epoch_begin(self, epoch, logs=None):
+        if epoch == self.epochs:
+            raise InterruptedError
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("per_update", [None, 2])
+@pytest.mark.parametrize(("steps", "frozen_at"), [(3, 1), (8, 2), (10, 3), (99, None)])
+def test_steps_that_a_backup_restores_count(
+    tmp_path, first, per_update, steps, frozen_at
+):
+    """4 steps an epoch; the process ends after 2 epochs, and a new one goes on."""
+    x = np.ones((32, 2))
+    frozen = {}
+
+    class Watch(keras.callbacks.Callback):
+        def on_train_batch_begin(self, batch, logs=None):
+            frozen.setdefault(self.epoch, []).append(layer.freeze_statistics)
+
+        def on_epoch_begin(self, epoch, logs=None):
+            self.epoch = epoch
+
+    for crash in 2, None:
+        model = keras.Sequential([keras.Input((2,)), keras_bn.BatchNormalization()])
+        optimizer = keras.optimizers.SGD(gradient_accumulation_steps=per_update)
+        model.compile(optimizer, "mse")
+        layer = model.layers[0]
+        callbacks = [keras_bn.FreezeAfter(steps)]
+        callbacks.insert(
+            0 if first else 1, keras.callbacks.BackupAndRestore(tmp_path / "backup")
+        )
+        callbacks += [Watch(), Crash(crash)]
+        how = {"batch_size": 8, "epochs": 4, "verbose": 0, "callbacks": callbacks}
+        if crash is None:
+            model.fit(x, x, **how)
+        else:
+            with pytest.raises(InterruptedError):
+                model.fit(x, x, **how)
+    assert sorted(frozen) == [0, 1, 2, 3]
+    done = {epoch: range(4 * epoch, 4 * epoch + 4) for epoch in frozen}
+    assert {e: [n >= steps for n in done[e]] for e in done} == frozen
+    assert frozen_at is None or any(frozen[frozen_at])
+
+
+def test_steps_of_an_earlier_training_do_not_count():
+    model = keras.Sequential([keras.Input((2,)), keras_bn.BatchNormalization()])
+    model.compile("sgd", "mse")
+    x = np.ones((32, 2))
+    model.fit(x, x, batch_size=8, verbose=0)
+    callback = keras_bn.FreezeAfter(np.int64(5))
+    model.fit(x, x, batch_size=8, verbose=0, callbacks=[callback])
+    assert not model.layers[0].freeze_statistics
+    model.fit(x, x, batch_size=8, verbose=0, callbacks=[callback])
+    assert model.layers[0].freeze_statistics

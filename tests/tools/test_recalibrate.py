@@ -494,6 +494,146 @@ def test_callback(when, swap):
         keras_bn.Recalibrate(x, when="often")
 
 
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_training_goes_on_once_everything_is_frozen(place):
+    x = data(64)
+    model = chain(layers.Dense(4), OURS(name="bn"), layers.Dense(4))
+    model.compile("sgd", "mse")
+    callbacks = [keras_bn.Recalibrate(x)]
+    callbacks.insert(place, keras_bn.FreezeAfter(3))
+    with pytest.warns(UserWarning, match="Recalibrate: every .* is frozen") as caught:
+        history = model.fit(
+            x, x, epochs=4, validation_data=(x, x), callbacks=callbacks, verbose=0
+        )
+    assert len(history.epoch) == 4
+    assert sum("is frozen" in str(warning.message) for warning in caught) == 1
+    # The first epoch has 2 steps, and was recalibrated; the second froze that.
+    kept = statistics(model)["bn"]
+    assert not np.allclose(kept[0], 0)
+    # Frozen by `trainable`, from the start, and asked for all the same.
+    model.trainable = False
+    model.compile("sgd", "mse")
+    with pytest.warns(UserWarning, match="is frozen"):
+        model.fit(x, x, callbacks=[keras_bn.Recalibrate(x)], verbose=0)
+    np.testing.assert_array_equal(statistics(model)["bn"], kept)
+    again = keras_bn.Recalibrate(x * 2, include_frozen=True)
+    model.fit(x, x, callbacks=[again], verbose=0)
+    assert not np.allclose(statistics(model)["bn"], kept)
+
+
+class Shrinking(keras.utils.PyDataset):
+    """Data that has nothing left when it is read again."""
+
+    def __init__(self):
+        super().__init__()
+        self.length = 4
+
+    def __len__(self):
+        return self.length
+
+    def __getitem__(self, index):
+        return (data(64)[16 * index : 16 * index + 16],)
+
+    def on_epoch_end(self):
+        self.length = 0
+
+
+def _once():
+    return (data(64)[i : i + 16] for i in (0, 16, 32, 48))
+
+
+def _dataset_of_a_generator():
+    batches = _once()
+    signature = tf.TensorSpec((None, 4))
+    return tf.data.Dataset.from_generator(lambda: batches, output_signature=signature)
+
+
+@pytest.mark.parametrize("callback", [keras_bn.Recalibrate, keras_bn.StatisticsLogger])
+@pytest.mark.parametrize(
+    "ending",
+    [
+        lambda: (_once(), 4),
+        lambda: (_once(), 2),
+        lambda: (_dataset_of_a_generator(), None),
+        lambda: (Shrinking(), None),
+    ],
+    ids=["generator", "in two parts", "dataset", "PyDataset"],
+)
+@pytest.mark.filterwarnings("ignore:Your input ran out of data")
+def test_a_training_goes_on_when_the_data_has_ended(callback, ending):
+    given, steps = ending()
+    x = data(64)
+    model = chain(layers.Dense(4), OURS(name="bn"), layers.Dense(4))
+    model.compile("sgd", "mse")
+    ours = callback(given, steps=steps)
+    with pytest.warns(UserWarning, match=f"{callback.__name__}: the data") as caught:
+        history = model.fit(x, x, epochs=4, callbacks=[ours], verbose=0)
+    assert len(history.epoch) == 4
+    assert sum("the data has no" in str(w.message) for w in caught) == 1
+    if callback is keras_bn.StatisticsLogger:
+        epochs = sorted({row.epoch for row in ours.rows})
+        assert epochs == ([0, 1] if steps == 2 else [0])
+
+
+class Saver(keras.callbacks.Callback):
+    """Saves the weights as a callback of anyone's may."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.path = path
+
+    def on_epoch_end(self, epoch, logs=None):
+        self.model.save_weights(self.path.format(epoch=epoch + 1))
+
+
+@pytest.mark.parametrize("place", [0, 1])
+@pytest.mark.parametrize("together", [1] if backend.NAME == "torch" else [1, 3])
+@pytest.mark.parametrize(
+    "saver",
+    [
+        Saver,
+        lambda path: keras.callbacks.ModelCheckpoint(path, save_weights_only=True),
+    ],
+)
+def test_what_is_saved_at_the_end_of_an_epoch_is_recalibrated(
+    tmp_path, place, together, saver
+):
+    """Wherever the callback stands, and without validation."""
+    x = data(96)
+    model = chain(layers.Dense(4), OURS(name="bn"), layers.Dense(4))
+    model.compile("sgd", "mse", steps_per_execution=together)
+    callbacks = [keras_bn.Recalibrate(x)]
+    callbacks.insert(place, saver(str(tmp_path / "{epoch}.weights.h5")))
+    model.fit(x, x, batch_size=12, epochs=3, callbacks=callbacks, verbose=0)
+    for epoch in 1, 2, 3:
+        model.load_weights(tmp_path / f"{epoch}.weights.h5")
+        saved = statistics(model)["bn"]
+        recalibrate(model, x)
+        np.testing.assert_allclose(saved, statistics(model)["bn"], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:Your input ran out of data")
+def test_the_length_of_an_epoch_is_known_from_the_first(tmp_path):
+    x = data(64)
+    model = chain(layers.Dense(4), OURS(name="bn"), layers.Dense(4))
+    model.compile("sgd", "mse")
+    callbacks = [Saver(str(tmp_path / "{epoch}.weights.h5")), keras_bn.Recalibrate(x)]
+
+    signature = (tf.TensorSpec((None, 4)), tf.TensorSpec((None, 4)))
+    unknown = tf.data.Dataset.from_generator(
+        lambda: ((x[i : i + 16], x[i : i + 16]) for i in range(0, 64, 16)),
+        output_signature=signature,
+    )
+    model.fit(unknown, epochs=2, callbacks=callbacks, verbose=0)
+    off = []
+    for epoch in 1, 2:
+        model.load_weights(tmp_path / f"{epoch}.weights.h5")
+        saved = statistics(model)["bn"]
+        recalibrate(model, x)
+        off.append(np.abs(np.subtract(saved, statistics(model)["bn"])).max())
+    assert off[0] > 1e-2 > 1e-5 > off[1]
+
+
 @backend.only("tensorflow", "its strategies")
 def test_replicas():
     script = Path(__file__).parents[1] / "support" / "two_replicas.py"
