@@ -28,14 +28,15 @@ def refused(*kinds, saying=""):
     Args:
         *kinds: classes of exceptions; `Exception` for other people's code, which may
             raise anything for bad input.
-        saying: text before the error's own sentence.
+        saying: text before the error's own sentence, unless it begins so.
     """
     try:
         yield
     except UsageError:
         raise
     except kinds as error:
-        raise UsageError(saying + sentence(error)) from error
+        said = sentence(error)
+        raise UsageError(said if said.startswith(saying) else saying + said) from error
 
 
 @contextlib.contextmanager

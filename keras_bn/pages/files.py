@@ -1,6 +1,8 @@
 """Writing a file completely or not at all, and never over another by accident."""
 
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 
@@ -17,30 +19,69 @@ def check_writable(file, force):
     path = Path(file).resolve()
     if not path.parent.is_dir():
         raise OSError(f"there is no folder {path.parent}")
+    try:
+        path.lstat()
+    except FileNotFoundError:
+        pass
+    except OSError as error:  # such as a name that is too long
+        raise OSError(f"{file} can't be written: {error.strerror}") from error
     if path.exists() and not path.is_file():
         raise OSError(f"{file} is not a regular file")
     if path.exists() and not force:
-        raise OSError(f"{file} exists; --force overwrites it")
+        raise _exists(file)
     if not os.access(path.parent, os.W_OK):
         raise OSError(f"the folder {path.parent} can't be written to")
 
 
 def write_whole(file, write, force=False):
-    """Write a file under a temporary name, and rename it when it is complete.
+    """Write a file in a hidden folder next to it, and move it when it is complete.
+
+    A file that it replaces gives it its mode. One that has appeared in the meantime is
+    replaced only with `force`. Several threads and processes may write the same file:
+    one of them is there in the end, whole.
 
     Args:
         file: a path.
-        write: `write(path)`, which writes a file of the same suffix at `path`.
+        write: `write(path)`, which writes a file of the same name at `path`.
         force: as in `check_writable`.
 
     Raises:
-        OSError: if it can't be written.
+        OSError: if it can't be written; the message names `file`.
     """
     check_writable(file, force)
     path = Path(file).resolve()
-    part = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")
+    folder = tempfile.mkdtemp(prefix=".keras_bn-", dir=path.parent)
+    part = Path(folder, path.name)
     try:
         write(part)
-        part.replace(path)
+        if path.exists():
+            part.chmod(path.stat().st_mode)
+        if force:
+            part.replace(path)
+        else:
+            _move_to_free(part, path, file)
+    except OSError as error:
+        if not error.strerror and str(part) not in str(error):
+            raise
+        reason = error.strerror or str(error).replace(str(part), str(file))
+        raise OSError(f"{file} can't be written: {reason}") from error
     finally:
-        part.unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _move_to_free(part, path, file):
+    """Move a file where there is none, at once."""
+    try:
+        try:
+            os.link(part, path)
+        except FileExistsError:
+            raise
+        except OSError:  # a file system without links: take the name, then replace it
+            path.open("x").close()
+            part.replace(path)
+    except FileExistsError:
+        raise _exists(file) from None
+
+
+def _exists(file):
+    return OSError(f"{file} exists; --force overwrites it")

@@ -89,8 +89,9 @@ class FreezeAfter(StepCallback):
 def _steps_of_optimizer(model):
     """How many steps of training an optimizer has taken part in."""
     optimizer = getattr(model, "optimizer", None)
-    if getattr(optimizer, "iterations", None) is None:
+    iterations = getattr(optimizer, "iterations", None)
+    if iterations is None:
         return 0
     # Keras counts the updates, of which each may be of several steps.
     each = getattr(optimizer, "gradient_accumulation_steps", None) or 1
-    return int(float64(optimizer.iterations)) * each
+    return int(float64(iterations)) * each
