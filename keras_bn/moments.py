@@ -9,12 +9,12 @@ from keras import ops
 Tensor = Any
 
 
-def wide(dtype: Any) -> str:
+def at_least_float32(dtype: Any) -> str:
     """The dtype in which a value of a float dtype is computed: at least float32.
 
     Keras's `result_type` gives float32 for float64 on PyTorch and JAX.
 
-    >>> wide("bfloat16"), wide("float64")
+    >>> at_least_float32("bfloat16"), at_least_float32("float64")
     ('float32', 'float64')
     """
     double = keras.backend.standardize_dtype(dtype) == "float64"

@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 
 from keras import ops
 
-from keras_bn.moments import Moments
+from keras_bn.moments import Moments, Tensor
 
 
 class Saved(NamedTuple):
@@ -128,3 +128,15 @@ def backward(saved: Saved, upstream, *, epsilon, layout, total=None):
 def where(mask, value):
     """`value` where the mask is true, else 0 (a product would keep NaN)."""
     return value if mask is None else ops.where(mask, value, ops.zeros_like(value))
+
+
+def prevent_refusion(value: Tensor, operand: Tensor) -> Tensor:
+    """`value`, in a form that XLA on a CPU computes only once.
+
+    XLA would fuse it into each of its uses and compute it anew there, again and again
+    in a chain of layers. It does not do so with an op of several operands of full size.
+
+    Args:
+        value, operand: tensors of one shape, the first NaN wherever the second is.
+    """
+    return ops.where(operand == operand, value, operand)

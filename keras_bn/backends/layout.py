@@ -31,6 +31,16 @@ def broadcast(
     return ops.reshape(value, sizes)
 
 
+def add_offset(x: Tensor, offset: Tensor, axis: int) -> Tensor:
+    """`x + offset`, with one value per channel; see the contract of the backends."""
+    return x + broadcast(offset, x.shape, (axis,))
+
+
+def assert_mask_shape(mask: Tensor, x: Tensor, along: Sequence[int]) -> Tensor:
+    """The mask, on a backend that knows all sizes and has compared them before."""
+    return mask
+
+
 class Layout:
     """How statistics line up with an input: the shapes used inside a kernel.
 

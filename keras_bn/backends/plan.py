@@ -4,15 +4,15 @@ import math
 from typing import NamedTuple
 
 # Elements from which the fused op is faster on a CPU: it takes 0.2 ms more to start
-# and moves each element fewer times (2 cores, `keras-bn bench --calibrate`).
+# and moves each element fewer times (2 cores, `python -m benchmarks.crossover`).
 FUSED_FROM = 2**17
 
 # Channels of a matrix from which it pays to choose the kernel at run time. With fewer,
 # batches are usually small, and the 10 µs of the choice are a tenth or more of a step.
 EITHER_FROM = 256
 
-# Elements up to which XLA is told to compute outputs once (`tensorflow.batch.once`):
-# above, the memory it costs outweighs the time it saves.
+# Elements up to which XLA is told to compute outputs once, by
+# `formulas.prevent_refusion`: above, the memory it costs outweighs the time it saves.
 ONCE_UP_TO = 2**22
 
 # Assumed sizes of unknown axes: of the batch, and of any other.

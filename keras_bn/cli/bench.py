@@ -5,11 +5,10 @@ keras-bn bench --shape 32,56,56,64
 
 import argparse
 
-import keras
 from rich.console import Console
 from rich.table import Table
 
-from keras_bn.backends import modes, plan
+from keras_bn.backends import modes
 from keras_bn.cli.errors import UsageError, refused
 from keras_bn.cli.options import at_least
 from keras_bn.verify import chains, timing
@@ -48,36 +47,12 @@ def add(commands):
         default=60.0,
         help="total time to measure (60)",
     )
-    parser.add_argument(
-        "--calibrate",
-        action="store_true",
-        help="print the size from which the fused kernel is faster here, where the "
-        "kernel depends on the size: with TensorFlow on a CPU",
-    )
     parser.set_defaults(run=_run, parser=parser)
 
 
 def _run(arguments):
-    console = Console(highlight=False)
-    for line in _calibrated(arguments) if arguments.calibrate else _timed(arguments):
-        console.print(line)
+    Console(highlight=False).print(_timed(arguments))
     return 0
-
-
-def _calibrated(arguments):
-    """A table, and its result in a line."""
-    if not chains.has_crossover():
-        raise UsageError(
-            "--calibrate has nothing to find: the layer's kernel does not depend on "
-            f"the size of the input here, on {keras.backend.backend()}"
-        )
-    rows, start = chains.crossover(arguments.seconds)
-    table = Table("elements", "plain, ms", "fused, ms")
-    for elements, *times in rows:
-        table.add_row(f"{elements:,}", *(f"{t:.3f}" for t in times))
-    here = "none here" if start is None else f"{start:,} elements here"
-    built_in = f"built in: {plan.FUSED_FROM:,}"
-    return [table, f"[bold]fused: faster from {here}; {built_in}[/]"]
 
 
 def _timed(arguments):
@@ -103,7 +78,7 @@ def _timed(arguments):
             f"{peer / ours:.2f}",
             timing.verdict(peer / ours),
         )
-    return [table]
+    return table
 
 
 def _shape(text):

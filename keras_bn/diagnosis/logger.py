@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 import keras
 
-from keras_bn.backends import Events
 from keras_bn.diagnosis.collect import check_any, collect
+from keras_bn.diagnosis.events import Events
 from keras_bn.pages.files import check_writable, write_whole
 from keras_bn.passes.observe import DataCallback, Logs, NoDataError
 from keras_bn.surgery.norms import warn_of_others
@@ -60,8 +60,8 @@ class StatisticsLogger(DataCallback):
         filename: the CSV file to write, if any: a `DriftRow` per layer and epoch, and
             one for the model. It is rewritten after each epoch.
         log_dir: a folder for TensorBoard, if any: scalars by the name of the column and
-            the path of the layer, with the epoch as the step. Only viewing them needs
-            TensorBoard.
+            the path of the layer, with the epoch as the step. It needs the package
+            `tensorboard`.
         append: whether `fit` keeps the present rows, from the file if there is one. It
             drops rows after its first epoch (`initial_epoch`). Without `append` it
             drops all rows.

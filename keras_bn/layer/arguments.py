@@ -8,9 +8,9 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_bn import backends
+from keras_bn.backends import backend
 from keras_bn.layer import renorm
-from keras_bn.moments import Tensor, wide
+from keras_bn.moments import Tensor, at_least_float32
 
 Axis = int | list[int]
 Shape = Sequence[int | None]
@@ -141,7 +141,7 @@ def to_float(inputs: Tensor, compute_dtype: str) -> Tensor:
     if keras.backend.is_float_dtype(dtype):
         return inputs
     if "int" in dtype or dtype == "bool":
-        return ops.cast(inputs, wide(compute_dtype))
+        return ops.cast(inputs, at_least_float32(compute_dtype))
     raise TypeError(f"Inputs must be real numbers. Received: inputs of dtype {dtype}")
 
 
@@ -194,7 +194,7 @@ def align_mask(mask: Tensor, x: Tensor, axes: Sequence[int]) -> Tensor:
         )
     along = fitting[0]
     if leading != rows and None in (*received, *(shape[i] for i in along)):
-        mask = backends.checked(mask, x, along)
+        mask = backend.assert_mask_shape(mask, x, along)
     missing = [axis for axis in range(len(shape)) if axis not in along]
     return ops.expand_dims(ops.cast(mask, "bool"), missing)
 

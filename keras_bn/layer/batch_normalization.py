@@ -6,12 +6,12 @@ from typing import Any
 import keras
 from keras import constraints, initializers, ops, regularizers
 
-from keras_bn import backends
+from keras_bn.backends import backend
 from keras_bn.layer import arguments, moving, noted, renorm, step
 from keras_bn.layer.arguments import Shape
 from keras_bn.layer.frozen import Freezable
 from keras_bn.layer.stored import Checked
-from keras_bn.moments import Moments, Tensor, wide
+from keras_bn.moments import Moments, Tensor, at_least_float32, to_tensor
 
 # An initializer, regularizer or constraint: itself, its name or its config.
 Named = Callable[..., Tensor] | str | dict[str, Any]
@@ -186,7 +186,7 @@ class BatchNormalization(Freezable, Checked):
                 shape=shape,
                 name=name,
                 initializer=initializer,
-                dtype=wide(self.variable_dtype),
+                dtype=at_least_float32(self.variable_dtype),
                 autocast=False,
                 **options,
             )
@@ -246,21 +246,34 @@ class BatchNormalization(Freezable, Checked):
             training = False
 
         def train():
-            tensors = x, mask, *self._affine, self._state, self._bounds
-            y, state = step.train(*tensors, settings=self._settings)
+            settings = self._settings
+            y, state = step.train(
+                x,
+                mask,
+                *self._affine,
+                self._state,
+                self._bounds,
+                settings=settings,
+                plan=backend.make_plan(x, mask, settings),
+            )
             return ops.cast(y, self.compute_dtype), state
 
         def infer():
             state = self._state
             if (note := noted.of(inputs, self._axes) if self._fused else None) is None:
-                y = step.infer(x, None, *self._affine, state, settings=self._settings)
+                settings = step.Settings(self._axes, self.epsilon)
+                y = step.infer(x, *self._affine, state, settings=settings)
             else:
-                how: Any = state, self.epsilon, wide(x.dtype)
-                y = noted.follow(note, *step.scale_and_offset(*self._affine, *how))
+                dtype = at_least_float32(x.dtype)
+                gamma, beta = self._affine
+                scale, offset = step.scale_and_offset(
+                    gamma, beta, state, self.epsilon, dtype
+                )
+                y = noted.follow(note, scale, offset)
             return ops.cast(y, self.compute_dtype), state
 
         if ops.is_tensor(training):
-            y, state = backends.cond(ops.cast(training, "bool"), train, infer)
+            y, state = backend.cond(ops.cast(training, "bool"), train, infer)
         else:
             y, state = train() if training else infer()
         if ops.is_tensor(training) or training:
@@ -292,8 +305,10 @@ class BatchNormalization(Freezable, Checked):
         [[-1.  1.]] [2.]
         """
         x, mask = self._prepared(inputs, mask)
+        settings = step.Settings(self._axes, self.epsilon)
+        plan = backend.make_plan(x, mask, settings)
         y, moments = step.normalize(
-            x, mask, *self._affine, settings=step.Settings(self._axes, self.epsilon)
+            x, mask, *self._affine, settings=settings, plan=plan
         )
         return ops.cast(y, self.compute_dtype), moments
 
@@ -346,7 +361,7 @@ class BatchNormalization(Freezable, Checked):
 
     def _prepared(self, inputs, mask):
         """The inputs in a float dtype, with known channels, and the mask for them."""
-        x = arguments.to_float(inputs, self.compute_dtype)
+        x = arguments.to_float(to_tensor(inputs), self.compute_dtype)
         x = arguments.with_channels(x, self._axes, self.moving_mean.shape)
         return x, arguments.align_mask(mask, x, self._axes)
 

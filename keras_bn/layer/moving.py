@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from keras import ops
 
-from keras_bn import backends
+from keras_bn.backends import backend
 from keras_bn.moments import Moments, Tensor, of_tensors, to_tensor
 
 
@@ -147,7 +147,7 @@ def advance(
     momentum = 1.0 if rule.momentum is None else rule.momentum
     several = len(new.shape) > len(old.shape)
     if not several and updates is None:
-        return backends.blend(old, new, usable, momentum), updates
+        return backend.blend(old, new, usable, momentum), updates
     new = ops.where(usable, new, ops.zeros((), dtype))
     taken = ops.cast(usable, dtype)
     total = ops.sum(taken, axis=0) if several else taken

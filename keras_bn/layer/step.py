@@ -4,10 +4,12 @@ from typing import NamedTuple
 
 from keras import ops
 
-from keras_bn import backends
+from keras_bn.backends import backend
+from keras_bn.backends.layout import broadcast
+from keras_bn.backends.plan import Plan
 from keras_bn.layer import moving, renorm
 from keras_bn.layer.moving import State as State
-from keras_bn.moments import Moments, Tensor, wide
+from keras_bn.moments import Moments, Tensor, at_least_float32
 
 
 class Settings(NamedTuple):
@@ -30,7 +32,7 @@ class Settings(NamedTuple):
     group_size: int | None = None
 
 
-@backends.compiled
+@backend.compiled
 def train(
     x: Tensor,
     mask: Tensor,
@@ -40,7 +42,7 @@ def train(
     bounds: renorm.Bounds | None = None,
     *,
     settings: Settings,
-    plan: backends.Plan,
+    plan: Plan,
 ) -> tuple[Tensor, State]:
     """One training step.
 
@@ -51,16 +53,16 @@ def train(
         state: the present `State`.
         bounds: `renorm.Bounds` where there is renormalization, else None.
         settings: the `Settings`.
-        plan: the `Plan` for the input; `backends.compiled` makes it.
+        plan: the `Plan` for the input.
 
     Returns:
         `(y, state)`: the output, of the shape of `x`, and the new `State`.
     """
     if bounds is not None:
         # The correction is computed on the output: not in half precision.
-        x = ops.cast(x, wide(x.dtype))
+        x = ops.cast(x, at_least_float32(x.dtype))
     epsilon, rule = settings.epsilon, settings.rule
-    y, batch = backends.forward(x, mask, gamma, beta, epsilon=epsilon, plan=plan)
+    y, batch = backend.forward(x, mask, gamma, beta, epsilon=epsilon, plan=plan)
     if bounds is None:
         new = moving.update(state, batch, rule)
     else:
@@ -72,17 +74,17 @@ def train(
             offset += beta * (1.0 - r)
         y = affine(y, r, offset, settings.axes)
         new = renorm.update(state, batch, rule, settings.renorm_momentum, epsilon)
-    if backends.replicated() and not settings.synchronized:
-        new = _agreed(state, new, batch, rule)
+    if backend.replicated() and not settings.synchronized:
+        new = _averaged(state, new, batch, rule)
     return y, new
 
 
-def _agreed(old: State, new: State, batch: Moments, rule: moving.Rule) -> State:
-    """Average the replicas' steps, so that all end with the same state."""
+def _averaged(old: State, new: State, batch: Moments, rule: moving.Rule) -> State:
+    """Average the replicas' updates, so that all end with the same state."""
     mean, variance = moving.usable_parts(batch, rule)
     if len(mean.shape) > len(old.mean.shape):
         mean, variance = ops.any(mean, axis=0), ops.any(variance, axis=0)
-    taken = State(
+    updated = State(
         mean=mean,
         variance=variance,
         updates=ops.stack([mean, variance]),
@@ -90,10 +92,10 @@ def _agreed(old: State, new: State, batch: Moments, rule: moving.Rule) -> State:
         renorm_mean=mean,
         renorm_stddev=mean,
     )
-    return State(*backends.agree(old, new, taken))
+    return State(*backend.average_updates(old, new, updated))
 
 
-@backends.compiled
+@backend.compiled
 def normalize(
     x: Tensor,
     mask: Tensor,
@@ -101,34 +103,31 @@ def normalize(
     beta: Tensor,
     *,
     settings: Settings,
-    plan: backends.Plan,
+    plan: Plan,
 ) -> tuple[Tensor, Moments]:
     """The output under the batch's own statistics, and these as `Moments`."""
-    return backends.forward(x, mask, gamma, beta, epsilon=settings.epsilon, plan=plan)
+    return backend.forward(x, mask, gamma, beta, epsilon=settings.epsilon, plan=plan)
 
 
-@backends.compiled
+@backend.compiled
 def infer(
-    x: Tensor,
-    mask: Tensor,
-    gamma: Tensor,
-    beta: Tensor,
-    state: State,
-    *,
-    settings: Settings,
-    plan: backends.Plan,
+    x: Tensor, gamma: Tensor, beta: Tensor, state: State, *, settings: Settings
 ) -> Tensor:
-    r"""The output under the moving statistics; the mask is not used.
+    r"""The output under the moving statistics.
 
-    $$y = s\,(x - \mu) + \beta, \qquad s = \frac{\gamma}{\sqrt{\sigma^2 + \epsilon}}$$
+    With the scale $s = \gamma / \sqrt{\sigma^2 + \epsilon}$, it is
+    $x s + (\beta - \mu s)$ on TensorFlow and JAX, as Keras's layer rounds there, and
+    $s\,(x - \mu) + \beta$ on PyTorch.
     """
-    given, dtype = x.dtype, wide(x.dtype)
+    dtype = at_least_float32(x.dtype)
     scale = _scale(gamma, state, settings.epsilon, dtype)
     mean = ops.cast(state.mean, dtype)
     beta = ops.zeros_like(mean) if beta is None else ops.cast(beta, dtype)
-    x, statistics = ops.cast(x, dtype), (mean, scale, beta)
-    spread = (backends.broadcast(v, x.shape, settings.axes) for v in statistics)
-    return ops.cast(backends.standardize(x, *spread), given)
+    mean, scale, beta = (
+        broadcast(value, x.shape, settings.axes) for value in (mean, scale, beta)
+    )
+    y = backend.standardize(ops.cast(x, dtype), mean, scale, beta)
+    return ops.cast(y, x.dtype)
 
 
 def scale_and_offset(
@@ -150,5 +149,5 @@ def _scale(gamma: Tensor, state: State, epsilon: float, dtype: str) -> Tensor:
 
 def affine(x: Tensor, scale: Tensor, offset: Tensor, axes: tuple[int, ...]) -> Tensor:
     """`x * scale + offset`, with one value per channel each."""
-    scale, offset = (backends.broadcast(v, x.shape, axes) for v in (scale, offset))
+    scale, offset = (broadcast(value, x.shape, axes) for value in (scale, offset))
     return x * scale + offset

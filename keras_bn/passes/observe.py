@@ -20,7 +20,7 @@ from keras.src.trainers.data_adapters.py_dataset_adapter import PyDatasetAdapter
 from keras.src.trainers.data_adapters.tf_dataset_adapter import TFDatasetAdapter
 from keras.src.trainers.epoch_iterator import EpochIterator
 
-from keras_bn import backends
+from keras_bn.backends import backend
 from keras_bn.layer import BatchNormalization
 from keras_bn.moments import Moments, merged
 from keras_bn.surgery.arrays import float64
@@ -224,7 +224,7 @@ class Watch:
         """The outputs of the model, computed with the answers."""
         token = _ANSWERS.set(self._answers)
         try:
-            with backends.watched(self._loops):
+            with backend.recording(self._loops):
                 return self._model(x, training=training)
         finally:
             _ANSWERS.reset(token)

@@ -20,8 +20,14 @@ from keras.src.saving.keras_saveable import KerasSaveable
 from keras.src.trainers.trainer import Trainer
 from keras.src.utils.tracking import Tracker
 
-from keras_bn import backends
-from keras_bn.surgery.exchange import is_wrapped, note_nodes, plain_dict, rekey, retrack
+from keras_bn.surgery.exchange import (
+    is_wrapped,
+    note_nodes,
+    plain_dict,
+    refresh_parameters,
+    rekey,
+    retrack,
+)
 from keras_bn.surgery.graph import holders, scope
 
 # These are always copied; other objects only if one of these can be reached from them.
@@ -270,7 +276,7 @@ class _Copier:
         elif hasattr(new, "_var_key"):
             self._rekey(original, new)
         if isinstance(new, keras.layers.Layer):
-            backends.retrack(new)
+            refresh_parameters(new)
 
     def _rekey(self, original, new):
         """Give a copied optimizer the keys of the copied variables."""

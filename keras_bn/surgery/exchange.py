@@ -14,7 +14,6 @@ from keras.src.ops.function import make_node_key, map_graph
 from keras.src.ops.node import KerasHistory
 from keras.src.optimizers.base_optimizer import BaseOptimizer
 
-from keras_bn import backends
 from keras_bn.surgery.graph import graphs, holders, input_of, nodes, walk
 
 
@@ -155,7 +154,7 @@ def replace(holder, others):
     if hasattr(holder, "_nodes_by_depth"):
         note_nodes(holder)
     if isinstance(holder, keras.layers.Layer):
-        backends.retrack(holder)
+        refresh_parameters(holder)
 
 
 class GONE:
@@ -192,6 +191,12 @@ def retrack(tracker):
     """Tell a Keras tracker what its lists hold now."""
     for name, (_, items) in tracker.config.items():
         tracker.stored_ids[name] = {id(item) for item in items}
+
+
+def refresh_parameters(layer):
+    """Refresh the parameter list of the PyTorch module behind a Keras layer."""
+    if "_torch_params" in vars(layer).get("_modules", {}):
+        layer._track_variables()
 
 
 def note_nodes(graph):

@@ -2,7 +2,7 @@
 
 import inspect
 
-from keras_bn import backends
+from keras_bn.surgery.exchange import refresh_parameters
 
 # The attributes to copy besides the arguments.
 _ATTRIBUTES = ("_trainable", "_path", "_parent_path", "_remat_mode", "_called")
@@ -51,7 +51,7 @@ def rebuild(layer, kind, **changes):
     vars(new)["add_weight"] = add_weight
     new.build_from_config(layer.get_build_config())
     del vars(new)["add_weight"]
-    backends.retrack(new)
+    refresh_parameters(new)
     if present:
         raise ValueError(
             f"Cannot convert '{layer.name}': {type(layer).__name__} has the weights "

@@ -11,7 +11,7 @@ import keras
 from keras import ops
 from keras.src.backend import AutocastScope
 
-from keras_bn import backends
+from keras_bn.backends import backend
 from keras_bn.backends.plan import elements
 from keras_bn.layer import noted
 from keras_bn.surgery.graph import walk
@@ -39,7 +39,7 @@ class Noting:
         layer = self.layer
         y = type(layer).call(layer, inputs, **options)
         worth = elements(y.shape) >= WORTH * elements(getattr(layer, self._last).shape)
-        if backends.pruned(y) and worth and not is_activated(layer):
+        if backend.prunes(y) and worth and not is_activated(layer):
             again = functools.partial(self._again, inputs, options)
             noted.leave(y, noted.Note(self.axes, again))
         return y
@@ -63,7 +63,7 @@ class Noting:
             "use_bias": not convolution,
         }
         y = type(layer).call(_Instead(layer, **weights), inputs, **options)
-        return backends.add_offset(y, bias, self.axes[0]) if convolution else y
+        return backend.add_offset(y, bias, self.axes[0]) if convolution else y
 
 
 def _spread(values, shape):

@@ -7,15 +7,11 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_bn import backends
-from keras_bn.backends import modes, plan
-from keras_bn.layer import BatchNormalization, step
+from keras_bn.backends import modes
+from keras_bn.layer import BatchNormalization
 from keras_bn.verify.timing import Timing, interleave
 
 OURS, PEER = "keras_bn", "Keras"
-
-# The sizes in which `crossover` looks for one: 2**14 elements to 2**21.
-_POWERS = range(14, 22)
 
 
 def depth(shape) -> int:
@@ -114,63 +110,3 @@ def per_layer(timings: dict[str, Timing], shape) -> dict[str, Timing]:
         name: Timing(t.median / n, t.low / n, t.high / n, t.rounds)
         for name, t in timings.items()
     }
-
-
-def has_crossover(channels: int = 64) -> bool:
-    """Whether the layer's kernel depends on the size of the input here.
-
-    It does with TensorFlow on a CPU.
-    """
-    settings = step.Settings((1,), 1e-3)
-    inputs = (keras.ops.zeros(_shape(power, channels)) for power in _POWERS)
-    return len({backends.make_plan(x, None, settings).kernel for x in inputs}) > 1
-
-
-def crossover(seconds: float = 20.0, channels: int = 64) -> tuple[list, int | None]:
-    """The size from which the fused kernel is faster on this machine.
-
-    Args:
-        seconds: total time to measure.
-        channels: channels of the inputs.
-
-    Returns:
-        A list of `(elements, ms of the plain kernel, ms of the fused one)` per layer,
-        and the number of elements from which the fused one stays faster, or None.
-    """
-    rows = []
-    for power in _POWERS:
-        shape = _shape(power, channels)
-        plans = {name: plan.Plan(name, axes=(1,)) for name in ("plain", "fused")}
-        functions = {name: _by_plan(each, shape) for name, each in plans.items()}
-        timings = per_layer(interleave(functions, seconds / len(_POWERS)), shape)
-        rows.append((2**power, timings["plain"].median, timings["fused"].median))
-    start = None
-    for elements, plain, fused in reversed(rows):
-        if fused >= plain:
-            break
-        start = elements
-    return rows, start
-
-
-def _shape(power, channels):
-    return 2**power // channels, channels
-
-
-def _by_plan(how, shape):
-    """A training step of a chain of kernels with one plan, as a function."""
-    rng = np.random.default_rng(0)
-    x, upstream = (
-        keras.ops.convert_to_tensor(rng.normal(size=shape).astype("float32"))
-        for _ in range(2)
-    )
-    gamma, beta = (keras.Variable(np.full(shape[-1:], v, "float32")) for v in (1, 0))
-
-    def forward(x):
-        for _ in range(depth(shape)):
-            x, _ = backends.forward(
-                x, None, gamma.value, beta.value, epsilon=1e-3, plan=how
-            )
-        return x
-
-    step = modes.with_gradients(forward, [gamma, beta], modes.USUAL)
-    return lambda: modes.wait(step(x, upstream))

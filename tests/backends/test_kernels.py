@@ -6,16 +6,16 @@ import keras
 import numpy as np
 import oracle
 import pytest
-from support import backend
+from support import backend as support
 from support.errors import assert_not_worse
 from support.steps import array, in_mode, relative_error
 
 import keras_bn
-from keras_bn import backends, verify
-from keras_bn.backends import modes
+from keras_bn import verify
+from keras_bn.backends import backend, modes
 from keras_bn.backends.plan import Plan
 
-tf = backend.tensorflow("its kernels, one by one")
+tf = support.tensorflow("its kernels, one by one")
 
 
 EPSILON = 1e-3
@@ -26,7 +26,7 @@ FLOOR = 1e-6
 
 def run_kernel(x, gamma, beta, axes, mask=None, **plan):
     how = Plan(axes=axes, **plan)
-    return backends.forward(x, mask, gamma, beta, epsilon=EPSILON, plan=how)
+    return backend.forward(x, mask, gamma, beta, epsilon=EPSILON, plan=how)
 
 
 run_plain = functools.partial(run_kernel, kernel="plain")

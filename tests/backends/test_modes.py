@@ -8,7 +8,7 @@ from support.backend import KERAS_IS_A_JUDGE, array, but_on, only, tf
 from support.marks import slow
 
 import keras_bn
-from keras_bn import backends
+from keras_bn.backends import backend
 from keras_bn.layer import step
 
 SIZES = only("tensorflow", "elsewhere all sizes are known")
@@ -99,21 +99,21 @@ def test_functional_model_with_unknown_spatial_sizes():
 def test_one_trace_serves_every_batch_size_in_eager_calls():
     traces = []
 
-    @backends.compiled
-    def traced(x, mask, *, settings, plan):
+    @backend.compiled
+    def traced(x, *, settings):
         traces.append(x.shape)
         return x * 2
 
     for batch in range(1, 21):
         x = tf.ones((batch, 3 + batch, 2))
-        doubled = traced(x, None, settings=step.Settings((2,), 1e-3))
+        doubled = traced(x, settings=step.Settings((2,), 1e-3))
         np.testing.assert_array_equal(doubled, 2 * np.ones(x.shape))
     assert traces == [(None, None, 2)]
 
 
 def test_compiled_puts_absent_arguments_back_in_place():
-    @backends.compiled
-    def first_given(x, mask, gamma, state, *, settings, plan):
+    @backend.compiled
+    def first_given(x, mask, gamma, state, *, settings):
         assert gamma is None
         assert state.updates is None
         return x + state.mean + settings.epsilon, mask, state
@@ -147,6 +147,17 @@ def executed_ops(function):
     finally:
         op_callbacks.remove_op_callback(record)
     return ops
+
+
+@only("tensorflow", "it is TensorFlow's dispatch that costs")
+def test_eager_inference_is_traced_once_for_all_sizes():
+    layer, traces = keras_bn.BatchNormalization(), set()
+    for rows in (8, 16, 4096, 100_000):
+        x = tf.ones((rows, 64))
+        layer(x)
+        ops = executed_ops(lambda x=x: layer(x, training=False))
+        traces |= {op for op in ops if op.startswith("__inference")}
+    assert len(traces) == 1
 
 
 @only("tensorflow", "it is TensorFlow's dispatch that costs")

@@ -10,7 +10,7 @@ from keras import ops
 from support.backend import NAME, array, but_on
 
 import keras_bn
-from keras_bn.backends import modes
+from keras_bn.backends import backend, modes
 from keras_bn.verify import cases, judge
 
 SHAPE = ((32, 20, 8), -1)
@@ -241,12 +241,12 @@ def test_a_wrong_layer_fails_where_it_is_wrong(
 
 @but_on("jax", "a step that was traced before does not take another kernel")
 def test_a_kernel_of_the_wrong_sign_fails(monkeypatch):
-    right = keras_bn.backends.forward
+    right = backend.forward
 
     def wrong(x, mask, gamma, beta, **options):
         return right(x, mask, gamma, -beta, **options)
 
-    monkeypatch.setattr(keras_bn.backends, "forward", wrong)
+    monkeypatch.setattr(backend, "forward", wrong)
     record = run(cases.Case(*SHAPE, "float32", modes.USUAL))
     assert failing(record) == {"output", "dbeta"}
 

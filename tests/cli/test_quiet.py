@@ -10,8 +10,8 @@ import pytest
 from support.backend import only
 
 import keras_bn
-from keras_bn.backends import modes
 from keras_bn import quiet
+from keras_bn.backends import modes
 
 ROOT = Path(keras_bn.__file__).parents[1]
 NOTICES = only("tensorflow", "its notices")

@@ -8,7 +8,9 @@ from support.cases import Case, check
 from support.steps import array
 
 import keras_bn
-from keras_bn import Moments, backends
+from keras_bn import Moments
+from keras_bn.backends import backend
+from keras_bn.backends.plan import Plan
 
 LIMITS = settings(max_examples=25, deadline=None)
 
@@ -77,8 +79,8 @@ def test_affine_invariance(scale, shift, negative, seed):
 
 def moments_of(x):
     x = ops.convert_to_tensor(x)
-    plan = backends.Plan("plain", axes=(1,))
-    _, batch = backends.forward(x, None, None, None, epsilon=1e-3, plan=plan)
+    plan = Plan("plain", axes=(1,))
+    _, batch = backend.forward(x, None, None, None, epsilon=1e-3, plan=plan)
     return Moments(*(array(part) for part in batch))
 
 

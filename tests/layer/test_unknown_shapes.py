@@ -3,12 +3,15 @@
 import keras
 import numpy as np
 import pytest
-from support import backend
+from support import backend as support
 from support.steps import MODES, Step, oracle_step, relative_error, set_parameters
 
 import keras_bn
+from keras_bn.backends import backend
+from keras_bn.backends.plan import Plan
+from keras_bn.layer import step
 
-tf = backend.tensorflow("sizes are always known elsewhere")
+tf = support.tensorflow("sizes are always known elsewhere")
 
 # Shape, channel axes, and the kernel that serves it with only the channels known.
 CASES = [
@@ -66,19 +69,19 @@ def compare(shape, axis, mode="graph"):
 
 
 @pytest.mark.parametrize(("shape", "axis", "kernel"), CASES, ids=str)
-def test_a_step_is_right_with_nothing_known_but_the_rank(
-    shape, axis, kernel, monkeypatch
-):
-    plans = []
-    make = keras_bn.layer.step.backends.forward
-
-    def forward(*args, plan, **kwargs):
-        plans.append(plan.kernel)
-        return make(*args, plan=plan, **kwargs)
-
-    monkeypatch.setattr(keras_bn.layer.step.backends, "forward", forward)
+def test_a_step_is_right_with_nothing_known_but_the_rank(shape, axis, kernel):
     compare(shape, axis)
-    assert plans == [kernel]
+    axes = tuple(sorted(a % len(shape) for a in np.atleast_1d(axis).tolist()))
+    spec = [size if i in axes else None for i, size in enumerate(shape)]
+    plans = []
+
+    @tf.function(input_signature=[tf.TensorSpec(spec)], autograph=False)
+    def run(x):
+        plans.append(backend.make_plan(x, None, step.Settings(axes, 1e-3)))
+        return x
+
+    run.get_concrete_function()
+    assert plans == [Plan(kernel, axes)]
 
 
 @pytest.mark.parametrize(("shape", "axis"), [((12, 5), -1), ((4, 32, 3, 3), 1)])

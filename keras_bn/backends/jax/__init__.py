@@ -1,17 +1,15 @@
 """JAX: formulas, differentiated and compiled by itself."""
 
-from keras_bn.backends.events import Events
+from keras_bn.backends.averages import blend
 from keras_bn.backends.jax import modes
 from keras_bn.backends.jax.batch import forward, standardize
 from keras_bn.backends.jax.context import (
-    agree,
+    average_updates,
     compiled,
     cond,
     make_plan,
-    pruned,
+    prunes,
+    recording,
     replicated,
-    retrack,
-    watched,
 )
-from keras_bn.backends.known import add_offset, checked
-from keras_bn.backends.merging import blend
+from keras_bn.backends.layout import add_offset, assert_mask_shape

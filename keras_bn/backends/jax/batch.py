@@ -9,7 +9,13 @@ from keras_bn.moments import Moments, Tensor
 
 
 def forward(
-    x, mask, gamma, beta, *, epsilon: float, plan: Plan
+    x: Tensor,
+    mask: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    *,
+    epsilon: float,
+    plan: Plan,
 ) -> tuple[Tensor, Moments]:
     """Normalize a batch with its own statistics; see the contract of the backends."""
     # Sums overflow or lose digits in half precision.
@@ -22,6 +28,6 @@ def forward(
     return y.astype(x.dtype), moments
 
 
-def standardize(x, mean, scale, beta):
-    """`scale * (x - mean) + beta`; see the contract of the backends."""
+def standardize(x: Tensor, mean: Tensor, scale: Tensor, beta: Tensor) -> Tensor:
+    """`x * scale + (beta - mean * scale)`; see the contract of the backends."""
     return x * scale + (beta - mean * scale)

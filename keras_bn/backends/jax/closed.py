@@ -1,9 +1,9 @@
 """The closed form with a gradient of its own, for a batch without a mask.
 
 `autodiff` says what is computed. XLA on a CPU would compute a tensor anew wherever it
-is used, again and again in a chain of layers: hence `once`, on the way back too, which
-JAX's own differentiation cannot be told. The price is forward mode: `jax.jvp` needs
-`autodiff`.
+is used, again and again in a chain of layers: hence `prevent_refusion`, in the backward
+pass too, where JAX's own differentiation cannot have it. The price is forward mode:
+`jax.jvp` needs `autodiff`.
 """
 
 import functools
@@ -12,6 +12,7 @@ import math
 import jax
 import jax.numpy as jnp
 
+from keras_bn.backends.formulas import prevent_refusion
 from keras_bn.backends.layout import Layout
 from keras_bn.moments import Moments
 
@@ -49,7 +50,7 @@ def _forward(x, gamma, beta, epsilon, rows):
     rest = mean(d)
     variance = jax.nn.relu(mean(d * d) - rest * rest)
     scale = gamma * jax.lax.rsqrt(variance + epsilon)
-    y = once(d * scale + (beta - rest * scale), x)
+    y = prevent_refusion(d * scale + (beta - rest * scale), x)
     return (y, shift + rest, variance), (d, rest, variance, gamma)
 
 
@@ -64,21 +65,10 @@ def _backward(epsilon, rows, saved, upstreams):
     scale = gamma * rstd
     by_d = mean_gx * rstd * scale
     dx = upstream * scale - (d * by_d + (mean_g * scale - by_d * rest))
-    return once(dx, upstream), n * mean_gx, n * mean_g
+    return prevent_refusion(dx, upstream), n * mean_gx, n * mean_g
 
 
 normalize.defvjp(_forward, _backward)
-
-
-def once(value, operand):
-    """`value`, in a form that XLA on a CPU computes only once.
-
-    It does not fuse an op of several operands of full size into each of its uses.
-
-    Args:
-        value, operand: arrays of one shape, the first NaN wherever the second is.
-    """
-    return jnp.where(operand == operand, value, operand)
 
 
 def _means(rows, like):

@@ -5,33 +5,30 @@ are those of the whole batch, and replicas have nothing to agree on.
 """
 
 import contextlib
-import functools
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
 from keras import ops
 
+from keras_bn.backends.contract import Normalizing
 from keras_bn.backends.plan import Plan
 from keras_bn.moments import Tensor
 
 
-def make_plan(x, mask, settings) -> Plan:
+def make_plan(x: Tensor, mask: Tensor | None, settings: Normalizing) -> Plan:
     """The plan for an input; see the contract of the backends."""
     special = mask is not None or settings.group_size is not None or 0 in x.shape
     return Plan("plain" if special else "closed", settings.axes, settings.group_size)
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` with the plan for its input, jitted; see the contract."""
-    jitted = jax.jit(function, static_argnames=("settings", "plan"))
-
-    @functools.wraps(function)
-    def call(x, mask, *arguments, settings):
-        plan = make_plan(x, mask, settings)
-        return jitted(x, mask, *arguments, settings=settings, plan=plan)
-
-    return call
+    """`function`, jitted; see the contract of the backends."""
+    names = inspect.signature(function).parameters.values()
+    fixed = [each.name for each in names if each.kind is each.KEYWORD_ONLY]
+    return jax.jit(function, static_argnames=fixed)
 
 
 def cond(condition: Tensor, first: Callable[[], Any], second: Callable[[], Any]) -> Any:
@@ -44,20 +41,20 @@ def replicated() -> bool:
     return False
 
 
-def agree(old, new, taken):
+def average_updates(
+    old: Sequence[Tensor | None],
+    new: Sequence[Tensor | None],
+    updated: Sequence[Tensor],
+) -> Sequence[Tensor | None]:
     """The new state, which is the same everywhere."""
     return new
 
 
-def pruned(x) -> bool:
-    """Whether what nothing uses is left out: of what is traced, it is."""
+def prunes(x: Tensor) -> bool:
+    """Whether unused results cost nothing: not in what is traced."""
     return isinstance(x, jax.core.Tracer)
 
 
-def watched(loops: bool):
+def recording(loops: bool) -> AbstractContextManager[Any]:
     """A context for values; without `jit`, `lax.scan` is a loop in Python."""
     return jax.disable_jit() if loops else contextlib.nullcontext()
-
-
-def retrack(layer):
-    """Nothing: JAX knows no layers."""

@@ -1,7 +1,12 @@
 """The ways JAX runs a function: eagerly, or compiled by XLA."""
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import jax
 import keras
+
+from keras_bn.backends.contract import Signature
 
 MODES = ("eager", "xla")
 USUAL = "xla"
@@ -9,7 +14,12 @@ SUMS_IN_ORDER = False
 VERSION = jax.__version__
 
 
-def in_mode(function, variables, mode, signature=None):
+def in_mode(
+    function: Callable[..., Any],
+    variables: Sequence[Any],
+    mode: str,
+    signature: Signature | None = None,
+) -> Callable[..., Any]:
     """`function`, run in one of the `MODES`; see the contract of the backends.
 
     The signature has no effect: JAX knows all sizes.
@@ -21,7 +31,12 @@ def in_mode(function, variables, mode, signature=None):
     return _assigning(jax.jit(_pure(function, variables)), variables)
 
 
-def with_gradients(function, variables, mode, signature=None):
+def with_gradients(
+    function: Callable[..., Any],
+    variables: Sequence[Any],
+    mode: str,
+    signature: Signature | None = None,
+) -> Callable[..., Any]:
     """`function` and its vector-Jacobian products; see the contract of the backends."""
     in_mode(function, variables, mode)
     pure = _pure(function, variables)
@@ -39,7 +54,7 @@ def with_gradients(function, variables, mode, signature=None):
     return _assigning(run if mode == "eager" else jax.jit(run), variables)
 
 
-def wait(result):
+def wait(result: Any) -> Any:
     """The result, when it has been computed."""
     return jax.block_until_ready(result)
 

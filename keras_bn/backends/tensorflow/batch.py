@@ -14,7 +14,13 @@ from keras_bn.moments import Moments, Tensor
 
 
 def forward(
-    x, mask, gamma, beta, *, epsilon: float, plan: Plan
+    x: Tensor,
+    mask: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    *,
+    epsilon: float,
+    plan: Plan,
 ) -> tuple[Tensor, Moments]:
     """Normalize a batch with its own statistics; see the contract of the backends."""
     # Sums overflow or lose digits in half precision.
@@ -38,12 +44,12 @@ def forward(
             inner, mask, gamma, beta, merge=merge, **how
         )
         backward = functools.partial(formulas.backward, total=total)
-    if plan.once:
-        y = once(y, inner)
+    once = formulas.prevent_refusion if plan.once else lambda value, _: value
+    y = once(y, inner)
 
     def vjp(upstream):
         dx, d_gamma, d_beta = backward(saved, upstream, **how)
-        return once(dx, upstream) if plan.once else dx, d_gamma, d_beta
+        return once(dx, upstream), d_gamma, d_beta
 
     y = with_gradients(y, [inner, gamma, beta], vjp)
     count, *others = (lay.statistic(value) for value in moments)
@@ -58,24 +64,12 @@ def _layout(x, plan):
     return layout.layout_of(x, plan)
 
 
-def once(value, operand):
-    """`value`, in a form that XLA on a CPU computes only once.
-
-    XLA would fuse it into each of its uses and compute it anew there, again and again
-    in a chain of layers. It does not do so with an op of several operands of full size.
-
-    Args:
-        value, operand: tensors of one shape, the first NaN wherever the second is.
-    """
-    return tf.where(operand == operand, value, operand)
-
-
-def standardize(x, mean, scale, beta):
-    """`scale * (x - mean) + beta`; see the contract of the backends."""
+def standardize(x: Tensor, mean: Tensor, scale: Tensor, beta: Tensor) -> Tensor:
+    """`x * scale + (beta - mean * scale)`; see the contract of the backends."""
     return x * scale + (beta - mean * scale)
 
 
-def checked(mask: Tensor, x: Tensor, along: Sequence[int]) -> Tensor:
+def assert_mask_shape(mask: Tensor, x: Tensor, along: Sequence[int]) -> Tensor:
     """The mask, checked when it runs to have the sizes of `x` along some axes.
 
     Raises:
@@ -85,8 +79,8 @@ def checked(mask: Tensor, x: Tensor, along: Sequence[int]) -> Tensor:
     fits = tf.reduce_all((got == wanted) | (got == 1))
     message = (
         f"The mask must have the sizes of the inputs along their axes {list(along)}. "
-        "A mask without the channel axis is only known as such by its static shape. "
-        "Received: a mask of shape, and inputs with sizes along these axes:"
+        "A mask that omits the channel axis needs a static shape. "
+        "Received mask shape and input sizes:"
     )
     check = tf.debugging.Assert(fits, [message, got, wanted])
     with tf.control_dependencies([check] if check is not None else []):

@@ -8,7 +8,6 @@ from typing import Any
 import tensorflow as tf
 
 from keras_bn.backends.tensorflow import gradients
-from keras_bn.backends.tensorflow.context import make_plan
 
 # Traces kept of each function: more than any one model has layers that differ.
 TRACES = 128
@@ -20,24 +19,15 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     An eager call then costs one dispatch instead of one for each op. Inside a graph
     the Python function runs as it is, so that nothing traced elsewhere is reused.
 
-    One trace serves every size of the input that has the same plan: only its rank,
-    dtype and channel sizes are fixed, as they are for a built layer.
-
-    Args:
-        function: `function(x, mask, *arguments, settings, plan)`. `x` is the input,
-            `mask` broadcasts to it, `arguments` are values per channel or named tuples
-            of such; any but `x` may be None. `settings` (with `axes`, `epsilon`,
-            `group_size` and `synchronized`) and the `Plan` are fixed in the trace.
-
-    Returns:
-        A function with the same arguments but `plan`, and the same returns.
+    One trace serves every size of the input: only its rank, dtype and channel sizes
+    are fixed, as they are for a built layer. See the contract of the backends.
     """
 
     @functools.lru_cache(TRACES)
-    def trace(specs, settings, plan):
+    def trace(specs, fixed):
         # A partial has no code of its own: TensorFlow would take the functions of many
         # layers for retraces of one, and warn.
-        run = functools.partial(_run, function, specs, settings, plan)
+        run = functools.partial(_run, function, specs, dict(fixed))
         present = [spec for spec in tf.nest.flatten(specs) if spec is not None]
         traced = tf.function(run, input_signature=present, autograph=False)
         # A concrete function takes half as long to call as one that may trace again.
@@ -46,30 +36,29 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
         return concrete
 
     @functools.wraps(function)
-    def call(x, mask, *arguments, settings):
-        plan = make_plan(x, mask, settings)
+    def call(*tensors, **fixed):
         # Read each variable once, instead of wherever it is used.
-        arguments = tf.nest.map_structure(
-            lambda v: v if v is None else tf.convert_to_tensor(v), (x, mask, *arguments)
+        tensors = tf.nest.map_structure(
+            lambda v: v if v is None else tf.convert_to_tensor(v), tensors
         )
         # The collectives of replicas can't be compiled alone.
         replicas = tf.distribute.get_strategy().num_replicas_in_sync
         if not tf.executing_eagerly() or replicas > 1:
-            return function(*arguments, settings=settings, plan=plan)
-        spec = functools.partial(_spec, rank=len(x.shape), axes=settings.axes)
-        specs = tf.nest.map_structure(spec, arguments)
-        given = [t for t in tf.nest.flatten(arguments) if t is not None]
-        return trace(specs, settings, plan)(*given)
+            return function(*tensors, **fixed)
+        rank, axes = len(tensors[0].shape), fixed["settings"].axes
+        spec = functools.partial(_spec, rank=rank, axes=axes)
+        specs = tf.nest.map_structure(spec, tensors)
+        present = [t for t in tf.nest.flatten(tensors) if t is not None]
+        return trace(specs, tuple(fixed.items()))(*present)
 
     return call
 
 
-def _run(function, specs, settings, plan, *tensors):
+def _run(function, specs, fixed, *tensors):
     """`function` of the tensors, with None wherever there is no spec of one."""
-    given = iter(tensors)
-    flat = [None if s is None else next(given) for s in tf.nest.flatten(specs)]
-    arguments = tf.nest.pack_sequence_as(specs, flat)
-    return function(*arguments, settings=settings, plan=plan)
+    present = iter(tensors)
+    flat = [None if s is None else next(present) for s in tf.nest.flatten(specs)]
+    return function(*tf.nest.pack_sequence_as(specs, flat), **fixed)
 
 
 def _spec(tensor, rank, axes):

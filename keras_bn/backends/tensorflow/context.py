@@ -1,24 +1,21 @@
 """What TensorFlow knows of where a batch is normalized."""
 
 import contextlib
+from contextlib import AbstractContextManager
 
 import tensorflow as tf
 
 # TensorFlow has no public name for "is this graph compiled by XLA".
 from tensorflow.python.ops import control_flow_util
 
+from keras_bn.backends.contract import Normalizing
 from keras_bn.backends.plan import ONCE_UP_TO, Plan, by_size, elements, fused_fits
 from keras_bn.backends.tensorflow import synced
+from keras_bn.moments import Tensor
 
 
-def make_plan(x, mask, settings) -> Plan:
-    """The plan for an input, here and now.
-
-    Args:
-        x: the input; its static shape is what counts.
-        mask: None, or anything else if the batch is masked.
-        settings: `axes`, `epsilon`, `group_size` and `synchronized` of the layer.
-    """
+def make_plan(x: Tensor, mask: Tensor | None, settings: Normalizing) -> Plan:
+    """The plan for an input; see the contract of the backends."""
     shared = settings.synchronized and synced.active()
     special = mask is not None or settings.group_size is not None or shared
     xla, gpu = in_xla(), on_gpu()
@@ -37,18 +34,14 @@ def make_plan(x, mask, settings) -> Plan:
     )
 
 
-def pruned(x) -> bool:
-    """Whether what nothing uses is left out: of graphs, it is."""
+def prunes(x: Tensor) -> bool:
+    """Whether unused results cost nothing: not in graphs."""
     return not tf.executing_eagerly()
 
 
-def watched(loops: bool):
+def recording(loops: bool) -> AbstractContextManager[None]:
     """A context for values: called eagerly, TensorFlow has them all."""
     return contextlib.nullcontext()
-
-
-def retrack(layer):
-    """Nothing: TensorFlow finds variables in the attributes of a layer."""
 
 
 def in_xla() -> bool:

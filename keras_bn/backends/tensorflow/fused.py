@@ -1,10 +1,10 @@
 """TensorFlow's fused op: the fewest passes over memory, forward and backward.
 
 Three differences from the formulas are corrected here. The op sums one row after
-another, so it loses digits where means are large: it gets the input less a shift near
-the mean, and the shift is added back to the mean. Its variance is unbiased. And its
-gradient stops a gradient, as Keras's layer does: second derivatives are those of the
-formulas.
+another, so it would lose digits where means are large: it gets the input less a shift
+near the mean, and the shift is added back to the mean. Its variance is unbiased. And
+its gradient stops a gradient, as Keras's layer does: second derivatives are those of
+the formulas.
 """
 
 from typing import Any, NamedTuple

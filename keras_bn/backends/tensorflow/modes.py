@@ -1,6 +1,11 @@
 """The ways TensorFlow runs a function: eagerly, as a graph, compiled by XLA."""
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import tensorflow as tf
+
+from keras_bn.backends.contract import Signature
 
 MODES = ("eager", "graph", "xla")
 USUAL = "graph"
@@ -8,7 +13,12 @@ SUMS_IN_ORDER = False
 VERSION = tf.__version__
 
 
-def in_mode(function, variables, mode, signature=None):
+def in_mode(
+    function: Callable[..., Any],
+    variables: Sequence[Any],
+    mode: str,
+    signature: Signature | None = None,
+) -> Callable[..., Any]:
     """`function`, run in one of the `MODES`; see the contract of the backends."""
     if mode not in MODES:
         raise ValueError(f"`mode` must be one of {MODES}. Received: mode={mode!r}")
@@ -20,7 +30,12 @@ def in_mode(function, variables, mode, signature=None):
     )
 
 
-def with_gradients(function, variables, mode, signature=None):
+def with_gradients(
+    function: Callable[..., Any],
+    variables: Sequence[Any],
+    mode: str,
+    signature: Signature | None = None,
+) -> Callable[..., Any]:
     """`function` and its vector-Jacobian products; see the contract of the backends."""
     values = [variable.value for variable in variables if variable.trainable]
 
@@ -33,7 +48,7 @@ def with_gradients(function, variables, mode, signature=None):
     return in_mode(run, variables, mode, signature)
 
 
-def wait(result):
+def wait(result: Any) -> Any:
     """The result."""
     return result
 

@@ -3,11 +3,12 @@
 import tensorflow as tf
 from tensorflow.python.eager import record
 
-from keras_bn.backends import known
+from keras_bn.backends import layout
 from keras_bn.backends.tensorflow.context import in_xla, on_gpu
+from keras_bn.moments import Tensor
 
 
-def add_offset(x, offset, axis):
+def add_offset(x: Tensor, offset: Tensor, axis: int) -> Tensor:
     """`x + offset`, with one value per channel; see the contract of the backends.
 
     On a CPU, TensorFlow computes the addition as one with a convolution before it and a
@@ -17,7 +18,7 @@ def add_offset(x, offset, axis):
     """
     image = len(x.shape) == 4 and axis == 3
     if not image or in_xla() or on_gpu():
-        return known.add_offset(x, offset, axis)
+        return layout.add_offset(x, offset, axis)
 
     def backward(upstream):
         rows = tf.reshape(upstream, [-1, offset.shape[0]])

@@ -1,4 +1,4 @@
-"""How the replicas of a distribution strategy exchange moments and steps.
+"""How the replicas of a distribution strategy exchange moments and updates.
 
 Every exchange is one reduction of one packed tensor, whose result has the same bits on
 every replica. Outside of replicas, `active` is False, and nothing else in this file may
@@ -6,12 +6,12 @@ be called.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import tensorflow as tf
 
-from keras_bn.backends import merging
+from keras_bn.backends import averages
 from keras_bn.moments import Moments, Tensor
 
 
@@ -38,10 +38,10 @@ def cond(condition: Tensor, first: Callable[[], Any], second: Callable[[], Any])
     if not active():
         return tf.cond(condition, first, second)
 
-    def taken(one, other):
+    def select(one, other):
         return None if one is None else tf.where(condition, one, other)
 
-    return tf.nest.map_structure(taken, first(), second())
+    return tf.nest.map_structure(select, first(), second())
 
 
 def merge(local: Moments, shift):
@@ -72,9 +72,13 @@ def merge(local: Moments, shift):
     return merged, common
 
 
-def agree(old, new, taken):
-    """Average the replicas' steps; see `merging.agree`."""
-    return merging.agree(old, new, taken, total)
+def average_updates(
+    old: Sequence[Tensor | None],
+    new: Sequence[Tensor | None],
+    updated: Sequence[Tensor],
+) -> list[Tensor | None]:
+    """Average the replicas' updates; see `averages.average_updates`."""
+    return averages.average_updates(old, new, updated, total)
 
 
 def total(*values):

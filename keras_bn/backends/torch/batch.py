@@ -15,7 +15,13 @@ LARGE = 8
 
 
 def forward(
-    x, mask, gamma, beta, *, epsilon: float, plan: Plan
+    x: Tensor,
+    mask: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    *,
+    epsilon: float,
+    plan: Plan,
 ) -> tuple[Tensor, Moments]:
     """Normalize a batch with its own statistics; see the contract of the backends."""
     # Sums overflow or lose digits in half precision.
@@ -78,11 +84,11 @@ def _shifted(image, gamma, beta, epsilon):
     return y, mean + shift.reshape(-1), variance
 
 
-def standardize(x, mean, scale, beta):
+def standardize(x: Tensor, mean: Tensor, scale: Tensor, beta: Tensor) -> Tensor:
     """`scale * (x - mean) + beta`; see the contract of the backends."""
     return torch.addcmul(beta, x - mean, scale)
 
 
-def blend(old, new, usable, momentum: float):
+def blend(old: Tensor, new: Tensor, usable: Tensor, momentum: float) -> Tensor:
     """Old and new values averaged; see the contract of the backends."""
     return torch.where(usable, torch.lerp(old, new, 1.0 - momentum), old)

@@ -1,19 +1,20 @@
 """What PyTorch knows of a batch, and how it runs a step."""
 
-import functools
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from keras import ops
 
+from keras_bn.backends.contract import Normalizing
 from keras_bn.backends.plan import Plan
 from keras_bn.backends.torch import replicas
 from keras_bn.moments import Tensor
 
 
-def make_plan(x, mask, settings) -> Plan:
+def make_plan(x: Tensor, mask: Tensor | None, settings: Normalizing) -> Plan:
     """The plan for an input; see the contract of the backends."""
     shared = settings.synchronized and replicas.active()
     special = mask is not None or settings.group_size is not None or shared
@@ -26,15 +27,8 @@ def make_plan(x, mask, settings) -> Plan:
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` with the plan for its input; see the contract of the backends."""
-
-    @functools.wraps(function)
-    def call(x, mask, *arguments, settings):
-        x = ops.convert_to_tensor(x)
-        plan = make_plan(x, mask, settings)
-        return function(x, mask, *arguments, settings=settings, plan=plan)
-
-    return call
+    """`function` as it is: PyTorch runs every op as it comes."""
+    return function
 
 
 def cond(condition: Tensor, first: Callable[[], Any], second: Callable[[], Any]) -> Any:
@@ -42,17 +36,11 @@ def cond(condition: Tensor, first: Callable[[], Any], second: Callable[[], Any])
     return ops.cond(condition, first, second)
 
 
-def pruned(x) -> bool:
-    """Whether what nothing uses is left out: no, each op runs as it comes."""
+def prunes(x: Tensor) -> bool:
+    """Whether unused results cost nothing: not on PyTorch, which runs each op."""
     return False
 
 
-def watched(loops: bool):
+def recording(loops: bool) -> AbstractContextManager[None]:
     """A context for values: every op runs as it comes."""
     return torch.no_grad()
-
-
-def retrack(layer):
-    """Tell the PyTorch module that a Keras layer is which parameters it has."""
-    if "_torch_params" in vars(layer).get("_modules", {}):
-        layer._track_variables()

@@ -1,7 +1,12 @@
 """The way PyTorch runs a function: eagerly."""
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
 from keras import ops
+
+from keras_bn.backends.contract import Signature
 
 MODES = ("eager",)
 USUAL = "eager"
@@ -9,14 +14,24 @@ SUMS_IN_ORDER = True
 VERSION = torch.__version__
 
 
-def in_mode(function, variables, mode, signature=None):
+def in_mode(
+    function: Callable[..., Any],
+    variables: Sequence[Any],
+    mode: str,
+    signature: Signature | None = None,
+) -> Callable[..., Any]:
     """`function`, run in one of the `MODES`; see the contract of the backends."""
     if mode not in MODES:
         raise ValueError(f"`mode` must be one of {MODES}. Received: mode={mode!r}")
     return function
 
 
-def with_gradients(function, variables, mode, signature=None):
+def with_gradients(
+    function: Callable[..., Any],
+    variables: Sequence[Any],
+    mode: str,
+    signature: Signature | None = None,
+) -> Callable[..., Any]:
     """`function` and its vector-Jacobian products; see the contract of the backends."""
     function = in_mode(function, variables, mode)
     values = [variable.value for variable in variables if variable.trainable]
@@ -30,7 +45,7 @@ def with_gradients(function, variables, mode, signature=None):
     return run
 
 
-def wait(result):
+def wait(result: Any) -> Any:
     """The result, when it has been computed."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()

@@ -1,13 +1,15 @@
-"""How the processes of `torch.distributed` exchange sums and steps."""
+"""How the processes of `torch.distributed` exchange sums and updates."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
 from torch.distributed.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
-from keras_bn.backends import merging
+from keras_bn.backends import averages
+from keras_bn.moments import Tensor
 
 
 def active() -> bool:
@@ -35,9 +37,13 @@ def total(*values):
     return [part.reshape(v.shape) for part, v in zip(parts, values, strict=True)]
 
 
-def agree(old, new, taken):
-    """Average the steps of the processes; see the contract of the backends."""
-    return merging.agree(old, new, taken, total)
+def average_updates(
+    old: Sequence[Tensor | None],
+    new: Sequence[Tensor | None],
+    updated: Sequence[Tensor],
+) -> list[Tensor | None]:
+    """Average the updates of the processes; see the contract of the backends."""
+    return averages.average_updates(old, new, updated, total)
 
 
 def _module():
