@@ -3,9 +3,8 @@
 from keras_bn import quiet  # noqa: F401, I001  # before TensorFlow
 from keras_bn import backend  # noqa: F401  # before all that imports Keras
 from keras_bn import testing  # noqa: F401
-from keras_bn.diagnosis.comparison import compare
 from keras_bn.diagnosis.logger import StatisticsLogger
-from keras_bn.diagnosis.report import diagnose
+from keras_bn.diagnosis.diagnose import compare, diagnose, fix
 from keras_bn.int8.aware import quantize_aware
 from keras_bn.int8.export import export_int8
 from keras_bn.layer import BatchNormalization
@@ -30,6 +29,7 @@ __all__ = [
     "compare",
     "diagnose",
     "export_int8",
+    "fix",
     "fold",
     "freeze",
     "from_keras",

@@ -5,7 +5,7 @@ from typing import Any
 
 import keras
 
-from keras_bn.diagnosis.report import diagnose
+from keras_bn.diagnosis.diagnose import diagnose
 from keras_bn.diagnosis.rules import SEVERITIES, WARNING
 
 

@@ -73,4 +73,4 @@ def _report(arguments, file):
     opened = open_file(file)
     for note in opened.notes:
         print(f"{file}: {note}", file=sys.stderr)
-    return diagnosed(arguments, as_in_file(opened))
+    return diagnosed(arguments, as_in_file(opened), file)

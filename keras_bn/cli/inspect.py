@@ -42,7 +42,7 @@ def _run(arguments):
     _check_arguments(arguments)
     opened = open_model(arguments)
     model = as_in_file(opened)
-    report = diagnosed(arguments, model)
+    report = diagnosed(arguments, model, arguments.model)
     records = _listed(opened, report)
     rows = [
         [

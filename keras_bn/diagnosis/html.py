@@ -1,55 +1,96 @@
-"""A report in HTML: a page for screens of any size, and the output of a notebook.
+"""What the pages of a diagnosis and a comparison show; `pages/templates` has the HTML.
 
 Each layer is a row with a dot for each channel; on a narrow screen, a card.
 """
 
 import zlib
-from html import escape
-from itertools import groupby
+from typing import NamedTuple
 
 import numpy as np
 
 from keras_bn.diagnosis import drawings, text
 from keras_bn.diagnosis.findings import WORST_MEAN_DRIFT, WORST_STDDEV_RATIO
 from keras_bn.diagnosis.plots import mean_limit, ratio_limit
-from keras_bn.diagnosis.rules import SEVERITIES
-from keras_bn.pages import display
+from keras_bn.diagnosis.rules import RULES, SEVERITIES
+from keras_bn.pages.display import Content
 
-_MEAN, _RATIO, GAP = (
-    "Moving mean, off the data's by",
-    "Moving std / the data's",
-    "Output gap",
-)
+_GAP = "Output gap"
 
 
-def page(report, int8=None):
-    """The report as one self-contained page.
+def report(shown, int8=None):
+    """The content of the page of a report.
 
     Args:
-        report: a `Report`.
-        int8: an `Int8Report` whose layers to show as well, or None.
-
-    Returns:
-        A string of HTML.
+        shown: a `Report`.
+        int8: the `Content` of a section to add at the end, or None.
     """
-    body = "\n".join([_body(report), *([int8.section()] if int8 else [])])
-    return display.page(f"{report.record.model}: {verdict(report)}", body)
+    record = shown.record
+    rows = [
+        Row(
+            each.layer,
+            _about(each),
+            [(each, "", [f for f in shown.findings if f.layer == each.layer])],
+            nothing="healthy" if record.has_data else "nothing found",
+        )
+        for each in record.layers
+    ]
+    table = Table(_name(shown), rows)
+    context = {
+        "record": record,
+        "tone": worst(shown.findings),
+        "verdict": verdict(shown),
+        "data": _data(record),
+        "origin": shown.origin.lines() if shown.origin else [],
+        "tiles": _numbers(record),
+        "groups": _grouped(shown.findings),
+        "notes": _notes(shown),
+        "table": table,
+        "ids": table.ids,
+        "rules": _rules(shown.findings),
+        "full_gap": drawings.FULL_GAP,
+        "section": None,
+    }
+    if int8 is not None:
+        context |= {**int8.context, "section": int8.template}
+    return Content(f"{record.model}: {verdict(shown)}", "report.html", context)
 
 
-def fragment(report):
-    """The report to display in a notebook; a string of HTML."""
-    return display.fragment(_body(report))
-
-
-def _body(report):
-    name = _name(report)
-    parts = _head(report), _numbers(report.record), _findings(report, name)
-    return "\n".join([*parts, _layers(report, name)])
-
-
-def _name(report):
-    """What the names of the rows begin with: a notebook may show several reports."""
-    return f"bn-{zlib.crc32(str(report).encode()):08x}"
+def comparison(shown):
+    """The content of the page of a `Comparison`."""
+    before, after = shown.before, shown.after
+    rows = []
+    for path, *layers in shown.layers:
+        findings = [[f for f in r.findings if f.layer == path] for r in (before, after)]
+        rows.append(
+            Row(
+                path,
+                _about(layers[1] or layers[0]),
+                list(zip(layers, ("before", "after"), findings, strict=True)),
+                gone=[f for f in findings[0] if f in shown.gone],
+                nothing="healthy",
+            )
+        )
+    table = Table(_name(shown), rows)
+    name = " and ".join(dict.fromkeys((before.record.model, after.record.model)))
+    origins = [r.origin.lines() for r in (before, after) if r.origin]
+    context = {
+        "name": name,
+        "tone": "warning" if _is_green_though_worse(shown) else worst(after.findings),
+        "verdict": _changes(shown),
+        "done": getattr(shown, "done", None),
+        "origin": list(dict.fromkeys(line for lines in origins for line in lines)),
+        "tiles": _both_numbers(before.record, after.record),
+        "sections": [
+            ("New", _grouped(shown.new)),
+            ("Remaining", _grouped(shown.remaining)),
+        ],
+        "gone": _grouped(shown.gone),
+        "table": table,
+        "ids": table.ids,
+        "rules": _rules([*before.findings, *after.findings]),
+        "full_gap": drawings.FULL_GAP,
+    }
+    return Content(name, "comparison.html", context)
 
 
 def verdict(report):
@@ -57,9 +98,9 @@ def verdict(report):
     counts = {
         s: len([f for f in report.findings if f.severity == s]) for s in SEVERITIES
     }
-    said = [f"{n} {s}{'s' * (n > 1)}" for s, n in counts.items() if n]
+    words = [f"{n} {s}{'s' * (n > 1)}" for s, n in counts.items() if n]
     nothing = "healthy" if report.record.has_data else "nothing found without data"
-    return ", ".join(said) or nothing
+    return ", ".join(words) or nothing
 
 
 def worst(findings):
@@ -68,28 +109,193 @@ def worst(findings):
     return next((s for s in SEVERITIES if s in present), "healthy")
 
 
-def _head(report):
-    record = report.record
-    batches = f"{record.batches:,} {'batches' if record.batches > 1 else 'batch'}"
-    data = f"{record.samples:,} samples in {batches}" if record.has_data else "no data"
+class Axis(NamedTuple):
+    """A column of drawings, all on the same axis.
+
+    Args:
+        column: the field of `Measured` that it shows.
+        title: of the column.
+        scale: the numbers on the axis: left, middle, right.
+    """
+
+    column: str
+    title: str
+    scale: tuple[str, str, str]
+
+    @property
+    def label(self):
+        """The title of a drawing where columns have none, on a narrow screen."""
+        between = " … ".join(self.scale)
+        return self.title if self.column == "gap" else f"{self.title} ({between})"
+
+
+class Measured(NamedTuple):
+    """What the data shows of a layer: two drawings and a number."""
+
+    mean: drawings.Strip
+    ratio: drawings.Strip
+    gap: float
+
+
+class Side(NamedTuple):
+    """A layer in one report of a page.
+
+    Args:
+        when: "before" or "after"; empty if there is one report.
+        tone: the worst severity of its findings.
+        measured: a `Measured`, or None without data.
+    """
+
+    when: str
+    tone: str
+    measured: Measured | None
+
+
+class Row:
+    """A layer of a page.
+
+    Args:
+        layer: its path.
+        about: its settings, in words.
+        reports: triples of its `LayerRecord` or None, when, and its findings; the last
+            is what is true now.
+        gone: its findings that are not true any more.
+        nothing: what to say if there are no findings.
+    """
+
+    def __init__(self, layer, about, reports, gone=(), nothing="healthy"):
+        self.layer, self.about, self.gone, self.nothing = layer, about, gone, nothing
+        self.reports = reports
+        self.findings = reports[-1][2]
+        self.tone = worst(self.findings)
+        self.sides: list[Side] = []
+        self.ranks: dict[str, int] = {}
+
+
+class Table:
+    """The rows of the layers with their drawings, all on the same axes.
+
+    Args:
+        name: what the names of its elements begin with: a notebook may show several.
+        rows: a list of `Row`.
+
+    Attributes:
+        axes: the columns of drawings; none without data.
+        sorts: pairs of a key and how it sorts, in words.
+        ids: the names of the rows, by the paths of their layers.
+    """
+
+    def __init__(self, name, rows):
+        self.name, self.rows = name, rows
+        self.ids = {row.layer: f"{name}-{i}" for i, row in enumerate(rows)}
+        layers = [
+            layer for row in rows for layer, *_ in row.reports if _has_data(layer)
+        ]
+        self.axes: list[Axis] = []
+        self.sorts = [("order", "order in the model"), ("severity", "severity")]
+        _rank(rows, "severity", lambda row: _severity(row.tone))
+        if layers:
+            self._mean = mean_limit([layer.mean_drift for layer in layers])
+            self._ratio = ratio_limit([_logs(layer) for layer in layers])
+            self.axes = self._columns()
+            self.sorts += [("mean", "mean"), ("ratio", "deviation"), ("gap", "gap")]
+            for key, value in _MEASURES.items():
+                _rank(rows, key, lambda row, value=value: -_last(row, value))
+        for seed, row in enumerate(rows):
+            row.sides = [
+                Side(when, worst(findings), self._measured(layer, seed))
+                for layer, when, findings in row.reports
+            ]
+
+    def _columns(self):
+        widest = f"{2**self._ratio:.2g}"
+        return [
+            Axis(
+                "mean",
+                "Moving mean, off the data's by",
+                (f"−{self._mean:.2g}", "0", f"{self._mean:.2g} std"),
+            ),
+            Axis("ratio", "Moving std / the data's", (f"1/{widest}", "1", widest)),
+            Axis("gap", _GAP, ("0", "", f"{drawings.FULL_GAP:g} or more")),
+        ]
+
+    def _measured(self, layer, seed):
+        if not _has_data(layer):
+            return None
+        drift, healthy = layer.drift, np.log2(WORST_STDDEV_RATIO)
+        of_mean = f"{_typically(drift.mean, drift.worst_mean)} std"
+        of_ratio = _typically(drift.ratio, drift.worst_ratio)
+        return Measured(
+            drawings.strip(
+                layer.mean_drift, self._mean, WORST_MEAN_DRIFT, seed, of_mean
+            ),
+            drawings.strip(_logs(layer), self._ratio, healthy, seed, of_ratio),
+            layer.gap,
+        )
+
+
+# What layers are sorted by: the worst channel, or the gap.
+_MEASURES = {
+    "mean": lambda layer: layer.drift.worst_mean,
+    "ratio": lambda layer: np.abs(_logs(layer)).max(),
+    "gap": lambda layer: layer.gap,
+}
+
+
+def _rank(rows, key, value):
+    """Note the place of each row in the order of a value, NaN first."""
+    values = {id(row): value(row) for row in rows}
+    ordered = sorted(rows, key=lambda row: np.nan_to_num(values[id(row)], nan=-np.inf))
+    for rank, row in enumerate(ordered):
+        row.ranks[key] = rank
+
+
+def _last(row, value):
+    """A value of the last of its reports that has data."""
+    layers = [layer for layer, *_ in row.reports if _has_data(layer)]
+    return value(layers[-1]) if layers else -np.inf
+
+
+def _severity(tone):
+    return [*SEVERITIES, "healthy"].index(tone)
+
+
+def _has_data(layer):
+    return layer is not None and layer.data is not None
+
+
+def _typically(typical, worst):
+    return f"typically {typical:.2f}, at worst {worst:.2f}"
+
+
+def _logs(layer):
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.log2(layer.stddev_ratio)
+
+
+def _name(shown):
+    return f"bn-{zlib.crc32(str(shown).encode()):08x}"
+
+
+def _data(record):
     steps = "" if record.steps is None else f", trained for {record.steps:,} steps"
-    return f"""<header class="{worst(report.findings)}">
-<p class="kicker">Batch normalization, diagnosed</p>
-<h1>{escape(record.model)}</h1>
-<p class="verdict">{verdict(report)}</p>
-<p>{data}{steps}</p>
-</header>"""
+    if not record.has_data:
+        return f"no data{steps}"
+    batches = f"{record.batches:,} {'batches' if record.batches > 1 else 'batch'}"
+    return f"{record.samples:,} samples in {batches}{steps}"
 
 
 def _numbers(record):
     """Loss and accuracy in inference and with the statistics of each batch."""
     if not record.has_data:
-        return ""
+        return []
     tiles = [
-        tile(
+        (
             name,
-            ("in inference", form.format(pair[0])),
-            ("with the statistics of each batch", form.format(pair[1])),
+            [
+                ("in inference", form.format(pair[0])),
+                ("with the statistics of each batch", form.format(pair[1])),
+            ],
         )
         for name, form, pair in (
             ("Loss", "{:.3g}", record.loss),
@@ -98,220 +304,62 @@ def _numbers(record):
         if pair is not None
     ]
     what = "between the two, relative to the spread of the output"
-    tiles.append(tile(GAP, (what, f"{record.gap:.2f}")))
-    return f'<section class="numbers">{"".join(tiles)}</section>'
+    return [*tiles, (_GAP, [(what, f"{record.gap:.2f}")])]
 
 
-def tile(title, *numbers):
-    """A few numbers under a title: pairs of what a number is and the number."""
-    items = "".join(f"<dt>{what}</dt><dd>{number}</dd>" for what, number in numbers)
-    return f"<div><h2>{title}</h2><dl>{items}</dl></div>"
-
-
-def _findings(report, name):
-    notes = [
-        f"<p>{escape(line)}</p>"
-        for said, line in (
-            (report.ignored, f"Ignored: {text.kinds(report.ignored)}"),
-            (
-                report.not_looked_for,
-                "Not looked for, since that needs data: "
-                + ", ".join(report.not_looked_for),
-            ),
+def _both_numbers(before, after):
+    """Loss, accuracy and gap before and after."""
+    pairs = [
+        (f"{name} in inference", form, first and first[0], second and second[0])
+        for name, form, first, second in (
+            ("Loss", "{:.3g}", before.loss, after.loss),
+            ("Accuracy", "{:.1%}", before.accuracy, after.accuracy),
         )
-        if said
     ]
-    if report.findings:
-        shown = cards(report.findings, report.record, name)
-    else:
-        what = "the moving statistics are those of the data"
-        nothing = f": {what}." if report.record.has_data else "."
-        shown = f'<p class="finding healthy">No problems found{nothing}</p>'
-    below = f'<div class="legend">{"".join(notes)}</div>' if notes else ""
-    return f"<section><h2>Findings</h2>\n{shown}\n{below}</section>"
+    pairs.append((_GAP, "{:.2f}", before.gap, after.gap))
+    return [
+        (name, [("before", form.format(first)), ("after", form.format(second))])
+        for name, form, first, second in pairs
+        if first is not None and second is not None
+    ]
 
 
-def cards(findings, record, name):
-    """Findings as cards, those of one kind together.
-
-    Args:
-        findings: a list of `Finding`.
-        record: the `ModelRecord` whose layers they are in.
-        name: what the names of the rows of the layers begin with; None for no links.
-    """
-    groups = groupby(findings, key=lambda f: (f.severity, f.kind))
-    return "\n".join(_card(list(group), record, name) for _, group in groups)
+def _changes(shown):
+    """How many findings went, came and stayed, and what is worse, in words."""
+    counts = (("gone", shown.gone), ("new", shown.new), ("remaining", shown.remaining))
+    words = [f"{len(findings)} {what}" for what, findings in counts if findings]
+    return "; ".join([", ".join(words) or "no findings before and after", *shown.worse])
 
 
-def _card(same, record, name):
-    """The findings of one kind: open if they are few, folded if they are many."""
-    first = same[0]
-    remedies = {finding.remedy for finding in same}
-    items = "".join(
-        f"<li>{_link(finding.layer, record, name)}: {escape(finding.message)}"
-        + (f"<pre>{escape(finding.remedy)}</pre>" if len(remedies) > 1 else "")
-        + "</li>"
-        for finding in same
-    )
-    if len(same) == 1:
-        where = f" in {_link(first.layer, record, name)}"
-        body = f"<p>{escape(first.message)}</p>"
-    else:
-        where = f" in {len(same)} layers"
-        opened = " open" if len(same) <= 3 else ""
-        inner = f"<summary>Which, and how</summary><ul>{items}</ul>"
-        body = f"<details{opened}>{inner}</details>"
-    remedy = f"<pre>{escape(first.remedy)}</pre>" if len(remedies) == 1 else ""
-    return (
-        f'<article class="finding {first.severity}"><h3>'
-        f'<span class="tag">{first.severity}</span> {first.kind}{where} '
-        f'<span class="rule">{first.rule}</span></h3>{body}{remedy}</article>'
-    )
+def _is_green_though_worse(shown):
+    return bool(shown.worse) and worst(shown.after.findings) in ("note", "healthy")
 
 
-def _link(layer, record, name):
-    for row, each in enumerate(record.layers):
-        if name is not None and each.layer == layer:
-            return f'<a href="#{name}-{row}">{escape(layer)}</a>'
-    return escape(layer)
+def _notes(shown):
+    notes = []
+    if shown.ignored:
+        notes.append(f"Ignored: {text.kinds(shown.ignored)}")
+    if shown.not_looked_for:
+        missing = ", ".join(shown.not_looked_for)
+        notes.append(f"Not looked for, since that needs data: {missing}")
+    return notes
 
 
-def _layers(report, name):
-    layers = report.record.layers
-    columns = Columns(layers)
-    rows = []
-    for row, layer in enumerate(layers):
-        mine = [f for f in report.findings if f.layer == layer.layer]
-        nothing = "healthy" if report.record.has_data else "nothing found"
-        cells = [
-            f"{escape(layer.layer)}<small>{about(layer)}</small>",
-            *columns.cells([layer], row),
-            display.cell(
-                "Findings", tags(mine) or f'<span class="tag">{nothing}</span>'
-            ),
-        ]
-        rows.append((f'id="{name}-{row}" class="{worst(mine)}"', cells))
-    not_called = ""
-    if report.record.not_called:
-        not_called = f"<p>Not called: {escape(', '.join(report.record.not_called))}</p>"
-    return layers_section(columns, rows) + not_called
+def _grouped(findings):
+    """Lists of the findings of one severity and kind, the most severe first."""
+    groups: dict = {}
+    for finding in findings:
+        groups.setdefault((finding.severity, finding.kind), []).append(finding)
+    return sorted(groups.values(), key=lambda group: _severity(group[0].severity))
 
 
-_LEGEND = """<p class="legend">Each dot is a channel, each bar the median of a layer; a
-triangle is off the scale. In the green band a channel counts as healthy. The gap is the
-difference between a layer's outputs in training and in inference, relative to their
-spread.</p>"""
+def _rules(findings):
+    """The rules of some findings, in the order of their ids."""
+    kinds = {finding.kind for finding in findings}
+    return [rule for rule in RULES.values() if rule.kind in kinds]
 
 
-def layers_section(columns, rows):
-    """The table of the layers with its heading and legend.
-
-    Args:
-        columns: the `Columns` of the drawings.
-        rows: as for `display.table`.
-    """
-    legend, drawn = "", ""
-    if columns.drawn:
-        drawn = " drawn"
-        legend = _LEGEND
-    table = display.table(["Layer", *columns.titles, "Findings"], rows)
-    return f"""<section>
-<h2>Layers, in the order the data passes them</h2>
-{legend}
-<div class="rows layers{drawn}">
-{table}
-</div>
-</section>"""
-
-
-class Columns:
-    """The drawings of layers, all on the same axes.
-
-    Args:
-        layers: every `LayerRecord` to draw; those without data have no drawing.
-
-    Attributes:
-        drawn: whether there is anything to draw.
-        titles: of the columns, in HTML.
-    """
-
-    def __init__(self, layers):
-        with_data = [layer for layer in layers if layer.data is not None]
-        self.drawn = bool(with_data)
-        self.titles = []
-        if not self.drawn:
-            return
-        self._of_mean = mean_limit([layer.mean_drift for layer in with_data])
-        self._of_ratio = ratio_limit([_logs(layer) for layer in with_data])
-        self._means = f"−{self._of_mean:.2g}", "0", f"{self._of_mean:.2g} std"
-        widest = f"{2**self._of_ratio:.2g}"
-        self._ratios = f"1/{widest}", "1", widest
-        self.titles = [
-            _MEAN + drawings.scale(*self._means),
-            _RATIO + drawings.scale(*self._ratios),
-            GAP + drawings.scale("0", "", f"{drawings.FULL_GAP:g} or more"),
-        ]
-
-    def cells(self, layers, seed, mark="{}"):
-        """The cells of a row: each drawing once for each of the layers.
-
-        Args:
-            layers: a `LayerRecord` and its likes, which share the row.
-            seed: of the scatter of the dots.
-            mark: how to set a drawing, with a `{}` for it; or one for each layer.
-        """
-        if not self.drawn:
-            return []
-        marks = [mark] * len(layers) if isinstance(mark, str) else mark
-        return [
-            display.cell(
-                label,
-                "".join(
-                    mark.format(draw(layer, seed))
-                    for mark, layer in zip(marks, layers, strict=True)
-                ),
-            )
-            for label, draw in (
-                (f"{_MEAN} ({' … '.join(self._means)})", self._mean),
-                (f"{_RATIO} ({' … '.join(self._ratios)})", self._ratio),
-                (GAP, self._gap),
-            )
-        ]
-
-    def _mean(self, layer, seed):
-        if layer is None or layer.data is None:
-            return _NOTHING
-        drift, values = layer.drift, layer.mean_drift
-        return drawings.strip(
-            values, self._of_mean, WORST_MEAN_DRIFT, seed
-        ) + display.small(drawings.said(values, drift.mean, drift.worst_mean, " std"))
-
-    def _ratio(self, layer, seed):
-        if layer is None or layer.data is None:
-            return _NOTHING
-        drift, logs = layer.drift, _logs(layer)
-        healthy = np.log2(WORST_STDDEV_RATIO)
-        return drawings.strip(logs, self._of_ratio, healthy, seed) + display.small(
-            drawings.said(logs, drift.ratio, drift.worst_ratio)
-        )
-
-    def _gap(self, layer, seed):
-        if layer is None or layer.data is None:
-            return _NOTHING
-        return display.bar(layer.gap, drawings.FULL_GAP) + display.small(
-            f"{layer.gap:.2f}"
-        )
-
-
-_NOTHING = "<small>no data</small>"
-
-
-def _logs(layer):
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return np.log2(layer.stddev_ratio)
-
-
-def about(layer):
+def _about(layer):
     """The settings of a layer, in words."""
     size = layer.moving_mean.size
     momentum = "mean" if layer.momentum is None else f"{layer.momentum:g}"
@@ -319,11 +367,3 @@ def about(layer):
     if layer.elements is not None:
         words.append(f"{layer.elements:,.0f} elements per batch")
     return ", ".join([*words, f"momentum {momentum}", *["frozen"] * layer.frozen])
-
-
-def tags(findings, element="span"):
-    """The kinds of findings as tags."""
-    return " ".join(
-        f'<{element} class="tag {finding.severity}">{finding.kind}</{element}>'
-        for finding in findings
-    )

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import keras
 import numpy as np
 
 from keras_bn.moments import Moments
@@ -124,3 +125,35 @@ class ModelRecord:
     def has_data(self) -> bool:
         """Whether data went through the model."""
         return self.samples > 0
+
+
+class Source(NamedTuple):
+    """What was diagnosed, and how; the arguments are those of `keras_bn.diagnose`."""
+
+    model: keras.Model
+    data: Any
+    steps: int | None
+    batch_size: int | None
+    ignore: tuple[str, ...]
+
+
+class Origin(NamedTuple):
+    """Where a report comes from, to say on its page.
+
+    Args:
+        time: when it was made, as `"2026-11-28 16:30+00:00"`.
+        versions: of what it was made with, as `"Keras 3.15.1"`.
+        file: of the model, if it comes from one.
+        data: the file or the kind of the data, if there is any.
+    """
+
+    time: str
+    versions: tuple[str, ...]
+    file: str | None = None
+    data: str | None = None
+
+    def lines(self) -> list[str]:
+        """The lines of the page about it."""
+        pairs = ("Model", self.file), ("Data", self.data)
+        named = [f"{what}: {name}" for what, name in pairs if name]
+        return [*named, ", ".join([self.time, *self.versions])]

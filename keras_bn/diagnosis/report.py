@@ -1,123 +1,25 @@
-"""The diagnosis of a model, and what can be done with it."""
+"""What a diagnosis found, two of them side by side, and what a fix did."""
 
 import math
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import keras
-
-from keras_bn.diagnosis import text
-from keras_bn.diagnosis.collect import collect, read
-from keras_bn.diagnosis.comparison import Fixed
-from keras_bn.diagnosis.findings import Finding, findings
-from keras_bn.diagnosis.fixes import recalibrated
-from keras_bn.diagnosis.records import LayerRecord, ModelRecord
-from keras_bn.diagnosis.rules import ERROR, RULES, SEVERITIES, WARNING, ignored_kinds
-from keras_bn.pages.plain import number
-from keras_bn.passes.observe import Verbose, check_end
-from keras_bn.surgery.norms import warn_of_others
+from keras_bn.diagnosis import html, text
+from keras_bn.diagnosis.findings import Finding
+from keras_bn.diagnosis.records import LayerRecord, ModelRecord, Origin, Source
+from keras_bn.diagnosis.rules import RULES, SEVERITIES, WARNING
+from keras_bn.moments import Moments
+from keras_bn.pages.display import Displayed, Section, opened, render, write
+from keras_bn.pages.plain import number, table
 
 # Of the dict; it grows when a key goes away or changes its meaning.
 SCHEMA_VERSION = 1
 
 
-def diagnose(
-    model: keras.Model,
-    data: Any = None,
-    *,
-    steps: int | None = None,
-    batch_size: int | None = None,
-    ignore: Sequence[str] = (),
-    verbose: Verbose = 0,
-) -> "Report":
-    """Say what is wrong with the batch normalizations of a model, and how to fix it.
-
-    If a model trains well and evaluates badly, its moving statistics are usually not
-    those of its data. This runs the data through the model twice, with the moving
-    statistics and with the statistics of each batch, everything else in inference, and
-    compares. The model does not change.
-
-    Without data, it finds what the model itself shows: lost, negative or initial
-    statistics, dead channels, large means, small gammas, frozen layers, idle biases.
-    The report says which findings were not looked for.
-
-    Args:
-        model: a built model, with layers of ours or Keras's.
-        data: inputs as in training, as `fit` takes them: arrays, a `tf.data.Dataset`, a
-            `keras.utils.PyDataset`, or a generator with `steps`. With labels, as a
-            tuple `(x, y)` or in the data set, this also compares the loss of `evaluate`
-            and the accuracy; `(x, y, sample_weight)` weights the samples in the loss.
-        steps: how many batches to take; all of them by default.
-        batch_size: for arrays; 32 by default. Use that of training, and a random
-            order.
-        ignore: findings to leave out, by id or kind: `["BN007", "frozen"]`.
-        verbose: `"auto"`, 0, 1 or 2, as in `fit`.
-
-    Returns:
-        A `Report`: `print(report)` shows it, a notebook displays it, `report.open()`
-        opens it in a browser; `report.findings` lists what was found, `report.fix()`
-        applies the remedies that change statistics only.
-
-    Raises:
-        TypeError: if `model` is not a Keras model.
-        ValueError: for a model that is not built or has no batch normalization, for
-            no data, endless data without `steps`, and an unknown rule in `ignore`.
-
-    Warns:
-        UserWarning: for layers that it skips because their class has its own `call`.
-
-    Example:
-
-    >>> import keras, keras_bn, numpy as np
-    >>> model = keras.Sequential(
-    ...     [keras.Input((2,)), keras_bn.BatchNormalization(name="bn")], name="model"
-    ... )
-    >>> x = np.random.default_rng(0).normal(5.0, 1.0, (200, 2))
-    >>> for finding in keras_bn.diagnose(model, x).findings:
-    ...     print(finding.kind, finding.layer, finding.remedy)
-    never-updated bn keras_bn.recalibrate(model, x)
-    train-inference-gap model keras_bn.recalibrate(model, x)
-    >>> _ = keras_bn.recalibrate(model, x, verbose=0)
-    >>> keras_bn.diagnose(model, x).findings
-    []
-    """
-    kinds = ignored_kinds(ignore)
-    if data is None:
-        if steps is not None or batch_size is not None:
-            raise ValueError(
-                "`steps` and `batch_size` are about `data`, and there is none. "
-                f"Received: steps={steps} and batch_size={batch_size}"
-            )
-        record = read(model)
-    else:
-        options = {"steps": steps, "batch_size": batch_size, "verbose": verbose}
-        record = collect(model, data, **options)
-    warn_of_others(model)
-    every = findings(record)
-    return Report(
-        record,
-        [each for each in every if each.kind not in kinds],
-        [each for each in every if each.kind in kinds],
-        _Source(model, data, steps, batch_size, tuple(kinds)),
-    )
-
-
 @dataclass
-class _Source:
-    """What was diagnosed, and how."""
-
-    model: keras.Model
-    data: Any
-    steps: int | None
-    batch_size: int | None
-    ignore: tuple[str, ...]
-
-
-@dataclass
-class Report:
+class Report(Displayed):
     """What `keras_bn.diagnose` found.
 
     Args:
@@ -125,12 +27,15 @@ class Report:
         findings: a list of `Finding` (`kind`, `layer`, `severity`, `message`,
             `remedy`), most severe first.
         ignored: those that `ignore` has left out.
+        origin: an `Origin`: what was diagnosed, when, and with which versions.
+        source: the model and the data, for `fix`.
     """
 
     record: ModelRecord
     findings: list[Finding]
     ignored: list[Finding] = field(default_factory=list)
-    _source: _Source | None = field(default=None, repr=False, compare=False)
+    origin: Origin | None = field(default=None, repr=False, compare=False)
+    source: Source | None = field(default=None, repr=False, compare=False)
 
     @property
     def healthy(self) -> bool:
@@ -183,7 +88,7 @@ class Report:
             "not_looked_for": self.not_looked_for,
         }
 
-    def to_html(self, int8: Any = None) -> str:
+    def to_html(self, int8: Section | None = None) -> str:
         """The report as one page of HTML that loads nothing.
 
         Args:
@@ -196,21 +101,24 @@ class Report:
         Raises:
             TypeError: if `int8` is something else.
         """
-        from keras_bn.diagnosis.html import page
+        return render("page.html", self._content(int8))
 
-        if int8 is not None and not hasattr(int8, "section"):
-            raise TypeError(
-                "`int8` must be what keras_bn.export_int8 returns. Received: "
-                f"int8={int8!r}"
-            )
-        return page(self, int8)
+    def write_html(
+        self, path: str | os.PathLike[str], int8: Section | None = None
+    ) -> None:
+        """Write the page to a file, over an existing one.
 
-    def _repr_html_(self):
-        from keras_bn.diagnosis.html import fragment
+        Args:
+            path: of the file.
+            int8: as in `to_html`.
 
-        return fragment(self)
+        Raises:
+            OSError: if it cannot be written.
+            TypeError: as `to_html`.
+        """
+        write(path, self.to_html(int8))
 
-    def open(self, int8: Any = None) -> Path:
+    def open(self, int8: Section | None = None) -> Path:
         """Show the page in the browser.
 
         Args:
@@ -225,9 +133,15 @@ class Report:
         Warns:
             UserWarning: if there is no browser.
         """
-        from keras_bn.pages.display import opened
-
         return opened(self.to_html(int8), self.record.model)
+
+    def _content(self, int8=None):
+        if int8 is not None and not isinstance(int8, Section):
+            raise TypeError(
+                "`int8` must be what keras_bn.export_int8 returns. Received: "
+                f"int8={int8!r}"
+            )
+        return html.report(self, int8 and int8.section())
 
     def plot(self, path: str | os.PathLike[str] | None = None) -> Any:
         """Draw each layer's drift over its channels, and its output gap.
@@ -259,12 +173,10 @@ class Report:
         *,
         steps: int | None = None,
         batch_size: int | None = None,
-    ) -> Fixed:
+    ) -> "Fixed":
         """Apply the remedies that change statistics only, then diagnose again.
 
-        If an error or a warning has such a remedy, this recalibrates the layers that
-        are not frozen, and those frozen ones whose statistics are an error. No weight
-        changes. If anything fails, the model does not change.
+        The same as `keras_bn.fix(model, report, data)` with what was diagnosed.
 
         Args:
             data: as in `keras_bn.diagnose`; by default what was diagnosed. Other data
@@ -287,53 +199,136 @@ class Report:
         >>> list(fixed.recalibrated), fixed.after.findings
         (['bn'], [])
         """
-        source = self._source
-        if source is None:
+        from keras_bn.diagnosis.diagnose import fix  # which imports this module
+
+        if self.source is None:
             raise ValueError(
                 "This report does not hold its model: take the one that "
                 "`keras_bn.diagnose` returns."
             )
-        if data is not None:
-            check_end(data, steps)
-            again: Any = {"steps": steps, "batch_size": batch_size}
-            before = diagnose(source.model, data, ignore=source.ignore, **again)
-            return before.fix()
-        if source.data is None:
-            raise ValueError(
-                "Recalibration needs data, and this report is without: report.fix(data)"
-            )
-        check_end(source.data, source.steps)
-        layers = _to_recalibrate(self)
-        if not layers:
-            return Fixed(self, self, {})
-        options: Any = {"steps": source.steps, "batch_size": source.batch_size}
-        found, after = recalibrated(
-            source.model,
-            layers,
-            source.data,
-            options,
-            lambda: diagnose(
-                source.model, source.data, ignore=source.ignore, **options
-            ),
-        )
-        return Fixed(self, after, found)
+        return fix(self.source.model, self, data, steps=steps, batch_size=batch_size)
 
 
-def _to_recalibrate(report):
-    """The paths of the layers whose statistics `fix` replaces."""
-    fixable = [
-        finding
-        for finding in report.at_least(WARNING)
-        if finding.fix and finding.fix.statistics_only
-    ]
-    if not fixable:
-        return []
-    lost = {finding.layer for finding in fixable if finding.severity == ERROR}
-    return [
-        each.layer
-        for each in report.record.layers
-        if not each.frozen or each.layer in lost
-    ]
+@dataclass
+class Comparison(Displayed):
+    """Two reports side by side.
+
+    Args:
+        before, after: the reports.
+    """
+
+    before: Report
+    after: Report
+
+    @property
+    def gone(self) -> list[Finding]:
+        """The findings before that are not there after."""
+        return _without(self.before, self.after)
+
+    @property
+    def new(self) -> list[Finding]:
+        """The findings after that were not there before."""
+        return _without(self.after, self.before)
+
+    @property
+    def remaining(self) -> list[Finding]:
+        """The findings after that were there before."""
+        new = self.new
+        return [finding for finding in self.after.findings if finding not in new]
+
+    @property
+    def worse(self) -> list[str]:
+        """What is worse after, of loss and accuracy in inference, in words.
+
+        Numbers that are the same as shown are the same.
+        """
+        words = []
+        for name, form, sign in (("loss", "{:.3g}", 1), ("accuracy", "{:.1%}", -1)):
+            pairs = [getattr(r.record, name) for r in (self.before, self.after)]
+            if None in pairs:
+                continue
+            first, second = (pair[0] for pair in pairs)
+            shown = form.format(first), form.format(second)
+            worse = not sign * second <= sign * first and not math.isnan(first)
+            if worse and shown[0] != shown[1]:
+                words.append(f"{name} in inference worse: {' to '.join(shown)}")
+        return words
+
+    @property
+    def layers(self) -> list[tuple[str, LayerRecord | None, LayerRecord | None]]:
+        """Triples of a path, and the `LayerRecord` before and after, or None."""
+        first = {each.layer: each for each in self.before.record.layers}
+        second = {each.layer: each for each in self.after.record.layers}
+        return [(path, first.get(path), second.get(path)) for path in first | second]
+
+    def __str__(self) -> str:
+        before, after = self.before.record, self.after.record
+        names = dict.fromkeys((before.model, after.model))
+        lines = [f"{' and '.join(names)}: before and after"]
+        for name, first, second in (
+            ("loss", before.loss, after.loss),
+            ("accuracy", before.accuracy, after.accuracy),
+        ):
+            if first is not None and second is not None:
+                lines.append(
+                    f"{name} in inference {first[0]:.4g}, then {second[0]:.4g}"
+                )
+        lines += [f"Note: {words}" for words in self.worse]
+        if before.has_data or after.has_data:
+            rows = [[path, *_cells(*pair)] for path, *pair in self.layers]
+            lines += ["", *table(_HEADER, rows)]
+        for title, found in (
+            ("Gone", self.gone),
+            ("New", self.new),
+            ("Remaining", self.remaining),
+        ):
+            if found:
+                lines += ["", f"{title}:", *map(text.heading, found)]
+        if not self.gone and not self.new:
+            lines += ["", "The findings are the same."]
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Both reports and what differs, in plain types, ready for JSON."""
+        return {
+            "before": self.before.to_dict(),
+            "after": self.after.to_dict(),
+            "gone": [finding.to_dict() for finding in self.gone],
+            "new": [finding.to_dict() for finding in self.new],
+            "remaining": [finding.to_dict() for finding in self.remaining],
+        }
+
+    def _content(self):
+        return html.comparison(self)
+
+
+@dataclass
+class Fixed(Comparison):
+    """What `keras_bn.fix` did.
+
+    Args:
+        before, after: the reports.
+        recalibrated: the `Moments` of the data that are now the statistics of a layer,
+            by its path.
+    """
+
+    recalibrated: dict[str, Moments] = field(default_factory=dict)
+
+    @property
+    def done(self) -> str:
+        """What was done, in a sentence."""
+        if not self.recalibrated:
+            return "Nothing was changed: no finding is fixed by recalibration."
+        count = len(self.recalibrated)
+        layers = "layers" if count > 1 else "layer"
+        return f"Recalibrated {count} {layers}: {', '.join(self.recalibrated)}."
+
+    def __str__(self) -> str:
+        return f"{self.done}\n\n{super().__str__()}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """As of a comparison, with the paths of the layers recalibrated."""
+        return {"recalibrated": list(self.recalibrated), **super().to_dict()}
 
 
 def _layer_dict(layer):
@@ -368,3 +363,36 @@ def _log(value):
 
 def _both_ways(pair):
     return pair and dict(zip(("inference", "training"), map(number, pair), strict=True))
+
+
+_HEADER = (
+    ("worst channel", "mean off, in std", "", "std ratio", "", "output gap", ""),
+    ("layer", "before", "after", "before", "after", "before", "after"),
+)
+
+
+def _cells(before, after):
+    """The numbers of a layer, in the columns of `_HEADER`."""
+
+    def pair(value):
+        for layer in before, after:
+            if layer is None or layer.data is None:
+                yield "-"
+            else:
+                yield f"{value(layer):.2f}"
+
+    yield from pair(lambda layer: layer.drift.worst_mean)
+    yield from pair(lambda layer: layer.drift.worst_ratio)
+    yield from pair(lambda layer: layer.gap)
+
+
+def _without(report, other):
+    """The findings of a report that another one has not."""
+    there = {_key(finding, other) for finding in other.findings}
+    return [each for each in report.findings if _key(each, report) not in there]
+
+
+def _key(finding, report):
+    """The same for the same finding in two reports; models may have other names."""
+    own = finding.layer == report.record.model
+    return finding.kind, None if own else finding.layer

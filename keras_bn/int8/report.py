@@ -2,16 +2,21 @@
 
 import math
 from dataclasses import dataclass
-from html import escape
-from pathlib import Path
 from typing import NamedTuple
 
-from keras_bn.pages import display
+from keras_bn.pages.display import Content, Section
 from keras_bn.pages.plain import number, table
 
-# The error that fills the bar of a layer: what the command allows for an output.
+# The error that fills the bar of a layer: what the command allows for an output. The
+# noise has a hundredth of the power of the signal, 20 dB below it.
 FULL_ERROR = 0.1
-_HEADER = ["Layer", "Operation", "Error"]
+# Here the noise has a tenth of the power, 10 dB below.
+LARGE_ERROR = 10**-0.5
+_VERDICTS = {
+    "healthy": "close to float",
+    "warning": "some way from float",
+    "error": "far from float",
+}
 
 
 class Int8Layer(NamedTuple):
@@ -33,7 +38,7 @@ class Int8Layer(NamedTuple):
 
 
 @dataclass
-class Int8Report:
+class Int8Report(Section):
     """What `keras_bn.export_int8` wrote, and how far it is from the model of floats.
 
     Args:
@@ -117,55 +122,44 @@ class Int8Report:
             "kept": dict(self.kept),
         }
 
-    def section(self) -> str:
-        """The layers as a section of a page in HTML, as on that of a diagnosis."""
-        rows = []
-        for each in self.layers:
-            others = "" if each.output == each.layer else f"with {each.output}"
-            error = display.bar(each.error, FULL_ERROR) + display.small(
-                f"{each.error:.2%}"
-            )
-            cells = (
-                display.cell("Operation", each.operation),
-                display.cell("Error", error),
-            )
-            rows.append(
-                (
-                    'class="note"',
-                    [escape(each.layer) + display.small(escape(others)), *cells],
-                )
-            )
-        said = "".join(f"<br>{escape(line)}" for line in self._said())
-        return f"""<section>
-<h2>Layers in int8, the largest error first</h2>
-<p class="legend">{self._about()}.{said}</p>
-<p class="legend">An error is the root mean square of int8 less float, over the standard
-deviation of float; a bar is full at {FULL_ERROR:.0%}.</p>
-<div class="rows layers">
-{display.table(_HEADER, rows)}
-</div>
-</section>"""
+    def section(self) -> Content:
+        context = {
+            "about": self._about(),
+            "said": self._said(),
+            "layers": [(each, _tone(each.error)) for each in self.layers],
+            "full_error": FULL_ERROR,
+        }
+        return Content(f"{self.model} in int8", "int8_section.html", context)
 
-    def to_html(self) -> str:
-        """The report as one page of HTML that loads nothing; a string."""
-        return display.page(f"{self.model} in int8", self._body())
+    def _content(self):
+        section = self.section()
+        context = {
+            "report": self,
+            "tone": _tone(self.error),
+            "verdict": self._verdict(),
+            "tiles": self._tiles(),
+        }
+        return Content(section.title, "int8.html", {**section.context, **context})
 
-    def _repr_html_(self):
-        return display.fragment(self._body())
+    def _verdict(self):
+        return f"{_VERDICTS[_tone(self.error)]}: off by {self.error:.2%}"
 
-    def open(self) -> Path:
-        """Show the page in the browser.
+    def _tiles(self):
+        outputs = [(name, f"{error:.2%}") for name, error in self.outputs.items()]
+        counts = [
+            ("pairs equalized", f"{len(self.equalized):,}"),
+            ("biases corrected", f"{len(self.corrected):,}"),
+            ("normalizations not folded", f"{len(self.kept):,}"),
+        ]
+        size = [("bytes", f"{self.size:,}"), ("samples compared", f"{self.samples:,}")]
+        return [("Error of the outputs", outputs), ("File", size), ("Done", counts)]
 
-        Returns:
-            The path of the page, a temporary file.
 
-        Warns:
-            UserWarning: if there is no browser.
-        """
-        return display.opened(self.to_html(), self.model)
-
-    def _body(self):
-        return f"<header><h1>{escape(self.model)}</h1></header>\n{self.section()}"
+def _tone(error):
+    """How severe an error is; NaN is an error."""
+    if error <= FULL_ERROR:
+        return "healthy"
+    return "warning" if error <= LARGE_ERROR else "error"
 
 
 HEADER = ["layer", "with", "operation", "error"]

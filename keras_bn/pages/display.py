@@ -1,106 +1,132 @@
-"""How results show themselves: in a notebook, and as a page of HTML that loads nothing.
+"""How results show themselves: in a notebook, and as a page that loads nothing.
 
-A fragment brings its style along. The style holds within `class="keras-bn"` only, and
-is light or dark as the notebook or the system is.
+The HTML is in `templates`. What a notebook shows brings its style along, which holds
+within `class="keras-bn"` only, and is light or dark as the notebook or the system is.
 """
 
 import math
+import os
 import re
 import tempfile
 import warnings
 import webbrowser
+from abc import ABC, abstractmethod
 from functools import cache
-from html import escape
-from importlib.resources import files
 from pathlib import Path
+from typing import Any, NamedTuple
 
+from keras_bn.pages.files import write_whole
 from keras_bn.version import __version__
 
 
-@cache
-def _style():
-    return files("keras_bn.pages").joinpath("display.css").read_text(encoding="utf-8")
-
-
-def fragment(body):
-    """HTML to display among other HTML, as the output of a cell of a notebook.
+class Content(NamedTuple):
+    """What is shown.
 
     Args:
-        body: the HTML within.
+        title: of the page, and a part of the name of its file.
+        template: the file in `templates` with the HTML of the body.
+        context: the variables of the template.
     """
-    return f'<div class="keras-bn cell">\n<style>\n{_style()}</style>\n{body}\n</div>\n'
+
+    title: str
+    template: str
+    context: dict[str, Any]
 
 
-def page(title, body):
-    """A whole page.
+class Displayed(ABC):
+    """A result that shows itself in a notebook and as a page."""
+
+    @abstractmethod
+    def _content(self) -> Content: ...
+
+    def to_html(self) -> str:
+        """One page of HTML that loads nothing; a string."""
+        return render("page.html", self._content())
+
+    def write_html(self, path: str | os.PathLike[str]) -> None:
+        """Write the page to a file, over an existing one.
+
+        Args:
+            path: of the file.
+
+        Raises:
+            OSError: if it cannot be written.
+        """
+        write(path, self.to_html())
+
+    def open(self) -> Path:
+        """Show the page in the browser.
+
+        Returns:
+            The path of the page, a temporary file.
+
+        Warns:
+            UserWarning: if there is no browser.
+        """
+        return opened(self.to_html(), self._content().title)
+
+    def _repr_html_(self) -> str:
+        return render("cell.html", self._content())
+
+
+class Section(Displayed):
+    """A result that can also be a section at the end of another page."""
+
+    @abstractmethod
+    def section(self) -> Content:
+        """The section alone, without the heading of the page."""
+
+
+def render(frame: str, content: Content) -> str:
+    """The HTML of some content.
 
     Args:
-        title: its title, as plain text.
-        body: the HTML of its body.
+        frame: the template around it: `"page.html"` or `"cell.html"`.
+        content: what to show.
     """
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy"
- content="default-src 'none'; style-src 'unsafe-inline'">
-<title>{escape(title)}</title>
-<style>
-{_style()}</style>
-</head>
-<body class="keras-bn-page">
-<div class="keras-bn">
-<main>
-{body}
-</main>
-<footer>keras_bn {__version__}</footer>
-</div>
-</body>
-</html>
-"""
-
-
-def table(header, rows):
-    """A table in HTML.
-
-    Args:
-        header: the titles of its columns, in HTML.
-        rows: pairs of the attributes of a row and its cells, both in HTML; the first
-            cell is the heading of the row.
-    """
-    head = "".join(f'<th scope="col">{title}</th>' for title in header)
-    body = "\n".join(
-        f'<tr {attributes}><th scope="row">{first}</th>{"".join(cells)}</tr>'
-        for attributes, (first, *cells) in rows
-    )
     return (
-        '<table class="grid">\n'
-        f"<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table>"
+        _templates()
+        .get_template(frame)
+        .render(
+            content.context,
+            title=content.title,
+            body=content.template,
+            version=__version__,
+        )
     )
 
 
-def cell(label, content):
-    """A cell of a table; on a narrow screen the label is above its content."""
-    return f'<td data-label="{escape(label)}">{content}</td>'
+@cache
+def _templates():
+    import jinja2
+
+    templates = jinja2.Environment(
+        loader=jinja2.PackageLoader("keras_bn.pages"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    templates.filters["share"] = _share
+    return templates
 
 
-def small(content):
-    """HTML as the lesser line of a cell."""
-    return f"<small>{content}</small>"
-
-
-def bar(value, full):
-    """A number, 0 or greater, as a bar that is full at `full` and beyond."""
+def _share(value, full):
+    """A number, 0 or greater, as a share of `full`, at most all of it."""
     share = min(value / full, 1.0) if math.isfinite(value) else 1.0
-    return f'<div class="bar"><div style="width:{share:.0%}"></div></div>'
+    return f"{share:.0%}"
 
 
-def opened(text, name):
+def write(path: str | os.PathLike[str], page: str) -> None:
+    """Write a page to a file, whole or not at all, over an existing one."""
+    write_whole(path, lambda part: part.write_text(page, encoding="utf-8"), force=True)
+
+
+def opened(page: str, name: str) -> Path:
     """Write a page to a temporary file and show it in the browser.
 
     Args:
-        text: the page.
+        page: the page.
         name: for the name of the file.
 
     Returns:
@@ -110,8 +136,8 @@ def opened(text, name):
         UserWarning: if there is no browser.
     """
     folder = Path(tempfile.mkdtemp(prefix="keras_bn-"))
-    path = folder / f"{re.sub(r'[^0-9A-Za-z_.-]+', '-', name)}.html"
-    path.write_text(text, encoding="utf-8")
+    path = folder / f"{re.sub(r'[^0-9A-Za-z_.-]+', '-', name)[:80]}.html"
+    path.write_text(page, encoding="utf-8")
     if not webbrowser.open(path.as_uri()):
         warnings.warn(f"No browser could be started. The page is {path}", stacklevel=3)
     return path

@@ -1,11 +1,10 @@
 """Folding batch normalizations into the layers next to them, for inference."""
 
-from html import escape
 from typing import NamedTuple
 
 import keras
 
-from keras_bn.pages import display
+from keras_bn.pages.display import Content, Displayed
 from keras_bn.surgery.copying import copy_model
 from keras_bn.surgery.exchange import bypass, exchange
 from keras_bn.surgery.graph import (
@@ -56,24 +55,16 @@ class Fold(NamedTuple):
         return f"{self.layer} -> {self.into}"
 
 
-class Folds(list):
+class Folds(Displayed, list[Fold]):
     """A list of `Fold`: `print` shows one a line, a notebook shows a table."""
 
     def __str__(self) -> str:
         return "\n".join(map(str, self))
 
-    def _repr_html_(self):
-        rows = []
-        for each in self:
-            cells = [
-                escape(each.layer),
-                display.cell("Into", escape(each.into or "stays")),
-            ]
-            cells.append(display.cell("Why", escape(each.reason)))
-            rows.append((f'class="{"healthy" if each.into else "note"}"', cells))
-        gone = sum(each.into is not None for each in self)
-        title = f"<h3>{gone} of {len(self)} can be folded</h3>"
-        return display.fragment(title + display.table(["Layer", "Into", "Why"], rows))
+    def _content(self):
+        folded = sum(each.into is not None for each in self)
+        title = f"{folded} of {len(self)} can be folded"
+        return Content(title, "folds.html", {"title": title, "folds": self})
 
 
 def plan_fold(model: keras.Model) -> Folds:

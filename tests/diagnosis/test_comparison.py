@@ -6,6 +6,7 @@ import pytest
 from keras import layers
 
 import keras_bn
+from keras_bn.diagnosis.report import Report
 
 pytestmark = pytest.mark.filterwarnings("ignore:The statistics of")
 OURS = keras_bn.BatchNormalization
@@ -124,20 +125,22 @@ def test_a_fix_that_fails_changes_nothing():
         np.testing.assert_array_equal(first, second)
 
 
-def test_each_fix_is_code_and_applies_itself():
+def test_fix_is_a_function_of_a_model_a_report_and_data():
     model, x = made(), data()
-    finding = keras_bn.diagnose(model, x).findings[0]
+    report = keras_bn.diagnose(model, x)
+    finding = report.findings[0]
     assert finding.remedy == str(finding.fix) == "keras_bn.recalibrate(model, x)"
     assert finding.fix.statistics_only
-    finding.fix.apply(model, x, verbose=0)
+    alone = Report(report.record, report.findings)
+    with pytest.raises(ValueError, match="this report is without"):
+        keras_bn.fix(model, alone)
+    fixed = keras_bn.fix(model, alone, x)
+    assert list(fixed.recalibrated) == ["bn_1", "bn_2"]
     assert keras_bn.diagnose(model, x).healthy
-    with pytest.raises(ValueError, match="data=None"):
-        finding.fix.apply(model)
+    with pytest.raises(ValueError, match="does not hold its model"):
+        alone.fix(x)
     keras_bn.freeze(model)
-    frozen = keras_bn.diagnose(model).findings[0]
-    assert frozen.fix.statistics_only is False
-    frozen.fix.apply(model)
-    assert not model.get_layer("bn_1").freeze_statistics
+    assert keras_bn.diagnose(model).findings[0].fix.statistics_only is False
 
 
 def test_compare_says_what_went_and_what_came():

@@ -130,7 +130,7 @@ def rows_of(page):
     """What the section of int8 says of each layer: path, with, operation, error."""
     section = page[page.index("Layers in int8") :]
     row = (
-        r'<tr class="note"><th scope="row">(.*?)<small>(.*?)</small></th>'
+        r'<tr class="\w+">\s*<th scope="row">(.*?)<small>(.*?)</small></th>\s*'
         r'<td data-label="Operation">(\w+)</td>.*?width:(\d+)%.*?<small>(.*?)</small>'
     )
     return re.findall(row, section, re.S)
