@@ -5,7 +5,7 @@ normalizations in training. Copies of the layers do the work, so nothing in the 
 changes.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import keras
@@ -13,7 +13,7 @@ import numpy as np
 from keras.src.losses.loss import unscale_loss_for_distribution
 from keras.src.trainers.trainer import Trainer
 
-from keras_bn.diagnosis.records import LayerRecord, ModelRecord
+from keras_bn.diagnosis.records import LayerRecord, MeasuredLayer, ModelRecord
 from keras_bn.layer.arguments import align_mask
 from keras_bn.moments import Moments, merged
 from keras_bn.passes.observe import (
@@ -226,10 +226,11 @@ def _with_data(record, seen):
     """The record of a layer with what its calls have shown."""
     count, mean, variance = seen.data
     inference_mode = seen.modes == {False}
-    return replace(
-        record,
-        inference_mode=inference_mode,
-        bias_of=None if inference_mode else record.bias_of,
+    shown = {**vars(record), "inference_mode": inference_mode}
+    if inference_mode:
+        shown["bias_of"] = None
+    return MeasuredLayer(
+        **shown,
         data=Moments(np.broadcast_to(count, record.moving_mean.shape), mean, variance),
         elements=float(np.median(seen.elements)),
         gap=seen.gap.value,

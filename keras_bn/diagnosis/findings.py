@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from keras_bn.diagnosis.fixes import Fix
+from keras_bn.diagnosis.records import MeasuredLayer
 from keras_bn.diagnosis.rules import ERROR, NOTE, RULES, SEVERITIES, WARNING
 
 # The thresholds, each with its reason.
@@ -183,7 +184,7 @@ def _stale(layer, record):
 
 
 def _is_stale(layer, record):
-    if layer.data is None:
+    if not isinstance(layer, MeasuredLayer):
         return False
     mean, stddev = np.abs(layer.mean_drift), np.abs(np.log(layer.stddev_ratio))
     known = layer.data.count > 1
@@ -216,7 +217,7 @@ def _inputs(layer):
     These are the moments of the data; without data, the moving statistics as far as
     they are usable.
     """
-    if layer.data is not None:
+    if isinstance(layer, MeasuredLayer):
         return layer.data.count > 1, layer.data.mean, layer.data.variance
     mean, variance = layer.moving_mean, layer.moving_variance
     usable = np.isfinite(mean) & np.isfinite(variance) & (variance >= 0)
@@ -301,7 +302,7 @@ def _frozen(layer, record):
 
 
 def _small_batch(layer, record):
-    if layer.elements is None:
+    if not isinstance(layer, MeasuredLayer):
         return None
     if layer.elements < FEW_ELEMENTS and not (layer.frozen or layer.inference_mode):
         return Finding(
@@ -330,7 +331,9 @@ def _redundant_bias(layer, record):
 def _train_inference_gap(record):
     if not record.has_data:
         return None
-    live = [each for each in record.layers if not (each.frozen or each.inference_mode)]
+    live = [
+        layer for layer in record.measured if not (layer.frozen or layer.inference_mode)
+    ]
     # Standard errors from n elements: 1/√n of the mean, 1/√(2n) of the deviation.
     noise = np.sqrt(sum(1.5 / max(each.elements, 1) for each in live))
     worse = []

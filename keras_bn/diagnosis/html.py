@@ -11,6 +11,7 @@ import numpy as np
 from keras_bn.diagnosis import drawings, text
 from keras_bn.diagnosis.findings import WORST_MEAN_DRIFT, WORST_STDDEV_RATIO
 from keras_bn.diagnosis.plots import mean_limit, ratio_limit
+from keras_bn.diagnosis.records import MeasuredLayer
 from keras_bn.diagnosis.rules import RULES, SEVERITIES
 from keras_bn.pages.display import Content
 
@@ -189,7 +190,10 @@ class Table:
         self.name, self.rows = name, rows
         self.ids = {row.layer: f"{name}-{i}" for i, row in enumerate(rows)}
         layers = [
-            layer for row in rows for layer, *_ in row.reports if _has_data(layer)
+            layer
+            for row in rows
+            for layer, *_ in row.reports
+            if isinstance(layer, MeasuredLayer)
         ]
         self.axes: list[Axis] = []
         self.sorts = [("order", "order in the model"), ("severity", "severity")]
@@ -220,7 +224,7 @@ class Table:
         ]
 
     def _measured(self, layer, seed):
-        if not _has_data(layer):
+        if not isinstance(layer, MeasuredLayer):
             return None
         drift, healthy = layer.drift, np.log2(WORST_STDDEV_RATIO)
         of_mean = f"{_typically(drift.mean, drift.worst_mean)} std"
@@ -252,16 +256,12 @@ def _rank(rows, key, value):
 
 def _last(row, value):
     """A value of the last of its reports that has data."""
-    layers = [layer for layer, *_ in row.reports if _has_data(layer)]
+    layers = [layer for layer, *_ in row.reports if isinstance(layer, MeasuredLayer)]
     return value(layers[-1]) if layers else -np.inf
 
 
 def _severity(tone):
     return [*SEVERITIES, "healthy"].index(tone)
-
-
-def _has_data(layer):
-    return layer is not None and layer.data is not None
 
 
 def _typically(typical, worst):
@@ -364,6 +364,6 @@ def _about(layer):
     size = layer.moving_mean.size
     momentum = "mean" if layer.momentum is None else f"{layer.momentum:g}"
     words = [f"{size:,} channel{'s' * (size > 1)}"]
-    if layer.elements is not None:
+    if isinstance(layer, MeasuredLayer):
         words.append(f"{layer.elements:,.0f} elements per batch")
     return ", ".join([*words, f"momentum {momentum}", *["frozen"] * layer.frozen])

@@ -1,5 +1,6 @@
 """Plain records of a model's batch normalizations, with data or without."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -28,8 +29,6 @@ class Drift(NamedTuple):
 class LayerRecord:
     """One batch normalization. Arrays have the shape of its statistics, in float64.
 
-    What only data shows is None without data.
-
     Args:
         layer: its path in the model.
         keras: whether it is Keras's own layer.
@@ -40,12 +39,8 @@ class LayerRecord:
         initial: whether these are still the initial values.
         gamma: its scale, or None.
         bias_of: the name of a layer before it whose bias has no effect, or None.
-        inference_mode: whether the model always calls it with `training=False`; False
-            without data.
-        data: `Moments` of its inputs, pooled over the data.
-        elements: number of elements behind a batch's statistics, median of batches.
-        gap: root mean square of output in training − output in inference, relative to
-            the standard deviation of the output in training.
+        inference_mode: whether the model always calls it with `training=False`, as far
+            as data has shown it.
     """
 
     layer: str
@@ -60,30 +55,38 @@ class LayerRecord:
     gamma: np.ndarray | None
     bias_of: str | None
     inference_mode: bool = False
-    data: Moments | None = None
-    elements: float | None = None
-    gap: float | None = None
+
+
+@dataclass(kw_only=True)
+class MeasuredLayer(LayerRecord):
+    """A batch normalization through which data went.
+
+    Args:
+        data: `Moments` of its inputs, pooled over the data.
+        elements: number of elements behind a batch's statistics, median of batches.
+        gap: root mean square of output in training − output in inference, relative to
+            the standard deviation of the output in training.
+        **others: of a `LayerRecord`.
+    """
+
+    data: Moments
+    elements: float
+    gap: float
 
     @property
-    def mean_drift(self) -> Any:
+    def mean_drift(self) -> np.ndarray:
         """Moving mean − mean of the data, in standard deviations of the data."""
-        if self.data is None:
-            return None
         return (self.moving_mean - self.data.mean) / self._stddev(self.data.variance)
 
     @property
-    def stddev_ratio(self) -> Any:
+    def stddev_ratio(self) -> np.ndarray:
         """Moving standard deviation / that of the data, both including epsilon."""
-        if self.data is None:
-            return None
         moving, data = map(self._stddev, (self.moving_variance, self.data.variance))
         return moving / data
 
     @property
-    def drift(self) -> Any:
+    def drift(self) -> Drift:
         """The `Drift` over the channels."""
-        if self.data is None:
-            return None
         mean, ratio = np.abs(self.mean_drift), self.stddev_ratio
         with np.errstate(divide="ignore"):
             worst = ratio.flat[np.argmax(np.abs(np.log(ratio)))]
@@ -103,7 +106,8 @@ class ModelRecord:
     Args:
         model: its name.
         steps: number of steps its optimizer has taken; None if not known.
-        layers: a `LayerRecord` of each normalization, in calling order.
+        layers: a `LayerRecord` of each normalization, in calling order; with data, a
+            `MeasuredLayer` of each that the data reaches.
         samples, batches: of the data; 0 without data.
         not_called: the paths of those that the data never reaches.
         gap: as of a layer, for the outputs of the model; None without data.
@@ -113,13 +117,18 @@ class ModelRecord:
 
     model: str
     steps: int | None
-    layers: list[LayerRecord]
+    layers: Sequence[LayerRecord]
     samples: int = 0
     batches: int = 0
     not_called: tuple[str, ...] = ()
     gap: float | None = None
     loss: tuple[float, float] | None = None
     accuracy: tuple[float, float] | None = None
+
+    @property
+    def measured(self) -> list[MeasuredLayer]:
+        """The layers through which data went."""
+        return [layer for layer in self.layers if isinstance(layer, MeasuredLayer)]
 
     @property
     def has_data(self) -> bool:

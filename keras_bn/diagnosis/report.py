@@ -8,7 +8,13 @@ from typing import Any
 
 from keras_bn.diagnosis import html, text
 from keras_bn.diagnosis.findings import Finding
-from keras_bn.diagnosis.records import LayerRecord, ModelRecord, Origin, Source
+from keras_bn.diagnosis.records import (
+    LayerRecord,
+    MeasuredLayer,
+    ModelRecord,
+    Origin,
+    Source,
+)
 from keras_bn.diagnosis.rules import RULES, SEVERITIES, WARNING
 from keras_bn.moments import Moments
 from keras_bn.pages.display import Displayed, Section, opened, render, write
@@ -332,8 +338,6 @@ class Fixed(Comparison):
 
 
 def _layer_dict(layer):
-    drift = layer.drift
-    known = drift is not None
     return {
         "layer": layer.layer,
         "channels": int(layer.moving_mean.size),
@@ -341,16 +345,24 @@ def _layer_dict(layer):
         "epsilon": layer.epsilon,
         "frozen": layer.frozen,
         "inference_mode": layer.inference_mode,
-        "elements_per_batch": layer.elements,
-        "elements": int(layer.data.count.min()) if known else None,
-        "mean_drift": _extremes(drift.mean, drift.worst_mean) if known else None,
-        "log_variance_ratio": _extremes(
-            2 * _log(drift.ratio), 2 * _log(drift.worst_ratio)
-        )
-        if known
-        else None,
-        "output_gap": number(layer.gap),
+        **_measured_dict(layer),
     }
+
+
+def _measured_dict(layer):
+    """What data has shown of a layer; None for each without."""
+    keys = "elements_per_batch", "elements", "mean_drift", "log_variance_ratio"
+    if not isinstance(layer, MeasuredLayer):
+        return dict.fromkeys((*keys, "output_gap"))
+    drift = layer.drift
+    ratios = 2 * _log(drift.ratio), 2 * _log(drift.worst_ratio)
+    values = (
+        layer.elements,
+        int(layer.data.count.min()),
+        _extremes(drift.mean, drift.worst_mean),
+        _extremes(*ratios),
+    )
+    return {**dict(zip(keys, values, strict=True)), "output_gap": number(layer.gap)}
 
 
 def _extremes(median, worst):
@@ -376,7 +388,7 @@ def _cells(before, after):
 
     def pair(value):
         for layer in before, after:
-            if layer is None or layer.data is None:
+            if not isinstance(layer, MeasuredLayer):
                 yield "-"
             else:
                 yield f"{value(layer):.2f}"

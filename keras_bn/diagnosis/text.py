@@ -20,7 +20,7 @@ def lines_of(report):
             f"{record.model}: {record.samples} samples in {record.batches} batches",
             *_both_ways(record),
             "",
-            *table(_HEADER, [_row(each) for each in record.layers]),
+            *table(_HEADER, map(_row, record.measured)),
         ]
     else:
         count = len(record.layers)
