@@ -5,13 +5,12 @@ normalizations in training. Copies of the layers do the work, so nothing in the 
 changes.
 """
 
+import inspect
 from dataclasses import dataclass, field
 from typing import Any
 
 import keras
 import numpy as np
-from keras.src.losses.loss import unscale_loss_for_distribution
-from keras.src.trainers.trainer import Trainer
 
 from keras_bn.diagnosis.records import LayerRecord, MeasuredLayer, ModelRecord
 from keras_bn.layer.arguments import align_mask
@@ -290,18 +289,20 @@ def _loss(model, x, y, outputs, sample_weight):
     """The loss of a batch, as in `evaluate`; None if the model has none."""
     if not getattr(model, "compiled", False):
         return None
-    own = type(model).compute_loss is not Trainer.compute_loss
-    if model._compile_loss is None and not model.losses and not own:
+    own = type(model).compute_loss is not keras.Model.compute_loss
+    if model.loss is None and not model.losses and not own:
         return None
     # A loss of the user's gets tensors, as in `fit`.
     x, y, sample_weight = keras.tree.map_structure(
         lambda v: v if v is None else keras.ops.convert_to_tensor(v),
         (x, y, sample_weight),
     )
-    loss = model._compute_loss(
-        x=x, y=y, y_pred=outputs, sample_weight=sample_weight, training=False
-    )
-    return float(float64(unscale_loss_for_distribution(loss)))
+    arguments = {"x": x, "y": y, "y_pred": outputs, "sample_weight": sample_weight}
+    if "training" in inspect.signature(model.compute_loss).parameters:
+        arguments["training"] = False
+    # Keras divides losses by the number of replicas, a loss of 1 as well.
+    unit = keras.losses.MeanAbsoluteError()(np.ones((1, 1)), np.zeros((1, 1)))
+    return float(float64(model.compute_loss(**arguments)) / float64(unit))
 
 
 def _accuracy(y, outputs):

@@ -15,6 +15,7 @@ from keras_bn.diagnosis.rules import ERROR, WARNING, ignored_kinds
 from keras_bn.passes.observe import Verbose, check_end
 from keras_bn.surgery.arrays import rolled_back
 from keras_bn.surgery.norms import normalizations, warn_of_others
+from keras_bn.surgery.private import require
 from keras_bn.tools.recalibrate import replace_statistics
 from keras_bn.version import __version__
 
@@ -79,6 +80,7 @@ def diagnose(
     >>> keras_bn.diagnose(model, x).findings
     []
     """
+    require("keras_bn.diagnose", "layers", "graph", "copy", "data")
     kinds = ignored_kinds(ignore)
     if data is None:
         if steps is not None or batch_size is not None:
@@ -202,6 +204,7 @@ def fix(
     >>> keras_bn.fix(model, report, x).after.findings
     []
     """
+    require("keras_bn.fix", "layers", "graph", "copy", "data")
     source = report.source
     ignore = source.ignore if source else ()
     if data is not None:

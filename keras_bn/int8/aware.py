@@ -16,11 +16,18 @@ from keras_bn.int8.layers import (
 )
 from keras_bn.passes.observe import batches
 from keras_bn.surgery.arrays import axes as axes_of
-from keras_bn.surgery.calls import check_graph
-from keras_bn.surgery.exchange import bypass, exchange, optimizers
+from keras_bn.surgery.calls import as_list, check_graph
+from keras_bn.surgery.exchange import (
+    bypass,
+    detach,
+    exchange,
+    optimizers,
+    trained_by,
+)
 from keras_bn.surgery.graph import graph_of, holders, scope, walk
 from keras_bn.surgery.insert import insert
 from keras_bn.surgery.norms import is_frozen, is_normalization
+from keras_bn.surgery.private import require
 from keras_bn.surgery.uses import Uses
 from keras_bn.tools.convert import from_keras
 from keras_bn.tools.fold import Plan
@@ -118,6 +125,7 @@ def quantize_aware(
     >>> report.error < 0.01
     True
     """
+    require("keras_bn.quantize_aware", "layers", "graph", "copy", "data")
     tflite.check_backend("keras_bn.quantize_aware")
     tflite.check_aware("keras_bn.quantize_aware")
     _check_bits("weight_bits", weight_bits, 8)
@@ -156,7 +164,7 @@ def _check_optimizers(model):
     for optimizer in optimizers(model):
         if not optimizer.built or hasattr(optimizer, "inner_optimizer"):
             continue
-        known = {id(v) for v in optimizer._trainable_variables}
+        known = {id(v) for v in trained_by(optimizer)}
         new = [v.path for v in model.trainable_variables if id(v) not in known]
         if new:
             raise ValueError(
@@ -202,8 +210,7 @@ def _quantize_weights(model, bits, activation_bits):
         new.build(shape)
         pairs.append((layer, new))
     exchange(pairs, holders(model))
-    for layer in [old for old, _ in pairs] + list(norms.values()):
-        layer._inbound_nodes, layer._outbound_nodes = [], []
+    detach([old for old, _ in pairs] + list(norms.values()))
 
 
 def _pairs(layer, norm, node):
@@ -312,5 +319,5 @@ def _set_ranges(model, data, steps, batch_size):
         quantizer.take_observed()
     return [
         keras.ops.convert_to_numpy(array)[: batch_of(model)]
-        for array in graph_of(model)._standardize_inputs(x)
+        for array in as_list(model, x)
     ]

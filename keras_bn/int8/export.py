@@ -15,9 +15,10 @@ from keras_bn.int8.measure import compare, tag, tagged
 from keras_bn.int8.report import Int8Report
 from keras_bn.pages import files
 from keras_bn.passes.observe import batches
-from keras_bn.surgery.calls import check_graph, run
+from keras_bn.surgery.calls import as_list, check_graph, run
 from keras_bn.surgery.copying import copy_model
 from keras_bn.surgery.graph import graph_of, walk
+from keras_bn.surgery.private import require
 from keras_bn.tools.fold import Plan
 
 # Samples that the report compares.
@@ -92,6 +93,7 @@ def export_int8(
     >>> report.layers[0].layer, report.layers[0].operation, report.error < 0.05
     ('conv', 'CONV_2D', True)
     """
+    require("keras_bn.export_int8", "layers", "graph", "copy", "data")
     files.check_writable(path, force=True)
     content, report = integer_file(
         model,
@@ -268,11 +270,10 @@ def samples_of(model, data, steps=None, batch_size=None):
     Raises:
         ValueError: if there are none.
     """
-    graph = graph_of(model)
     size = batch_of(model)
     parts = []
     for x, _, _ in batches(data, steps=steps, batch_size=batch_size):
-        arrays = graph._standardize_inputs(x)
+        arrays = as_list(model, x)
         parts.append([keras.ops.convert_to_numpy(array) for array in arrays])
     if not parts:
         raise ValueError("There is no data: not one batch came.")

@@ -43,7 +43,7 @@ class Freezable(keras.layers.Layer):
     @property
     def trainable(self) -> bool:
         """Whether the layer trains; if not, all of it is frozen."""
-        return self._trainable
+        return keras.layers.Layer.trainable.fget(self)
 
     @trainable.setter
     def trainable(self, value: bool) -> None:
@@ -71,7 +71,7 @@ class Freezable(keras.layers.Layer):
         if affine is not None:
             self._freeze_affine = affine
             for _, parameter in self._affine_parameters():
-                parameter.trainable = self._trainable
+                parameter.trainable = self.trainable
             self._hold_affine()
         if statistics is not None:
             self._freeze_statistics = bool(statistics)
@@ -111,14 +111,16 @@ def forget_traces(layers):
     A layer does not know its models, so this searches all objects in memory. It does
     not find a `tf.function` that the user made.
     """
-    ids = {id(layer) for layer in layers if layer.built}
+    ids = {id(v) for layer in layers if layer.built for v in layer.variables}
     if not ids:
         return
     for model in gc.get_objects():
         # isinstance() reads `__class__` of the object, and lazy modules then import.
-        if not issubclass(type(model), keras.Model) or not hasattr(model, "_layers"):
+        if not issubclass(type(model), keras.Model) or not getattr(
+            model, "built", False
+        ):
             continue
-        if any(id(layer) in ids for layer in model._flatten_layers()):
+        if any(id(variable) in ids for variable in model.variables):
             # Not set to None: a running `fit` calls it again at once.
             for name in ("train", "test", "predict"):
                 if getattr(model, f"{name}_function", None) is not None:

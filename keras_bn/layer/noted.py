@@ -9,14 +9,15 @@ came with the note, and what is compiled does not compute it.
 Each layer still gives its own output to whoever asks for that.
 """
 
+import weakref
 from collections.abc import Callable
 from typing import NamedTuple
-
-from keras.src.backend.common.tensor_attributes import get_tensor_attr, set_tensor_attr
 
 from keras_bn.moments import Tensor
 
 _NAME = "_keras_bn_note"
+# Notes by the `id` of their tensors: those of JAX have no place for one.
+_NOTES: dict = {}
 
 
 class Note(NamedTuple):
@@ -34,12 +35,16 @@ class Note(NamedTuple):
 
 def leave(tensor, note: Note):
     """Leave a note on a tensor."""
-    set_tensor_attr(tensor, _NAME, note)
+    try:
+        setattr(tensor, _NAME, note)
+    except AttributeError:
+        _NOTES[id(tensor)] = note
+        weakref.finalize(tensor, _NOTES.pop, id(tensor), None)
 
 
 def of(tensor, axes) -> Note | None:
     """The note on a tensor; None if there is none, or its channels are elsewhere."""
-    note = get_tensor_attr(tensor, _NAME)
+    note = getattr(tensor, _NAME, None) or _NOTES.get(id(tensor))
     return note if note is not None and note.axes == tuple(axes) else None
 
 

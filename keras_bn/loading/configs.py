@@ -11,7 +11,7 @@ import keras
 
 from keras_bn.layer import BatchNormalization
 from keras_bn.loading.compilation import modern_compilation
-from keras_bn.surgery.graph import Functional
+from keras_bn.surgery.graph import functional_class
 
 OURS = "keras_bn>BatchNormalization"
 
@@ -117,7 +117,7 @@ def _home(name, module):
     if module is None:
         return {}
     if name == "Functional":
-        return {"module": Functional.__module__, "registered_name": None}
+        return {"module": functional_class().__module__, "registered_name": None}
     module = "keras" + module[len(_package(module)) :]
     if module.startswith(_LAYERS) and hasattr(keras.layers, name):
         module = "keras.layers"
@@ -172,7 +172,7 @@ def _placed(config):
     if "module" in config:
         return config
     if name == "Functional":
-        module = Functional.__module__
+        module = functional_class().__module__
     elif name in ("Model", "Sequential"):
         module = "keras"
     elif hasattr(keras.layers, name):

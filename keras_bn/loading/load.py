@@ -18,6 +18,7 @@ from keras_bn.loading.compilation import modern_training
 from keras_bn.loading.configs import OURS, SyncBatchNormalization, modern
 from keras_bn.surgery.graph import walk
 from keras_bn.surgery.norms import is_keras
+from keras_bn.surgery.private import require
 from keras_bn.tools.convert import from_keras
 
 _HDF5 = b"\x89HDF\r\n\x1a\n"
@@ -59,6 +60,7 @@ def load_model(path: str | os.PathLike[str], **kwargs: Any) -> keras.Model:
     >>> type(loaded.get_layer("bn")) is keras_bn.BatchNormalization
     True
     """
+    require("keras_bn.load_model", "layers", "graph", "copy")
     path = Path(os.fspath(path))
     kind = _kind(path)
     custom = dict(kwargs.pop("custom_objects", None) or {})

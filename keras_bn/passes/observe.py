@@ -16,16 +16,15 @@ from typing import Any, Literal
 
 import keras
 import numpy as np
-from keras.src.trainers.data_adapters.py_dataset_adapter import PyDatasetAdapter
-from keras.src.trainers.data_adapters.tf_dataset_adapter import TFDatasetAdapter
-from keras.src.trainers.epoch_iterator import EpochIterator
 
 from keras_bn.backends import backend
 from keras_bn.layer import BatchNormalization
 from keras_bn.moments import Moments, merged
 from keras_bn.surgery.arrays import float64
 from keras_bn.surgery.copying import copy_model
+from keras_bn.surgery.data import Source
 from keras_bn.surgery.graph import walk
+from keras_bn.surgery.private import require
 from keras_bn.surgery.rebuild import rebuild
 
 
@@ -59,18 +58,16 @@ def batches(x, y=None, sample_weight=None, *, steps=None, batch_size=None, verbo
     Warns:
         UserWarning: if the data ends before `steps` batches.
     """
+    epoch: Any
     if hasattr(x, "__next__"):
-        adapter, source, total = None, x, steps
+        source, total, epoch = x, steps, contextlib.nullcontext()
     else:
-        adapter, total = _adapted(x, y, sample_weight, steps, batch_size)
-        known = isinstance(adapter, TFDatasetAdapter)
-        source = adapter._dataset if known else adapter.get_numpy_iterator()
+        source = epoch = Source(x, y, sample_weight, steps, batch_size)
+        total = source.total
     verbose = 1 if verbose == "auto" else verbose
     bar = keras.utils.Progbar(total, verbose=verbose, unit_name="step")
     seen = 0
-    if adapter is not None:
-        adapter.on_epoch_begin()
-    try:
+    with epoch:
         # Do not take one batch too many out of a generator.
         for batch in () if total == 0 else source:
             batch = keras.tree.map_structure(_dense, batch)
@@ -79,9 +76,6 @@ def batches(x, y=None, sample_weight=None, *, steps=None, batch_size=None, verbo
             bar.update(seen)
             if seen == total:
                 break
-    finally:
-        if adapter is not None:
-            adapter.on_epoch_end()
     if seen and seen != total:
         bar.update(seen, finalize=True)
     if seen and steps is not None and seen < steps:
@@ -109,7 +103,7 @@ def check_end(data, steps):
             "A generator goes on from epoch to epoch, so `steps` must say how many "
             "batches to take each time. Received: steps=None"
         )
-    _adapted(*(data if isinstance(data, tuple) else (data,)))
+    Source(*(data if isinstance(data, tuple) else (data,)))
 
 
 def check_call(model):
@@ -134,6 +128,8 @@ class DataCallback(keras.callbacks.Callback):
     """
 
     def __init__(self, data: Any, part: keras.Model | None) -> None:
+        tool = f"keras_bn.{type(self).__name__}"
+        require(tool, "layers", "graph", "copy", "data")
         super().__init__()
         self._data, self._part = data, part
 
@@ -157,32 +153,6 @@ class DataCallback(keras.callbacks.Callback):
         if reason not in self._warned:
             self._warned.add(reason)
             warnings.warn(f"{type(self).__name__}: {message}", stacklevel=3)
-
-
-def _adapted(x, y=None, sample_weight=None, steps=None, batch_size=None):
-    """Keras's adapter for data, and the number of batches, None if not known."""
-    iterator = EpochIterator(
-        x, y, sample_weight, batch_size=batch_size or 32, steps_per_epoch=steps
-    )
-    adapter = iterator.data_adapter
-    if isinstance(adapter, TFDatasetAdapter) and not hasattr(adapter._dataset, "batch"):
-        raise ValueError(
-            "The data set is distributed over replicas. Give the data set before "
-            f"`experimental_distribute_dataset`. Received: {x!r}"
-        )
-    total = adapter.num_batches
-    if total is None and steps is None and _is_endless(adapter):
-        raise ValueError(
-            f"The data has no end: give `steps`, the number of batches to take. "
-            f"Received: {x!r} and steps=None"
-        )
-    return adapter, total if steps is None else steps
-
-
-def _is_endless(adapter):
-    if isinstance(adapter, TFDatasetAdapter):
-        return int(adapter._dataset.cardinality()) == -1
-    return isinstance(adapter, PyDatasetAdapter)
 
 
 class Watch:
@@ -277,14 +247,7 @@ def state_kept(model):
 
     This is random and recurrent state, and the state of metrics.
     """
-    variables = [
-        variable
-        for _, layer in walk(model)
-        for variable in (
-            *layer._non_trainable_variables,
-            *(generator.state for generator in layer._seed_generators),
-        )
-    ]
+    variables = [variable for variable in model.variables if not variable.trainable]
     metrics = list(getattr(model, "metrics", []))
     for metric in metrics:
         variables += metric.variables

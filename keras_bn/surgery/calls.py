@@ -4,9 +4,8 @@ import itertools
 from typing import Any, NamedTuple
 
 import keras
-from keras.src.models.functional import Functional
 
-from keras_bn.surgery.graph import graph_of, walk
+from keras_bn.surgery.graph import functional_class, graph_of, walk
 from keras_bn.surgery.norms import check_layer
 
 
@@ -37,7 +36,7 @@ def check_graph(model):
         if not isinstance(layer, keras.Model):
             continue
         name, kind = path or layer.name, type(layer)
-        if kind.call not in (Functional.call, keras.Sequential.call):
+        if kind.call not in (functional_class().call, keras.Sequential.call):
             raise ValueError(
                 f"'{name}' is neither a Functional nor a Sequential model but a "
                 f"{kind.__name__} with a `call` of its own, so the order of its layers "
@@ -47,6 +46,11 @@ def check_graph(model):
             raise ValueError(
                 f"'{name}' is not built. Give it a `keras.Input`, or call it on data."
             )
+
+
+def as_list(model, inputs):
+    """The inputs of a model in any structure that it takes, as a list of tensors."""
+    return graph_of(model)._standardize_inputs(inputs)
 
 
 def run(model, inputs, around):

@@ -14,11 +14,6 @@ from typing import Any
 
 import keras
 import numpy as np
-from keras.src.ops.node import KerasHistory, Node
-from keras.src.ops.symbolic_arguments import SymbolicArguments
-from keras.src.saving.keras_saveable import KerasSaveable
-from keras.src.trainers.trainer import Trainer
-from keras.src.utils.tracking import Tracker
 
 from keras_bn.surgery.exchange import (
     is_wrapped,
@@ -29,10 +24,14 @@ from keras_bn.surgery.exchange import (
     retrack,
 )
 from keras_bn.surgery.graph import holders, scope
+from keras_bn.surgery.private import Node, SymbolicArguments, Tracker
 
 # These are always copied; other objects only if one of these can be reached from them.
 _COPIED = (
-    KerasSaveable,
+    keras.Operation,
+    keras.metrics.Metric,
+    keras.losses.Loss,
+    keras.optimizers.Optimizer,
     keras.KerasTensor,
     keras.Variable,
     keras.random.SeedGenerator,
@@ -193,7 +192,7 @@ class _Copier:
         if isinstance(value, keras.layers.Layer):
             for name in _WRAPPED:
                 attributes.pop(name, None)
-        if isinstance(value, Trainer):
+        if isinstance(value, keras.Model):
             attributes.update(dict.fromkeys(_TRACED))
             if value is self._uncompiled:
                 for name in _COMPILED:
@@ -270,21 +269,19 @@ class _Copier:
             index = new.operation._inbound_nodes.index(new)
             for i, tensor in enumerate(new.outputs):
                 if hasattr(tensor, "_keras_history"):
-                    tensor._keras_history = KerasHistory(new.operation, index, i)
+                    history = tensor._keras_history
+                    tensor._keras_history = type(history)(new.operation, index, i)
         elif hasattr(new, "_nodes_by_depth"):
             note_nodes(new)
         elif hasattr(new, "_var_key"):
-            self._rekey(original, new)
+            self._rekey(new)
         if isinstance(new, keras.layers.Layer):
             refresh_parameters(new)
 
-    def _rekey(self, original, new):
+    def _rekey(self, new):
         """Give a copied optimizer the keys of the copied variables."""
-        keys = {}
-        for old, own in self._copies.values():
-            if isinstance(old, keras.Variable) and own is not old:
-                keys[original._var_key(old)] = new._var_key(own)
-        rekey(new, keys)
+        pairs = self._copies.values()
+        rekey(new, [pair for pair in pairs if isinstance(pair[0], keras.Variable)])
 
 
 def _leads_to_keras(value):

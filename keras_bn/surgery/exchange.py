@@ -10,11 +10,9 @@ import operator
 from typing import Any
 
 import keras
-from keras.src.ops.function import make_node_key, map_graph
-from keras.src.ops.node import KerasHistory
-from keras.src.optimizers.base_optimizer import BaseOptimizer
 
 from keras_bn.surgery.graph import graphs, holders, input_of, nodes, walk
+from keras_bn.surgery.private import make_node_key, map_graph
 
 
 def exchange(pairs, holders):
@@ -34,8 +32,8 @@ def exchange(pairs, holders):
             node.operation = new
             for tensor in node.outputs:
                 if hasattr(tensor, "_keras_history"):
-                    _, *place = tensor._keras_history
-                    tensor._keras_history = KerasHistory(new, *place)
+                    history = tensor._keras_history
+                    tensor._keras_history = history._replace(operation=new)
     others = {id(old): new for old, new in pairs}
     for holder in holders:
         replace(holder, others)
@@ -82,6 +80,12 @@ def _take_other_inputs(node, instead):
             maker = instead[id(tensor)]._keras_history.operation
             maker._outbound_nodes.append(node)
     replace(node.arguments, instead)
+
+
+def detach(layers):
+    """Let layers forget their calls, which are other layers' now."""
+    for layer in layers:
+        layer._inbound_nodes, layer._outbound_nodes = [], []
 
 
 def holders_alive(layers):
@@ -195,7 +199,7 @@ def retrack(tracker):
 
 def refresh_parameters(layer):
     """Refresh the parameter list of the PyTorch module behind a Keras layer."""
-    if "_torch_params" in vars(layer).get("_modules", {}):
+    if hasattr(layer, "_torch_params"):
         layer._track_variables()
 
 
@@ -214,19 +218,25 @@ def optimizers(model):
     found = {}
     while waiting:
         value = waiting.pop()
-        if isinstance(value, BaseOptimizer) and id(value) not in found:
+        if isinstance(value, keras.optimizers.Optimizer) and id(value) not in found:
             found[id(value)] = value
             waiting += vars(value).values()
     return list(found.values())
 
 
-def rekey(optimizer, keys):
-    """Replace the keys of an optimizer's variables.
+def trained_by(optimizer):
+    """The variables that a built optimizer has state for."""
+    return optimizer._trainable_variables
+
+
+def rekey(optimizer, pairs):
+    """Give an optimizer the keys of other variables.
 
     Args:
         optimizer: a Keras optimizer.
-        keys: dict from old to new keys.
+        pairs: of a variable that it knew, and the one that it has instead.
     """
+    keys = {optimizer._var_key(v): optimizer._var_key(w) for v, w in pairs}
     for value in vars(optimizer).values():
         value = getattr(value, "__wrapped__", value)  # TensorFlow wraps dicts
         if issubclass(type(value), dict):

@@ -1,9 +1,9 @@
 """Walking Keras models: their layers, graphs and calls."""
 
 import contextlib
+import functools
 
 import keras
-from keras.src.models.functional import Functional
 
 
 def walk(model, path=()):
@@ -23,10 +23,22 @@ def walk(model, path=()):
             return
         seen.add(id(layer))
         yield "/".join(path), layer
-        for child in layer._layers:
+        for child in children(layer):
             yield from visit(child, (*path, child.name))
 
     return visit(model, tuple(path))
+
+
+def children(layer):
+    """The layers that a layer or model holds itself, in Keras's order."""
+    return layer._layers
+
+
+@functools.cache
+def functional_class():
+    """The class of `keras.Model(inputs, outputs)`, which has no public name."""
+    inputs = keras.Input((1,), name="inputs")
+    return type(keras.Model(inputs, keras.layers.Identity(name="layer")(inputs)))
 
 
 def graph_of(layer):
@@ -36,7 +48,7 @@ def graph_of(layer):
     """
     if isinstance(layer, keras.Sequential):
         return layer._functional
-    return layer if isinstance(layer, Functional) else None
+    return layer if isinstance(layer, functional_class()) else None
 
 
 def graphs(model):

@@ -1,9 +1,8 @@
 """Putting further layers behind others in the graphs of a model, in place."""
 
-from keras.src.ops.function import map_graph
-
 from keras_bn.surgery.exchange import note_nodes, replace
 from keras_bn.surgery.graph import graph_of, nodes, walk
+from keras_bn.surgery.private import map_graph
 
 
 def insert(model, places):

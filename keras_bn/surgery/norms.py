@@ -10,16 +10,14 @@ import keras
 
 from keras_bn.layer import BatchNormalization
 from keras_bn.surgery.graph import walk
+from keras_bn.surgery.private import attributes
 
 # The methods of Keras's layer and of ours that compute the result.
 _COMPUTING = (
     "__call__",
     "call",
     "normalize_batch",
-    "_moments",
-    "_renorm_correction_and_moments",
-    "_compose_transforms",
-    "_update_renorm_statistics",
+    *attributes("BatchNormalization"),
 )
 
 # May be installed beside Keras 3. TensorFlow still contains an older Keras.

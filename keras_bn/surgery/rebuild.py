@@ -1,4 +1,4 @@
-"""A normalization of another class that takes over the variables of the first."""
+"""Layers that are made anew or changed, with the variables of the first."""
 
 import inspect
 
@@ -58,6 +58,17 @@ def rebuild(layer, kind, **changes):
             f"{', '.join(present)}, and a batch normalization has no place for them."
         )
     return new
+
+
+def give_bias(layer, shape):
+    """Give a built layer a bias of this shape, instead of any that it has."""
+    layer._tracker.unlock()
+    if layer.bias is not None:
+        layer._untrack_variable(layer.bias)
+    layer.bias = layer.add_weight(shape=shape, name="bias", initializer="zeros")
+    layer._tracker.lock()
+    if hasattr(layer, "use_bias"):
+        layer.use_bias = True
 
 
 def _arguments(layer, kind):

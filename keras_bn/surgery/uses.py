@@ -2,7 +2,7 @@
 
 from collections import Counter
 
-from keras_bn.surgery.graph import graph_of, graphs, nodes, walk
+from keras_bn.surgery.graph import children, graph_of, graphs, nodes, walk
 
 
 class Uses:
@@ -22,7 +22,7 @@ class Uses:
         self._calls = Counter(id(node.operation) for node in self.nodes)
         for _, holder in walk(model):
             if graph_of(holder) is None:
-                self._calls.update(id(layer) for layer in holder._layers)
+                self._calls.update(id(layer) for layer in children(holder))
 
     def once(self, operation):
         """Whether it is called in one place only."""

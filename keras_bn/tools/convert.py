@@ -25,6 +25,7 @@ from keras_bn.surgery.norms import (
     is_ours,
     rounds,
 )
+from keras_bn.surgery.private import require
 from keras_bn.surgery.rebuild import rebuild
 from keras_bn.tools.fuse import separate
 
@@ -82,6 +83,7 @@ def from_keras(
     >>> type(converted.get_layer("bn")) is keras_bn.BatchNormalization
     True
     """
+    require("keras_bn.from_keras", "layers", "graph", "copy")
     return _convert(model, is_keras, BatchNormalization, in_place, compiled)
 
 
@@ -123,6 +125,7 @@ def to_keras(
     ...
     ValueError: Keras's BatchNormalization has no equivalent of axis=[1, 2] in 'bn'.
     """
+    require("keras_bn.to_keras", "layers", "graph", "copy")
     kind = keras.layers.BatchNormalization
     return _convert(model, is_ours, kind, in_place, compiled)
 
@@ -181,10 +184,7 @@ def _hand_over_variables(model, pairs):
         return
     for optimizer in optimizers(model):
         replace(optimizer, {key: new for key, (_, new) in instead.items()})
-        keys = {
-            optimizer._var_key(v): optimizer._var_key(w) for v, w in instead.values()
-        }
-        rekey(optimizer, keys)
+        rekey(optimizer, instead.values())
 
 
 def _warn_of_affine(model):

@@ -8,6 +8,7 @@ from keras_bn.pages.display import Content, Displayed
 from keras_bn.surgery.copying import copy_model
 from keras_bn.surgery.exchange import bypass, exchange
 from keras_bn.surgery.graph import (
+    children,
     graph_of,
     graphs,
     holders,
@@ -24,6 +25,7 @@ from keras_bn.surgery.norms import (
     plain,
     rounds,
 )
+from keras_bn.surgery.private import require
 from keras_bn.surgery.rebuild import rebuild
 from keras_bn.tools.fuse import has_own_call, separate
 from keras_bn.tools.linear import (
@@ -91,6 +93,7 @@ def plan_fold(model: keras.Model) -> Folds:
     bn_1 -> dense
     bn_2 stays: 'relu' before it is not linear; it is an output of the model
     """
+    require("keras_bn.plan_fold", "layers", "graph")
     return Plan(model).folds
 
 
@@ -124,6 +127,7 @@ def fold(model: keras.Model) -> keras.Model:
     >>> [type(layer).__name__ for layer in keras_bn.fold(model).layers]
     ['Dense']
     """
+    require("keras_bn.fold", "layers", "graph", "copy")
     return Plan(model).folded_model()
 
 
@@ -171,9 +175,8 @@ class Plan:
                 if self._concerns(norm) and id(norm) not in found:
                     found[id(norm)] = self._place(graph, node)
         self.folds = Folds()
-        within = {
-            id(held) for _, each in walk(model) if rounds(each) for held in each._layers
-        }
+        around = [layer for _, layer in walk(model) if rounds(layer)]
+        within = {id(held) for layer in around for held in children(layer)}
         for path, layer in walk(model):
             if computes_otherwise(layer):
                 self.folds.append(Fold(path or layer.name, None, _OTHERWISE))
@@ -358,6 +361,6 @@ def _count_calls(drawn, model):
             calls[key] = calls.get(key, 0) + 1
     for _, holder in walk(model):
         if graph_of(holder) is None:
-            for layer in holder._layers:
+            for layer in children(holder):
                 calls[id(layer)] = calls.get(id(layer), 0) + 1
     return calls

@@ -8,6 +8,7 @@ from keras_bn.layer import BatchNormalization
 from keras_bn.layer.frozen import forget_traces
 from keras_bn.surgery import norms
 from keras_bn.surgery.graph import walk
+from keras_bn.surgery.private import require
 from keras_bn.tools.fold import Fold, Plan
 from keras_bn.tools.fuse import note, separate
 
@@ -77,6 +78,7 @@ def freeze(
     ...     print(each)
     bn stays: it takes an input of the model
     """
+    require("keras_bn.freeze", "layers", *(("graph", "fuse") if fuse else ()))
     layers = _layers(model, "freeze")
     plan = Plan(model, fusing=True) if fuse else None
     fused = plan.fused if plan else []
@@ -116,6 +118,7 @@ def unfreeze(model: keras.Layer, *, affine: bool = False) -> list[str]:
     >>> len(keras_bn.unfreeze(layer)), layer.freeze_statistics
     (1, False)
     """
+    require("keras_bn.unfreeze", "layers")
     layers = _layers(model, "unfreeze")
     changed = [
         path

@@ -6,6 +6,7 @@ import numpy as np
 
 from keras_bn.passes.observe import Logs
 from keras_bn.surgery.arrays import float64
+from keras_bn.surgery.private import require
 from keras_bn.tools.freeze import freeze
 from keras_bn.tools.steps import StepCallback
 
@@ -42,6 +43,7 @@ class FreezeAfter(StepCallback):
     """
 
     def __init__(self, steps: int) -> None:
+        require("keras_bn.FreezeAfter", "layers")
         super().__init__()
         if (
             not isinstance(steps, int | np.integer)

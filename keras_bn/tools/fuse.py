@@ -9,11 +9,11 @@ import functools
 
 import keras
 from keras import ops
-from keras.src.backend import AutocastScope
 
 from keras_bn.backends import backend
 from keras_bn.backends.plan import elements
 from keras_bn.layer import noted
+from keras_bn.surgery import private
 from keras_bn.surgery.graph import walk
 from keras_bn.tools.linear import is_activated
 
@@ -48,7 +48,7 @@ class Noting:
         """The output, scaled and shifted, by the layer's own class on other weights."""
         layer = self.layer
         for_kernel, for_bias = self._shapes
-        with AutocastScope(None):  # the product is rounded, not its factors
+        with private.AutocastScope(None):  # the product is rounded, not its factors
             kernel = ops.cast(getattr(layer, self._last), scale.dtype)
             kernel = kernel * _spread(scale, for_kernel)
             bias = _spread(offset, for_bias)

@@ -16,6 +16,7 @@ from keras import activations, layers
 from keras_bn.surgery.arrays import axes as axes_of
 from keras_bn.surgery.arrays import float64
 from keras_bn.surgery.norms import is_normalization
+from keras_bn.surgery.rebuild import give_bias
 
 
 class Affine(NamedTuple):
@@ -156,7 +157,7 @@ class Linear:
     def write(self, layer):
         """Assign the arrays to a copy of the layer; add a bias if it has none."""
         if layer.bias is None or layer.bias.shape != self.arrays["bias"].shape:
-            _give_bias(layer, self.arrays["bias"].shape)
+            give_bias(layer, self.arrays["bias"].shape)
         for name, value in self.arrays.items():
             getattr(layer, name).assign(value)
 
@@ -329,17 +330,6 @@ def _statistics(layer):
     variance = float64(layer.moving_variance) + layer.epsilon
     with np.errstate(invalid="ignore", divide="ignore"):
         return float64(layer.moving_mean), 1.0 / np.sqrt(variance)
-
-
-def _give_bias(layer, shape):
-    """Give a built layer a bias of this shape, instead of any that it has."""
-    layer._tracker.unlock()
-    if layer.bias is not None:
-        layer._untrack_variable(layer.bias)
-    layer.bias = layer.add_weight(shape=shape, name="bias", initializer="zeros")
-    layer._tracker.lock()
-    if hasattr(layer, "use_bias"):
-        layer.use_bias = True
 
 
 def _only(axes):

@@ -20,6 +20,7 @@ from keras_bn.passes.observe import (
 )
 from keras_bn.surgery.arrays import float64, moving, rolled_back
 from keras_bn.surgery.norms import is_frozen, normalizations, warn_of_others
+from keras_bn.surgery.private import require
 from keras_bn.tools.steps import StepCallback
 
 # Below this many elements, the standard error of a variance is over 14 %.
@@ -96,6 +97,7 @@ def recalibrate(
     >>> print(model.get_layer("bn").moving_mean.numpy(), found["bn"].count)
     [49.5] [100.]
     """
+    require("keras_bn.recalibrate", "layers", "copy", "data")
     layers = _layers(model, include_frozen)
     if exact and hasattr(data, "__next__"):
         raise ValueError(
