@@ -1,23 +1,31 @@
-"""Batch normalization for Keras 3."""
+"""Batch normalization for Keras 3.
 
-from keras_bn import quiet  # noqa: F401, I001  # before TensorFlow
-from keras_bn import backend  # noqa: F401  # before all that imports Keras
-from keras_bn import testing  # noqa: F401
-from keras_bn.diagnosis.logger import StatisticsLogger
-from keras_bn.diagnosis.diagnose import compare, diagnose, fix
-from keras_bn.int8.aware import quantize_aware
-from keras_bn.int8.export import export_int8
-from keras_bn.layer import BatchNormalization
-from keras_bn.moments import Moments
-from keras_bn.layer.renorm import renorm_ramp
-from keras_bn.tools.convert import from_keras, to_keras
-from keras_bn.tools.fold import fold, plan_fold
-from keras_bn.tools.freeze import freeze, unfreeze
-from keras_bn.tools.freeze_after import FreezeAfter
-from keras_bn.loading.load import load_model
-from keras_bn.tools.pytorch import from_torch, to_torch
-from keras_bn.tools.recalibrate import Recalibrate, recalibrate
+Importing the package is cheap: a public name imports its module, and Keras, when it is
+first used. Keras finds the layer in files as soon as both packages are imported, in
+whatever order.
+"""
+
+from typing import TYPE_CHECKING
+
+from keras_bn.importing import register_with_keras
 from keras_bn.version import __version__
+
+if TYPE_CHECKING:
+    from keras_bn import testing as testing
+    from keras_bn.diagnosis.diagnose import compare, diagnose, fix
+    from keras_bn.diagnosis.logger import StatisticsLogger
+    from keras_bn.int8.aware import quantize_aware
+    from keras_bn.int8.export import export_int8
+    from keras_bn.layer import BatchNormalization
+    from keras_bn.layer.renorm import renorm_ramp
+    from keras_bn.loading.load import load_model
+    from keras_bn.moments import Moments
+    from keras_bn.tools.convert import from_keras, to_keras
+    from keras_bn.tools.fold import fold, plan_fold
+    from keras_bn.tools.freeze import freeze, unfreeze
+    from keras_bn.tools.freeze_after import FreezeAfter
+    from keras_bn.tools.pytorch import from_torch, to_torch
+    from keras_bn.tools.recalibrate import Recalibrate, recalibrate
 
 __all__ = [
     "BatchNormalization",
@@ -43,3 +51,49 @@ __all__ = [
     "to_torch",
     "unfreeze",
 ]
+
+# The module of each name, as the imports above say for type checkers.
+_MODULES = {
+    "BatchNormalization": "layer",
+    "FreezeAfter": "tools.freeze_after",
+    "Moments": "moments",
+    "Recalibrate": "tools.recalibrate",
+    "StatisticsLogger": "diagnosis.logger",
+    "compare": "diagnosis.diagnose",
+    "diagnose": "diagnosis.diagnose",
+    "export_int8": "int8.export",
+    "fix": "diagnosis.diagnose",
+    "fold": "tools.fold",
+    "freeze": "tools.freeze",
+    "from_keras": "tools.convert",
+    "from_torch": "tools.pytorch",
+    "load_model": "loading.load",
+    "plan_fold": "tools.fold",
+    "quantize_aware": "int8.aware",
+    "recalibrate": "tools.recalibrate",
+    "renorm_ramp": "layer.renorm",
+    "testing": "testing",
+    "to_keras": "tools.convert",
+    "to_torch": "tools.pytorch",
+    "unfreeze": "tools.freeze",
+}
+
+register_with_keras()
+
+if not TYPE_CHECKING:  # or type checkers would take any name for one that exists
+
+    def __getattr__(name):
+        if name not in _MODULES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        import importlib
+
+        from keras_bn.importing import import_keras
+
+        import_keras()
+        module = importlib.import_module(f"{__name__}.{_MODULES[name]}")
+        value = module if name == "testing" else getattr(module, name)
+        globals()[name] = value
+        return value
+
+    def __dir__():
+        return sorted([*__all__, "testing"])

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, cast
 
 import keras
 
-from keras_bn.backend import BACKENDS
 from keras_bn.backends.contract import Backend, Modes
+from keras_bn.importing import BACKENDS
 
 if keras.backend.backend() not in BACKENDS:
     raise ImportError(

@@ -1,6 +1,6 @@
-"""The commands of the command line, one file each, and the code that they share.
+"""The command line: arguments first, then one file for each command.
 
-Each command has `add`, which adds its arguments to the command line, and a function
-that runs it and returns the exit status. Every mistake of the user raises a
-`UsageError`.
+`arguments` and `checks` need no backend, so that mistakes and `--help` are answered at
+once. The file of each command has `run(arguments)`, which returns the exit status.
+Every mistake of the user raises a `UsageError`.
 """

@@ -3,52 +3,11 @@
 import sys
 from pathlib import Path
 
-from keras_bn.cli import output
-from keras_bn.cli.diagnosing import add_options, as_in_file, diagnosed, ignored
 from keras_bn.cli.errors import UsageError
 from keras_bn.cli.formats import FORMATS, Checked, Unchecked
-from keras_bn.cli.models import open_file, set_run
-from keras_bn.diagnosis.rules import SEVERITIES, WARNING
 
 
-def add(commands):
-    """Add the command."""
-    parser = commands.add_parser(
-        "check",
-        help="fail if the batch normalizations of saved models are not healthy",
-        description="Diagnose the batch normalizations of saved Keras models, without "
-        "data as far as they show it themselves, and with --data completely. The exit "
-        "status is 1 if something is found that is as severe as --fail-on, and 2 if a "
-        "file cannot be checked; the others are.",
-    )
-    parser.add_argument(
-        "models", metavar="MODEL", nargs="+", help="a .keras or .h5 file"
-    )
-    add_options(parser)
-    parser.add_argument(
-        "--format",
-        choices=FORMATS,
-        default="text",
-        help="what to print: text, JSON, JUnit's XML, SARIF 2.1.0, or the commands of "
-        "GitHub Actions (text)",
-    )
-    parser.add_argument(
-        "--fail-on",
-        choices=SEVERITIES,
-        default=WARNING,
-        help="the least severity that fails (warning)",
-    )
-    parser.add_argument(
-        "--output", metavar="FILE", help="write to a file instead of stdout"
-    )
-    parser.add_argument("--force", action="store_true", help="overwrite existing files")
-    set_run(parser, _run)
-
-
-def _run(arguments):
-    ignored(arguments)
-    if arguments.output is not None:
-        output.check(arguments, arguments.output)
+def run(arguments):
     checked, unchecked = [], []
     for file in arguments.models:
         try:
@@ -59,6 +18,7 @@ def _run(arguments):
     if arguments.output is None:
         print(written, end="")
     else:
+        from keras_bn.cli import output
 
         def write(path: Path):
             path.write_text(written, encoding="utf-8")
@@ -70,6 +30,13 @@ def _run(arguments):
 
 
 def _report(arguments, file):
+    if not Path(file).exists():
+        raise UsageError(f"there is no file {file}")
+
+    # A build without the files that it names need not wait for Keras.
+    from keras_bn.cli.diagnosing import as_in_file, diagnosed
+    from keras_bn.cli.models import open_file
+
     opened = open_file(file)
     for note in opened.notes:
         print(f"{file}: {note}", file=sys.stderr)

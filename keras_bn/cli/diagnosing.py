@@ -1,53 +1,15 @@
-"""Diagnosing the model of a file: options, data, the report."""
+"""Diagnosing the model of a file."""
 
 from dataclasses import replace
 
 import numpy as np
 from keras import tree
 
+from keras_bn.cli.checks import ignored
 from keras_bn.cli.data import read_data
-from keras_bn.cli.errors import UsageError, noted, refused
-from keras_bn.cli.options import at_least
+from keras_bn.cli.errors import noted, refused
 from keras_bn.diagnosis.diagnose import diagnose
-from keras_bn.diagnosis.rules import ignored_kinds
 from keras_bn.tools.convert import to_keras
-
-
-def add_options(parser):
-    """Add `--data`, `--batch-size` and `--ignore`."""
-    parser.add_argument(
-        "--data",
-        metavar="FILE.npz",
-        help="the inputs: one array, or x, or arrays named as the inputs of the model; "
-        "with labels as y, it compares loss and accuracy, too",
-    )
-    parser.add_argument(
-        "--batch-size",
-        metavar="N",
-        type=at_least(1),
-        default=32,
-        help="as in training; the samples are shuffled (32)",
-    )
-    parser.add_argument(
-        "--ignore",
-        metavar="RULE",
-        action="append",
-        default=[],
-        help="a finding to leave out, such as BN007 or small-gamma; may be repeated, "
-        "or a list with commas",
-    )
-
-
-def ignored(arguments):
-    """The names that `--ignore` gives, checked."""
-    names = [
-        name.strip() for given in arguments.ignore for name in given.split(",") if name
-    ]
-    try:
-        ignored_kinds(names)
-    except ValueError as error:
-        raise UsageError(f"--ignore: {error}") from error
-    return names
 
 
 def as_in_file(opened):

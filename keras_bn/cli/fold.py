@@ -1,32 +1,14 @@
 """`keras-bn fold`: a model for inference, without batch normalization."""
 
+from keras_bn.cli.arguments import FOLD_TOLERANCE
 from keras_bn.cli.errors import refused, sentence
-from keras_bn.cli.models import add_command, open_model, save
+from keras_bn.cli.models import open_model, save
 from keras_bn.cli.output import show
 from keras_bn.tools.compare import random_inputs, relative_difference
 from keras_bn.tools.fold import Plan
 
-# The largest difference of outputs before and after folding, relative to their spread.
-# Above it, something is wrong.
-_TOLERANCE = 1e-4
 
-
-def add(commands):
-    """Add the command."""
-    add_command(
-        commands,
-        "fold",
-        "fold batch normalizations into the layers next to them, for inference",
-        "Write a model for inference in which the batch normalizations are folded into "
-        "the weights of the layers next to them. Both models are compared on random "
-        f"input; if they differ by more than {_TOLERANCE:g} of the spread of the "
-        "outputs, nothing is written and the exit status is 1.",
-        _run,
-        output=True,
-    )
-
-
-def _run(arguments):
+def run(arguments):
     model, _, native, notes = open_model(arguments)
     with refused(TypeError, ValueError):
         plan = Plan(model)
@@ -38,7 +20,7 @@ def _run(arguments):
         "stays": {each.layer: each.reason for each in plan.folds if each.into is None},
         "relative_difference": difference,
     }
-    right = difference is None or difference <= _TOLERANCE
+    right = difference is None or difference <= FOLD_TOLERANCE
     if right:
         save(arguments, folded, native)
         total = len(plan.folds)

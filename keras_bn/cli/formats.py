@@ -2,21 +2,23 @@
 
 import json
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import quote
 from xml.etree import ElementTree
 
 from keras_bn.diagnosis import text as words
-from keras_bn.diagnosis.report import SCHEMA_VERSION, Report
-from keras_bn.diagnosis.rules import RULES, SEVERITIES
+from keras_bn.diagnosis.rules import RULES, SCHEMA_VERSION, SEVERITIES
 from keras_bn.version import __version__
+
+if TYPE_CHECKING:
+    from keras_bn.diagnosis.report import Report
 
 
 class Checked(NamedTuple):
     """A model file and its report."""
 
     file: str
-    report: Report
+    report: "Report"
 
 
 class Unchecked(NamedTuple):

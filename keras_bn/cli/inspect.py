@@ -1,45 +1,18 @@
 """`keras-bn inspect`: list the batch normalizations of a file, and diagnose them."""
 
 import shlex
-from pathlib import Path
 
 from keras_bn.cli import output
-from keras_bn.cli.diagnosing import add_options, as_in_file, diagnosed, ignored, run_on
+from keras_bn.cli.diagnosing import as_in_file, diagnosed, run_on
 from keras_bn.cli.errors import UsageError, noted
-from keras_bn.cli.models import add_command, channels, check_target, open_model, save
+from keras_bn.cli.models import channels, open_model, save
 from keras_bn.tools.fold import Fold, plan_fold
 
 _HEADER = ["layer", "channels", "axis", "momentum", "epsilon", "state", "folds into"]
 
 
-def add(commands):
-    """Add the command."""
-    parser = add_command(
-        commands,
-        "inspect",
-        "list the batch normalizations of a saved model, and diagnose them",
-        "List the batch normalizations of a saved Keras model: their options, the "
-        "state of their statistics, and where `keras-bn fold` would put them. Say what "
-        "is wrong with them and what fixes it, as far as the model itself shows it; "
-        "with --data, everything. With --data, the exit status is 1 if there are "
-        "errors or warnings.",
-        _run,
-    )
-    add_options(parser)
-    parser.add_argument(
-        "--fix",
-        metavar="OUT.keras",
-        help="apply the remedies that change statistics only, and write the model; "
-        "what is said then is said of this model, too",
-    )
-    parser.add_argument("--plot", metavar="OUT.png", help="draw the diagnosis")
-    parser.add_argument(
-        "--html", metavar="OUT.html", help="write the diagnosis as a page"
-    )
-
-
-def _run(arguments):
-    _check_arguments(arguments)
+def run(arguments):
+    _check_plot(arguments)
     opened = open_model(arguments)
     model = as_in_file(opened)
     report = diagnosed(arguments, model, arguments.model)
@@ -73,22 +46,7 @@ def _run(arguments):
     return 0 if arguments.data is None or last.healthy else 1
 
 
-def _check_arguments(arguments):
-    """Refuse impossible requests before any work."""
-    ignored(arguments)
-    for option in "fix", "plot":
-        if getattr(arguments, option) is not None and arguments.data is None:
-            raise UsageError(f"--{option} needs --data")
-    if arguments.fix is not None:
-        check_target(arguments, arguments.fix)
-    wanted = (("--plot", (".png", ".svg", ".pdf")), ("--html", (".html", ".htm")))
-    for option, suffixes in wanted:
-        file = getattr(arguments, option[2:])
-        if file is None:
-            continue
-        if Path(file).suffix not in suffixes:
-            raise UsageError(f"{option} {file} must end in {' or '.join(suffixes)}")
-        output.check(arguments, file)
+def _check_plot(arguments):
     if arguments.plot is not None:
         try:
             import matplotlib  # noqa: F401

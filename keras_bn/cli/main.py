@@ -1,32 +1,11 @@
 """The command line: `keras-bn` and `python -m keras_bn`."""
 
-import argparse
-import contextlib
-import logging
+import importlib
+import sys
 
-from keras_bn.cli import (
-    bench,
-    check,
-    convert,
-    export_int8,
-    fold,
-    inspect,
-    recalibrate,
-    verify,
-)
+from keras_bn.cli.arguments import parser
+from keras_bn.cli.checks import check, needs_keras
 from keras_bn.cli.errors import UsageError
-from keras_bn.version import __version__
-
-COMMANDS = (
-    verify,
-    bench,
-    inspect,
-    check,
-    convert,
-    fold,
-    recalibrate,
-    export_int8,
-)
 
 
 def main(argv=None) -> int:
@@ -40,40 +19,33 @@ def main(argv=None) -> int:
         check one of its files, 130 if interrupted.
 
     Raises:
-        SystemExit: with status 2 for what cannot be done as it was asked for, 1 for a
-            model without batch normalization, 0 after `--help` and `--version`.
+        SystemExit: 2 for invalid arguments, unreadable files or unsuitable data, 1 for
+            a model without batch normalization, 0 after `--help` and `--version`.
     """
-    parser = argparse.ArgumentParser(
-        prog="keras-bn", description="Batch normalization for Keras 3."
-    )
-    parser.add_argument(
-        "--version", action="version", version=f"keras_bn {__version__}"
-    )
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for command in COMMANDS:
-        command.add(commands)
-    arguments = parser.parse_args(argv)
+    arguments = parser().parse_args(argv)
     try:
-        with _errors_alone():
-            return arguments.run(arguments)
+        check(arguments)
+        return _run(arguments)
     except UsageError as error:
-        return arguments.parser.error(str(error))
+        print(f"{arguments.parser.prog}: error: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
     except KeyboardInterrupt:
+        print(f"{arguments.parser.prog}: interrupted", file=sys.stderr)
         return 130
 
 
-@contextlib.contextmanager
-def _errors_alone():
-    """Drop what TensorFlow and Keras log that is no error.
+def _run(arguments):
+    """Import what the command needs, and run it."""
+    command = arguments.command.replace("-", "_")
+    if not needs_keras(arguments):
+        return importlib.import_module(f"keras_bn.cli.{command}").run(arguments)
 
-    Keras logs through absl, such as that the format of a file is old.
-    """
-    loggers = [logging.getLogger(name) for name in ("tensorflow", "absl")]
-    levels = [logger.level for logger in loggers]
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+    from keras_bn.cli import quiet
+
+    quiet.import_keras(arguments.parser.prog)
+
+    from keras_bn.cli.modules import imported
+
+    module = importlib.import_module(f"keras_bn.cli.{command}")
+    with quiet.errors_alone(), imported(getattr(arguments, "modules", [])):
+        return module.run(arguments)

@@ -1,4 +1,4 @@
-"""Shared by the commands on model files: arguments, opening and saving models."""
+"""Shared by the commands on model files: opening and saving models."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -8,8 +8,6 @@ import keras
 
 from keras_bn.cli import output
 from keras_bn.cli.errors import UsageError, noted, refused, sentence
-from keras_bn.cli.modules import add_import, imported
-from keras_bn.cli.options import add_json
 from keras_bn.loading.load import holds_ours, load_model
 from keras_bn.surgery.norms import normalizations
 from keras_bn.tools.convert import to_keras
@@ -34,62 +32,18 @@ class Opened(NamedTuple):
     notes: list[str]
 
 
-def add_command(commands, name, summary, description, run, output=False):
-    """Add a command on a model file, with the usual arguments.
-
-    Args:
-        commands: the result of `add_subparsers`.
-        name, summary, description: of the command.
-        run: `run(arguments)`, which returns the exit status.
-        output: whether it writes a model.
-
-    Returns:
-        The parser, for further arguments.
-    """
-    parser = commands.add_parser(name, help=summary, description=description)
-    files = "a .keras or .h5 file"
-    parser.add_argument("model", metavar="IN" if output else "MODEL", help=files)
-    if output:
-        parser.add_argument("output", metavar="OUT", help="the file to write")
-    add_json(parser)
-    set_run(parser, run)
-    return parser
-
-
-def set_run(parser, run):
-    """Add `--import`, and run the command with these modules imported."""
-    add_import(parser)
-
-    def with_modules(arguments):
-        with imported(arguments.modules):
-            return run(arguments)
-
-    parser.set_defaults(run=with_modules, parser=parser)
-
-
-def open_model(arguments, suffixes=(".keras", ".h5"), normalized=True) -> Opened:
-    """Check the outputs of a command, then load its model.
+def open_model(arguments, normalized=True) -> Opened:
+    """Load the model of a command.
 
     Args:
         arguments: of the command.
-        suffixes: those that the file of the output may have.
         normalized: whether the model must have a batch normalization.
 
     Raises:
-        UsageError: if either fails.
+        UsageError: if it cannot be loaded.
         SystemExit: with status 1 if the model needs a batch normalization and has none.
     """
-    if (target := getattr(arguments, "output", None)) is not None:
-        check_target(arguments, target, suffixes)
-    output.check_json(arguments)
     return open_file(arguments.model, normalized)
-
-
-def check_target(arguments, file, suffixes=(".keras", ".h5")):
-    """Refuse early a file that cannot be written."""
-    if Path(file).suffix not in suffixes:
-        raise UsageError(f"{file} must end in {' or '.join(suffixes)}")
-    output.check(arguments, file)
 
 
 def open_file(file, normalized=True) -> Opened:

@@ -11,19 +11,6 @@ import keras
 from keras_bn.cli.errors import UsageError, sentence
 
 
-def add_import(parser):
-    """Add `--import`."""
-    parser.add_argument(
-        "--import",
-        dest="modules",
-        metavar="MODULE",
-        action="append",
-        default=[],
-        help="import this module first, for the classes that the model needs; it may "
-        "be in the current folder; may be repeated",
-    )
-
-
 @contextlib.contextmanager
 def imported(names):
     """Import modules, and let Keras find the classes and functions they define.

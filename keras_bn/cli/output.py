@@ -41,12 +41,6 @@ def show(arguments, results, header, rows, lines):
     write_json(arguments, results)
 
 
-def check_json(arguments):
-    """Refuse early a file for the JSON that cannot be written."""
-    if arguments.json not in (None, "-"):
-        check(arguments, arguments.json)
-
-
 def write_json(arguments, results):
     """Write the results where `--json` says; NaN and infinity become null."""
     if arguments.json is None:
@@ -60,12 +54,6 @@ def write_json(arguments, results):
             arguments.json,
             lambda path: path.write_text(text, encoding="utf-8"),
         )
-
-
-def check(arguments, file):
-    """Refuse early an output that cannot be written."""
-    with refused(OSError):
-        files.check_writable(file, arguments.force)
 
 
 def write(arguments, file, write_to):

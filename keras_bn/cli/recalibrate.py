@@ -4,8 +4,7 @@ import numpy as np
 
 from keras_bn.cli.data import read_data
 from keras_bn.cli.errors import UsageError, noted, refused
-from keras_bn.cli.models import add_command, open_model, save
-from keras_bn.cli.options import at_least
+from keras_bn.cli.models import open_model, save
 from keras_bn.cli.output import show
 from keras_bn.surgery.arrays import moving
 from keras_bn.surgery.norms import is_frozen
@@ -14,48 +13,7 @@ from keras_bn.tools.recalibrate import recalibrate
 _HEADER = ["layer", "elements", "largest |Δmean|/std", "median std ratio"]
 
 
-def add(commands):
-    """Add the command."""
-    parser = add_command(
-        commands,
-        "recalibrate",
-        "replace the moving statistics by those of your data",
-        "Run data through a model and replace the moving statistics of its batch "
-        "normalizations by those of the data, pooled over all batches.",
-        _run,
-        output=True,
-    )
-    parser.add_argument(
-        "--data",
-        metavar="FILE.npz",
-        required=True,
-        help="the inputs: one array, or arrays named as the inputs of the model",
-    )
-    parser.add_argument(
-        "--exact",
-        action="store_true",
-        help="layer by layer, as if the data were one batch; one pass for each layer",
-    )
-    parser.add_argument(
-        "--prior",
-        metavar="N",
-        type=at_least(0, float),
-        default=0,
-        help="how many samples the present statistics count for (0)",
-    )
-    parser.add_argument(
-        "--batch-size",
-        metavar="N",
-        type=at_least(1),
-        default=32,
-        help="samples at once (32)",
-    )
-    parser.add_argument(
-        "--include-frozen", action="store_true", help="change frozen layers, too"
-    )
-
-
-def _run(arguments):
+def run(arguments):
     model, layers, native, notes = open_model(arguments)
     data, _ = read_data(arguments.data, model)
     if not arguments.include_frozen and all(map(is_frozen, layers.values())):

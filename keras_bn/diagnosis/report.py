@@ -15,13 +15,10 @@ from keras_bn.diagnosis.records import (
     Origin,
     Source,
 )
-from keras_bn.diagnosis.rules import RULES, SEVERITIES, WARNING
+from keras_bn.diagnosis.rules import RULES, SCHEMA_VERSION, SEVERITIES, WARNING
 from keras_bn.moments import Moments
 from keras_bn.pages.display import Displayed, Section, opened, render, write
 from keras_bn.pages.plain import number, table
-
-# Of the dict; it grows when a key goes away or changes its meaning.
-SCHEMA_VERSION = 1
 
 
 @dataclass

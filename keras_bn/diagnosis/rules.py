@@ -4,6 +4,9 @@ from typing import NamedTuple
 
 ERROR, WARNING, NOTE = SEVERITIES = ("error", "warning", "note")
 
+# Of a report as a dict; it grows when a key goes away or changes its meaning.
+SCHEMA_VERSION = 1
+
 
 class Rule(NamedTuple):
     """One kind of finding.

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import keras
 import numpy as np
 
-from keras_bn.quiet import stderr_held_back
+from keras_bn.pages.streams import stderr_held_back
 
 
 class ConversionError(Exception):

@@ -164,8 +164,10 @@ def test_export_int8_refuses(saved, tmp_path, capsys):
 
 
 @but_on("tensorflow", "it exports there")
-def test_export_int8_says_what_it_needs(capsys):
-    message = refused(capsys, "export-int8", "in.keras", "out.tflite")
+def test_export_int8_says_what_it_needs(capsys, tmp_path):
+    (tmp_path / "in.keras").touch()
+    files = tmp_path / "in.keras", tmp_path / "out.tflite"
+    message = refused(capsys, "export-int8", *files)
     assert "error: `export-int8` needs Keras's TensorFlow backend" in message
     assert "with KERAS_BACKEND=tensorflow" in message
     assert message.endswith(f"The backend is {NAME!r}.")

@@ -191,6 +191,7 @@ def test_modules_that_cannot_be_imported(folder, capsys, name):
     (folder / "my_broken.py").write_text("class :\n")
     (folder / "my_needs.py").write_text("import my_need\n")
     (folder / "my_fault.py").write_text("1 / 0\n")
+    (folder / "in.keras").touch()
     path = list(sys.path)
     assert WRONG[name] in refused(capsys, "inspect", "in.keras", "--import", name)
     assert sys.path == path
