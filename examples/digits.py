@@ -51,7 +51,11 @@ def mnist(path=None):
 
 
 # What np.load and looking into its result raise for files that are something else.
-UNREADABLE = (OSError, EOFError, LookupError, TypeError, ValueError, zipfile.BadZipFile)
+# An array is no context manager: an AttributeError on Python 3.10, else a TypeError.
+UNREADABLE = (
+    *(OSError, EOFError, LookupError, AttributeError, TypeError, ValueError),
+    zipfile.BadZipFile,
+)
 
 
 def _mnist_file(path):

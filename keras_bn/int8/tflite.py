@@ -111,8 +111,11 @@ def convert(function, inputs, samples=None, per_channel=True):
     with _alone():
         concrete = traced.get_concrete_function()
         _check_loops(concrete)
+        # The converter writes signatures only if this holds all that is captured.
+        holder = tf.Module()
+        holder.captured = list(concrete.graph.variables)
         converter = tf.lite.TFLiteConverter.from_concrete_functions(
-            [concrete], tf.Module()
+            [concrete], holder
         )
         converter.optimizations = [tf.lite.Optimize.DEFAULT]
         converter.inference_input_type = tf.int8

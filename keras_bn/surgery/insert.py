@@ -59,4 +59,8 @@ def _redraw(holder, graph, made):
         # In the order of the graph, as the layers, and so the weights, of a clone are.
         inside = {id(layer) for layer in graph.layers}
         others = [layer for layer in each._layers if id(layer) not in inside]
-        list.__setitem__(each._layers, slice(None), [*graph.layers, *others])
+        layers = [*graph.layers, *others]
+        _, tracked = each._tracker.config["layers"]
+        list.__setitem__(tracked, slice(None), layers)
+        if each._layers is not tracked:  # Functional, up to Keras 3.12
+            each._layers = layers
