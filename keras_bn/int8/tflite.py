@@ -114,9 +114,7 @@ def convert(function, inputs, samples=None, per_channel=True):
         # The converter writes signatures only if this holds all that is captured.
         holder = tf.Module()
         holder.captured = list(concrete.graph.variables)
-        converter = tf.lite.TFLiteConverter.from_concrete_functions(
-            [concrete], holder
-        )
+        converter = tf.lite.TFLiteConverter.from_concrete_functions([concrete], holder)
         converter.optimizations = [tf.lite.Optimize.DEFAULT]
         converter.inference_input_type = tf.int8
         converter.inference_output_type = tf.int8
