@@ -1,17 +1,12 @@
 """Errors and warnings of a command: each becomes one sentence."""
 
 import contextlib
-import re
 import warnings
 from pathlib import Path
 
-_PACKAGE = Path(__file__).parents[1]
+from keras_bn.pages.plain import sentence
 
-# Keras's text around the cause of an error.
-_BEFORE = "Exception encountered: "
-_HEADINGS = ("Exception encountered when calling ", "A total of ")
-_AFTER = " Full object config: "
-_BOLD = re.compile(r"\x1b\[\d*m")
+_PACKAGE = Path(__file__).parents[1]
 
 
 class UsageError(Exception):
@@ -56,18 +51,3 @@ def noted():
         if issubclass(warning.category, UserWarning)
         and _PACKAGE in Path(warning.filename).parents
     ]
-
-
-def sentence(error) -> str:
-    """The line of an error's message that says what is wrong.
-
-    Keras puts the cause of a failed load at the end, after the configs of all layers
-    around it. The cause of a failed call, or of wrong weights, is below a heading.
-
-    >>> sentence(TypeError("Not this.\\n\\nException encountered: No class 'A'."))
-    "No class 'A'."
-    """
-    text = _BOLD.sub("", str(error)).rpartition(_BEFORE)[2]
-    lines = [line.strip() for line in text.splitlines()]
-    said = [line for line in lines if line and not line.startswith(_HEADINGS)]
-    return said[0].partition(_AFTER)[0] if said else repr(error)

@@ -90,6 +90,8 @@ def _modern(config, custom_objects):
 def _arguments(name, kind, inner):
     """The arguments of a class, without those that it no longer has."""
     taken = inspect.signature(kind).parameters
+    if issubclass(kind, keras.optimizers.Optimizer):
+        inner = _of_optimizer(inner)
     if name == "MeanMetricWrapper" and isinstance(function := inner.get("fn"), str):
         named = {"class_name": "function", "module": "builtins", "config": function}
         return {**inner, "fn": {**named, "registered_name": function}}
@@ -100,6 +102,29 @@ def _arguments(name, kind, inner):
         for key, value in inner.items()
         if (key in taken or value) and key not in gone and (key, value) not in defaults
     }
+
+
+def _of_optimizer(inner):
+    """The arguments of an optimizer, without those that only Keras 2 had.
+
+    Until Keras 2.2, the learning rate was called `lr`. `decay` lowered it in each step,
+    as a schedule does now.
+    """
+    gone = ("lr", "decay", "schedule_decay", "is_legacy_optimizer")
+    rate, decay = inner.get("learning_rate", inner.get("lr")), inner.get("decay")
+    inner = {key: value for key, value in inner.items() if key not in gone}
+    if isinstance(rate, int | float) and decay:
+        rate = {
+            "module": "keras.optimizers.schedules",
+            "class_name": "InverseTimeDecay",
+            "config": {
+                "initial_learning_rate": rate,
+                "decay_steps": 1,
+                "decay_rate": decay,
+            },
+            "registered_name": None,
+        }
+    return inner if rate is None else {**inner, "learning_rate": rate}
 
 
 def _long_names(config, custom_objects):

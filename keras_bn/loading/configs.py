@@ -38,6 +38,15 @@ _LAYERS = ("keras.layers.", "keras.src.layers.", "keras.engine.", "keras.src.eng
 # Arguments that Keras 3 has removed, with the value that has no effect.
 _GONE = {"time_major": False, "groups": 1}
 
+# What Keras 2 wrote besides for attention.
+_SHAPES = ("query_shape", "key_shape", "value_shape")
+_ROBUST = "softmax_robust_masking"
+
+_OUTPUTS = "output_layers"
+
+# Layers that take their initial state beside their input.
+_RECURRENT = ("RNN", "SimpleRNN", "GRU", "LSTM", "ConvLSTM2D", "Bidirectional")
+
 # The keys under which a layer's config holds other layers, which need a module.
 _HELD = ("layer", "backward_layer", "cell", "cells")
 
@@ -67,6 +76,13 @@ def modern(config, custom_objects=()):
         return config
     if config.get("class_name") == "Sequential":
         config = _with_input(config)
+    elif "input_layers" in config and _has_old_nodes(config):
+        ends = {key: _single(config.get(key)) for key in ("input_layers", _OUTPUTS)}
+        config = {**config, **ends}
+    elif isinstance(config.get("inbound_nodes"), list):
+        recurrent = config.get("class_name") in _RECURRENT and _is_keras(config)
+        nodes = [_node(node, recurrent) for node in config["inbound_nodes"]]
+        config = {**config, "inbound_nodes": nodes}
     compiled = config.get("compile_config")
     config = {key: modern(part, custom_objects) for key, part in config.items()}
     if isinstance(compiled, dict):
@@ -79,6 +95,10 @@ def modern(config, custom_objects=()):
     if own is not None or not _is_keras(config):
         return config
     config["config"] = inner = _arguments(config, inner)
+    if name == "MultiHeadAttention":
+        config = _attention(config, inner)
+    elif name in _RECURRENT:
+        config = _of_first_input(config)
     if name in _NORMALIZATIONS:
         ours = BatchNormalization
         if name == "SyncBatchNormalization":
@@ -91,6 +111,17 @@ def modern(config, custom_objects=()):
             "registered_name": f"keras_bn>{ours.__name__}",
         }
     return {**config, **_home(name, config.get("module"))}
+
+
+def is_code(config):
+    """Whether a config holds the code of a Python function, which loading would run."""
+    if isinstance(config, list):
+        return any(map(is_code, config))
+    if not isinstance(config, dict):
+        return False
+    marked = config.get("class_name") == "__lambda__"
+    of_keras_2 = config.get("function_type") == "lambda"
+    return marked or of_keras_2 or any(map(is_code, config.values()))
 
 
 def _registered(config, custom_objects):
@@ -151,6 +182,8 @@ def _arguments(config, inner):
     for key, neutral in _GONE.items():
         if key not in taken and inner.get(key) == neutral:
             del inner[key]
+    if inner.get("score_mode") == "dot":
+        del inner["score_mode"]  # the default, and a reader of .h5 takes it for a loss
     if name.startswith("SeparableConv"):
         # It inherited these from Conv and never used them.
         inner = {
@@ -164,6 +197,82 @@ def _arguments(config, inner):
         elif isinstance(held, list):
             inner[key] = [_placed(part) for part in held]
     return inner
+
+
+def _attention(config, inner):
+    """The config of an attention layer, which Keras 2 wrote with its input shapes."""
+    shapes = {key: inner.get(key) for key in _SHAPES}
+    inner = {key: v for key, v in inner.items() if key not in (*_SHAPES, _ROBUST)}
+    config = {**config, "config": inner}
+    if config.get("build_config") and None not in shapes.values():
+        config["build_config"] = {"shapes_dict": shapes}
+    return config
+
+
+def _has_old_nodes(config):
+    """Whether the config of a graph has the calls of its layers in lists."""
+    layers = [layer for layer in config.get("layers", []) if isinstance(layer, dict)]
+    nodes = [node for layer in layers for node in layer.get("inbound_nodes") or []]
+    return bool(nodes) and all(isinstance(node, list) for node in nodes)
+
+
+def _single(places):
+    """The only input or output of a graph without the list that Keras 2 put it in.
+
+    In Keras 3, a model with a list of one input is another than one with an input.
+    """
+    return places[0] if isinstance(places, list) and len(places) == 1 else places
+
+
+def _of_first_input(config):
+    """The config of a recurrent layer, built for its input without initial states."""
+    match config.get("build_config"):
+        case {"input_shape": [[*first], *_]}:
+            return {**config, "build_config": {"input_shape": first}}
+    return config
+
+
+def _node(node, recurrent):
+    """A call of a layer, with its arguments as Keras 3 writes them.
+
+    Keras 2 wrote a list of inputs, `[layer, call, output, keyword arguments]`, and
+    tensors among the keyword arguments as `[layer, call, output]`. Keras 3 reads that,
+    but not the tensors among the keyword arguments, nor the initial state of a
+    recurrent layer among the inputs.
+    """
+    if not isinstance(node, list) or not node or not all(map(_is_input, node)):
+        return node
+    keywords = node[0][3] if len(node[0]) == 4 else {}
+    keywords = {key: value for key, value in keywords.items() if value is not None}
+    tensors = [_tensor(given[:3]) for given in node]
+    if recurrent and len(tensors) > 1:
+        tensors, keywords = tensors[:1], {**keywords, "initial_state": tensors[1:]}
+    elif not any(_is_tensor(value) for value in keywords.values()):
+        return node
+    return {
+        "args": tensors if len(tensors) == 1 else [tensors],
+        "kwargs": {
+            key: _tensor(value) if _is_tensor(value) else value
+            for key, value in keywords.items()
+        },
+    }
+
+
+def _is_input(value):
+    return isinstance(value, list) and len(value) in (3, 4) and _is_tensor(value[:3])
+
+
+def _is_tensor(value):
+    match value:
+        case [str(), int(), int()]:
+            return True
+    return False
+
+
+def _tensor(place):
+    """A symbolic tensor by its place in a graph, as Keras 3 writes it."""
+    given = {"shape": [], "dtype": "float32", "keras_history": place}
+    return {"class_name": "__keras_tensor__", "config": given}
 
 
 def _placed(config):

@@ -1,5 +1,6 @@
 """Loading a saved Keras model straight into our layers."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -15,13 +16,27 @@ import keras
 from keras_bn.layer import BatchNormalization
 from keras_bn.layer.stored import lenient, lost
 from keras_bn.loading.compilation import modern_training
-from keras_bn.loading.configs import OURS, SyncBatchNormalization, modern
+from keras_bn.loading.configs import OURS, SyncBatchNormalization, is_code, modern
+from keras_bn.pages.plain import sentence
 from keras_bn.surgery.graph import walk
 from keras_bn.surgery.norms import is_keras
 from keras_bn.surgery.private import require
 from keras_bn.tools.convert import from_keras
 
 _HDF5 = b"\x89HDF\r\n\x1a\n"
+
+# The entries of a `.keras` archive that Keras reads.
+_CONFIG, _METADATA = "config.json", "metadata.json"
+_READ = (_METADATA, "model.weights.h5", "model.weights.npz")
+_ASSETS = "assets/"
+
+# Keras's rule: an entry that is larger than this, and than 100 times what is stored of
+# it, is a bomb. Assets go to the disk, all others into memory.
+_FLOOR, _FLOOR_OF_ASSETS, _EXPANSION = 1 << 32, 1 << 28, 100
+
+
+# In the sentences of Keras's TypeErrors, and not in those of Python.
+_OF_KERAS = ("could not be ", "Could not ", "Unrecognized ", "Received")
 
 
 def load_model(path: str | os.PathLike[str], **kwargs: Any) -> keras.Model:
@@ -62,15 +77,18 @@ def load_model(path: str | os.PathLike[str], **kwargs: Any) -> keras.Model:
     """
     require("keras_bn.load_model", "layers", "graph", "copy")
     path = Path(os.fspath(path))
-    kind = _kind(path)
+    with _refusing(path, "it is damaged, or no Keras model"):
+        kind = _kind(path)
     custom = dict(kwargs.pop("custom_objects", None) or {})
     with tempfile.TemporaryDirectory() as folder, lenient():
         copy = Path(folder) / f"model{kind}"
         exchange = _exchange_in_archive if kind == ".keras" else _exchange_in_hdf5
-        version = exchange(path, copy, custom)
-        model = _loaded(copy, version, custom_objects=custom, **kwargs)
-        if kind == ".h5":
-            _restore_optimizer(model, path)
+        with _refusing(path, "it is damaged, or no Keras model"):
+            version = exchange(path, copy, custom, kwargs.get("safe_mode", True))
+        with _refusing(path, f"Keras {keras.__version__} can't read it", copy):
+            model = _loaded(copy, version, custom_objects=custom, **kwargs)
+            if kind == ".h5":
+                _restore_optimizer(model, path)
         for _, layer in walk(model):
             if type(layer) is SyncBatchNormalization:
                 layer.__class__ = BatchNormalization
@@ -79,6 +97,37 @@ def load_model(path: str | os.PathLike[str], **kwargs: Any) -> keras.Model:
             model = from_keras(model)
     _warn_of_lost(model)
     return model
+
+
+@contextlib.contextmanager
+def _refusing(path, reason, copy=None):
+    """Turn whatever a broken file leads to into a ValueError of one sentence.
+
+    Args:
+        path: the file.
+        reason: why it can't be loaded, if the error does not say it in words.
+        copy: the file that was read instead, which the user does not know.
+    """
+    try:
+        yield
+    except (FileNotFoundError, PermissionError, MemoryError):
+        raise
+    except Exception as error:
+        said = sentence(error)
+        if copy is not None:
+            said = said.replace(str(copy), str(path))
+        if type(error) is ValueError and str(path) in said:
+            raise
+        if not _is_prose(error):
+            said = f"{reason} ({type(error).__name__}: {said})"
+        raise ValueError(f"{path} can't be loaded: {said}") from error
+
+
+def _is_prose(error):
+    """Whether an error was raised with a sentence, by Keras or by a class in a file."""
+    if type(error) is TypeError:
+        return any(words in str(error) for words in _OF_KERAS)
+    return type(error) is ValueError
 
 
 def _loaded(path, version, **kwargs):
@@ -103,7 +152,7 @@ def holds_ours(path):
     path = Path(os.fspath(path))
     if _kind(path) == ".keras":
         with zipfile.ZipFile(path) as archive:
-            return OURS.encode() in archive.read("config.json")
+            return OURS.encode() in archive.read(_CONFIG)
     with h5py.File(path) as file:
         config = file.attrs.get("model_config", "")
     return OURS in (config.decode() if isinstance(config, bytes) else config)
@@ -120,7 +169,7 @@ def _kind(path):
         )
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
-            if "config.json" in archive.namelist():
+            if _CONFIG in archive.namelist():
                 return ".keras"
     with path.open("rb") as file:
         if file.read(len(_HDF5)) == _HDF5:
@@ -169,30 +218,73 @@ def _warn_of_lost(model):
         )
 
 
-def _exchange_in_archive(source, target, custom):
-    """Copy a `.keras` archive, naming our layer; returns the version of its Keras."""
+def _exchange_in_archive(source, target, custom, safe):
+    """Copy a `.keras` archive, naming our layer; returns the version of its Keras.
+
+    The copy has the entries that Keras reads, whoever has packed them, and no others.
+    """
     with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w") as new:
         for item in old.infolist():
-            if item.filename == "config.json":
-                config = json.loads(old.read(item))
-                new.writestr(item, json.dumps(modern(config, custom)))
-                continue
-            with old.open(item) as content, new.open(item, "w") as place:
-                shutil.copyfileobj(content, place)
-        named = "metadata.json" in old.namelist()
-        return json.loads(old.read("metadata.json"))["keras_version"] if named else "3"
+            _check_size(source, item)
+        names = dict.fromkeys(old.namelist())
+        metadata = json.loads(old.read(_METADATA)) if _METADATA in names else {}
+        config = _checked(source, json.loads(old.read(_CONFIG)), safe)
+        new.writestr(_CONFIG, json.dumps(modern(config, custom)))
+        new.writestr(_METADATA, json.dumps(metadata))
+        for name in names:
+            if name in _READ[1:] or (name.startswith(_ASSETS) and name[-1] != "/"):
+                with (
+                    old.open(name) as content,
+                    new.open(name, "w", force_zip64=True) as place,
+                ):
+                    shutil.copyfileobj(content, place)
+        version = metadata.get("keras_version") if isinstance(metadata, dict) else None
+        return str(version or "3")
 
 
-def _exchange_in_hdf5(source, target, custom):
+def _check_size(path, item):
+    """Refuse an entry that is far larger than what is stored of it."""
+    read = item.filename == _CONFIG or item.filename in _READ
+    large = item.file_size > (_FLOOR if read else _FLOOR_OF_ASSETS)
+    if large and item.file_size > _EXPANSION * item.compress_size:
+        raise ValueError(
+            f"{path} can't be loaded: its entry {item.filename} would have "
+            f"{item.file_size:,} bytes, of which {item.compress_size:,} are stored."
+        )
+
+
+def _checked(path, config, safe):
+    """The config of a model; refuses what is none."""
+    if not isinstance(config, dict) or not {"class_name", "config"} <= set(config):
+        raise ValueError(f"{path} can't be loaded: its config is not that of a model.")
+    _check_safe(path, config, safe)
+    return config
+
+
+def _check_safe(path, config, safe):
+    """Refuse a config that would run code, as Keras does from 3.11.3 on."""
+    if safe and is_code(config):
+        raise ValueError(
+            f"{path} can't be loaded: it holds a Python lambda, which is code that "
+            "would run. If you trust the file, pass `safe_mode=False`."
+        )
+
+
+def _exchange_in_hdf5(source, target, custom, safe):
     """Copy an `.h5` file, naming our layer; returns the version of its Keras."""
     shutil.copyfile(source, target)
     with h5py.File(target, "r+") as file:
-        for name, made in (
-            ("model_config", modern),
-            ("training_config", modern_training),
-        ):
-            config = file.attrs.get(name)
-            if config is not None:
-                file.attrs[name] = json.dumps(made(json.loads(config), custom))
+        if "model_config" not in file.attrs:
+            raise ValueError(
+                f"{source} can't be loaded: it holds weights and no model. Load them "
+                "into their model: `model.load_weights(path)`."
+            )
+        config = _checked(source, json.loads(file.attrs["model_config"]), safe)
+        file.attrs["model_config"] = json.dumps(modern(config, custom))
+        if (training := file.attrs.get("training_config")) is not None:
+            training = json.loads(training)
+            _check_safe(source, training, safe)
+            new = modern_training(training, custom)
+            file.attrs["training_config"] = json.dumps(new)
         version = file.attrs.get("keras_version", "1")
-    return version.decode() if isinstance(version, bytes) else version
+    return version.decode() if isinstance(version, bytes) else str(version)

@@ -183,7 +183,47 @@ def with_initializers(k):
     )
 
 
+def of_attention(k):
+    """Tensors given by keyword; shapes in the config of the layer."""
+    x = k.Input((5, 6))
+    y = k.layers.MultiHeadAttention(2, 4)(x, x)
+    y = k.layers.MultiHeadAttention(3, 2, attention_axes=(1,), output_shape=6)(
+        query=y, value=x, key=x
+    )
+    y = k.layers.Attention()([k.layers.BatchNormalization()(y), x])
+    return k.Model(x, k.layers.BatchNormalization()(y))
+
+
+def of_attention_in_a_sequential(k):
+    inner = k.Input((5, 6))
+    y = k.layers.MultiHeadAttention(2, 4, value_dim=3, use_bias=False)(inner, inner)
+    inner = k.Model(inner, k.layers.Dense(6)(y))
+    return k.Sequential([k.Input((5, 6)), inner, k.layers.BatchNormalization()])
+
+
+def with_initial_states(k):
+    x = k.Input((5, 6))
+    y, *state = k.layers.LSTM(4, return_sequences=True, return_state=True)(x)
+    y, state = k.layers.GRU(4, return_sequences=True, return_state=True)(
+        y, initial_state=state[0]
+    )
+    y = k.layers.Bidirectional(k.layers.SimpleRNN(4))(y, initial_state=[state, state])
+    return k.Model(x, k.layers.BatchNormalization()(y))
+
+
+def with_a_mask_by_keyword(k):
+    x = k.Input((5, 6))
+    mask = k.layers.Rescaling(1e6)(k.layers.Dense(5)(k.layers.Flatten()(x)))
+    mask = k.layers.Activation("sigmoid")(mask)
+    y = k.layers.GlobalAveragePooling1D()(x, mask=mask)
+    return k.Model(x, k.layers.BatchNormalization()(y))
+
+
 OF_KERAS_2 = [
+    of_attention,
+    of_attention_in_a_sequential,
+    with_initial_states,
+    with_a_mask_by_keyword,
     of_time,
     of_convolutions,
     with_input_shape,
@@ -316,6 +356,53 @@ def test_what_keras_2_has_compiled(compilation, suffix, tmp_path):
     assert not np.allclose(loaded.layers[0].kernel, before)
 
 
+# As Keras 2.0 to 2.2 wrote them: name, arguments, and what Keras 3 calls them.
+OLD_OPTIMIZERS = [
+    ("SGD", {"momentum": 0.9, "nesterov": True}, {"momentum": 0.9, "nesterov": True}),
+    ("RMSprop", {"rho": 0.8, "epsilon": 1e-6}, {"rho": 0.8, "epsilon": 1e-6}),
+    ("Adagrad", {"epsilon": 1e-6}, {"epsilon": 1e-6}),
+    ("Adadelta", {"rho": 0.9, "epsilon": 1e-6}, {"rho": 0.9}),
+    ("Adam", {"beta_1": 0.8, "beta_2": 0.99, "amsgrad": True}, {"beta_1": 0.8}),
+    ("Adamax", {"beta_1": 0.8, "beta_2": 0.99}, {"beta_2": 0.99}),
+    ("Nadam", {"beta_1": 0.8, "schedule_decay": 0.004}, {"beta_1": 0.8}),
+]
+
+
+@pytest.mark.parametrize("decay", [None, 0.0, 0.5])
+@pytest.mark.parametrize("old", OLD_OPTIMIZERS, ids=lambda old: old[0])
+@pytest.mark.filterwarnings("ignore:.*HDF5", "error:.*compile the model")
+def test_optimizers_as_keras_2_0_wrote_them(old, decay, tmp_path):
+    kind, given, expected = old
+    path = tmp_path / "model.h5"
+    model = keras.Sequential([keras.Input((3,)), layers.BatchNormalization()])
+    model.compile("sgd", "mse")
+    model.save(path)
+    given = {"lr": 0.25, **given} if decay is None else {"lr": 0.25, "decay": decay}
+    training = {
+        "optimizer_config": {"class_name": kind, "config": given},
+        "loss": "mse",
+        "metrics": ["acc"],
+        "sample_weight_mode": None,
+        "loss_weights": None,
+    }
+    with h5py.File(path, "r+") as file:
+        file.attrs["training_config"] = json.dumps(training)
+        file.attrs["keras_version"] = "2.1.6"
+        del file["optimizer_weights"]
+    loaded = keras_bn.load_model(path)
+    optimizer = loaded.optimizer
+    assert type(optimizer) is getattr(keras.optimizers, kind)
+    if decay is None:
+        assert expected.items() <= optimizer.get_config().items()
+    # Keras 2: lr / (1 + decay * iterations).
+    for iterations in 0, 4:
+        optimizer.iterations.assign(iterations)
+        rate = float(optimizer.learning_rate)
+        np.testing.assert_allclose(rate, 0.25 / (1 + (decay or 0) * iterations))
+    x = np.ones((4, 3), "float32")
+    loaded.train_on_batch(x, x)
+
+
 @pytest.mark.parametrize("suffix", [".keras", ".h5"])
 @pytest.mark.filterwarnings("ignore:.*HDF5")
 def test_a_compilation_that_cannot_be_read(suffix, tmp_path):
@@ -330,10 +417,9 @@ def test_a_compilation_that_cannot_be_read(suffix, tmp_path):
         model.compile("sgd", strange)
         model.save(path)
         if k is keras:
-            with pytest.raises(
-                (TypeError, ValueError), match=r"strange|string indices"
-            ):
+            with pytest.raises(ValueError, match=r"can't be loaded: .*") as caught:
                 keras_bn.load_model(path)
+            assert "strange" in str(caught.value) or "string" in str(caught.value)
         else:
             with pytest.warns(UserWarning, match="compile the model yourself"):
                 loaded = keras_bn.load_model(path)
@@ -531,12 +617,71 @@ def test_layers_that_a_class_makes_itself(tmp_path):
     np.testing.assert_array_equal(loaded.norm.moving_mean, model.norm.moving_mean)
 
 
-def test_safe_mode_is_on(tmp_path):
-    path = tmp_path / "model.keras"
-    keras.Sequential([keras.Input((3,)), layers.Lambda(lambda x: x + 1)]).save(path)
-    with pytest.raises(ValueError, match="safe_mode"):
+def in_a_wrapper(function):
+    return keras.Sequential(
+        [keras.Input((2, 3)), layers.TimeDistributed(layers.Lambda(function))]
+    )
+
+
+def in_a_nested_model(function):
+    inner = keras.Sequential([keras.Input((2, 3)), layers.Lambda(function)])
+    return keras.Sequential([keras.Input((2, 3)), inner])
+
+
+def in_a_graph(function):
+    x = keras.Input((2, 3))
+    return keras.Model(x, layers.Lambda(function)(x))
+
+
+@pytest.mark.parametrize("suffix", [".keras", ".h5"])
+@pytest.mark.parametrize("make", [in_a_wrapper, in_a_nested_model, in_a_graph])
+@pytest.mark.filterwarnings("ignore:.*HDF5")
+def test_safe_mode_is_on(make, suffix, tmp_path):
+    """Up to Keras 3.11.2, Keras's own reader of .h5 files has none."""
+    path = tmp_path / f"model{suffix}"
+    make(lambda x: x + 1).save(path)
+    with pytest.raises(ValueError, match=r"a Python lambda.*`safe_mode=False`"):
         keras_bn.load_model(path)
-    assert keras_bn.load_model(path, safe_mode=False)(np.ones((1, 3))).shape == (1, 3)
+    if suffix == ".keras" or make is not in_a_wrapper:
+        loaded = keras_bn.load_model(path, safe_mode=False)
+        assert loaded(np.ones((1, 2, 3))).shape == (1, 2, 3)
+
+
+@pytest.mark.parametrize("suffix", [".keras", ".h5"])
+@pytest.mark.filterwarnings("ignore:.*HDF5")
+def test_code_is_found_wherever_it_stands(suffix, tmp_path):
+    """As an argument of a layer, in a compilation, and as Keras 2 wrote it."""
+    path = tmp_path / f"model{suffix}"
+    code = {"class_name": "__lambda__", "config": {"code": "4wEA", "defaults": None}}
+    old = {"name": "lambda", "function": ["4wEA", None, None]}
+    old["function_type"] = "lambda"
+
+    def argument(config):
+        config["config"]["layers"][1]["config"]["beta_regularizer"] = code
+        return config
+
+    def layer(config):
+        new = {"class_name": "Lambda", "config": old, "module": "keras.layers"}
+        config["config"]["layers"].append(new)
+        return config
+
+    def loss(config):
+        config["compile_config"]["loss"] = code
+        return config
+
+    changes = [argument, layer, loss if suffix == ".keras" else None]
+    for change in changes:
+        model = keras.Sequential([keras.Input((3,)), layers.BatchNormalization()])
+        model.compile("sgd", "mse")
+        model.save(path)
+        if change is not None:
+            rewritten(path, change)
+        else:
+            with h5py.File(path, "r+") as file:
+                training = json.loads(file.attrs["training_config"])
+                file.attrs["training_config"] = json.dumps({**training, "loss": code})
+        with pytest.raises(ValueError, match="holds a Python lambda"):
+            keras_bn.load_model(path)
 
 
 def test_what_is_no_model(tmp_path):
