@@ -13,15 +13,26 @@ from keras_bn.version import __version__
 if TYPE_CHECKING:
     from keras_bn import testing as testing
     from keras_bn.diagnosis.diagnose import compare, diagnose, fix
-    from keras_bn.diagnosis.logger import StatisticsLogger
+    from keras_bn.diagnosis.findings import Finding
+    from keras_bn.diagnosis.fixes import Fix
+    from keras_bn.diagnosis.logger import DriftRow, StatisticsLogger
+    from keras_bn.diagnosis.records import (
+        Drift,
+        LayerRecord,
+        MeasuredLayer,
+        ModelRecord,
+        Origin,
+    )
+    from keras_bn.diagnosis.report import Comparison, Fixed, Report
     from keras_bn.int8.aware import quantize_aware
     from keras_bn.int8.export import export_int8
+    from keras_bn.int8.report import Int8Layer, Int8Report
     from keras_bn.layer import BatchNormalization
-    from keras_bn.layer.renorm import renorm_ramp
+    from keras_bn.layer.renorm import LinearRamp, renorm_ramp
     from keras_bn.loading.load import load_model
     from keras_bn.moments import Moments
     from keras_bn.tools.convert import from_keras, to_keras
-    from keras_bn.tools.fold import fold, plan_fold
+    from keras_bn.tools.fold import Fold, Folds, fold, plan_fold
     from keras_bn.tools.freeze import freeze, unfreeze
     from keras_bn.tools.freeze_after import FreezeAfter
     from keras_bn.tools.pytorch import from_torch, to_torch
@@ -29,9 +40,25 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BatchNormalization",
+    "Comparison",
+    "Drift",
+    "DriftRow",
+    "Finding",
+    "Fix",
+    "Fixed",
+    "Fold",
+    "Folds",
     "FreezeAfter",
+    "Int8Layer",
+    "Int8Report",
+    "LayerRecord",
+    "LinearRamp",
+    "MeasuredLayer",
+    "ModelRecord",
     "Moments",
+    "Origin",
     "Recalibrate",
+    "Report",
     "StatisticsLogger",
     "__version__",
     "compare",
@@ -55,9 +82,25 @@ __all__ = [
 # The module of each name, as the imports above say for type checkers.
 _MODULES = {
     "BatchNormalization": "layer",
+    "Comparison": "diagnosis.report",
+    "Drift": "diagnosis.records",
+    "DriftRow": "diagnosis.logger",
+    "Finding": "diagnosis.findings",
+    "Fix": "diagnosis.fixes",
+    "Fixed": "diagnosis.report",
+    "Fold": "tools.fold",
+    "Folds": "tools.fold",
     "FreezeAfter": "tools.freeze_after",
+    "Int8Layer": "int8.report",
+    "Int8Report": "int8.report",
+    "LayerRecord": "diagnosis.records",
+    "LinearRamp": "layer.renorm",
+    "MeasuredLayer": "diagnosis.records",
+    "ModelRecord": "diagnosis.records",
     "Moments": "moments",
+    "Origin": "diagnosis.records",
     "Recalibrate": "tools.recalibrate",
+    "Report": "diagnosis.report",
     "StatisticsLogger": "diagnosis.logger",
     "compare": "diagnosis.diagnose",
     "diagnose": "diagnosis.diagnose",

@@ -1,6 +1,6 @@
 """A model for training in which all is rounded as in int8."""
 
-from typing import Any
+from typing import Any, TypeVar
 
 import keras
 import numpy as np
@@ -34,6 +34,8 @@ from keras_bn.tools.fold import Plan
 from keras_bn.tools.fuse import separate
 from keras_bn.tools.linear import is_linear
 
+ModelT = TypeVar("ModelT", bound=keras.Model)
+
 # Ranges that TFLite's operations always have for int8.
 _FIXED = {
     "softmax": (0.0, 255 / 256),
@@ -53,7 +55,7 @@ _SAME_RANGE = frozenset(
 
 
 def quantize_aware(
-    model: keras.Model,
+    model: ModelT,
     data: Any,
     *,
     weight_bits: int = 8,
@@ -61,7 +63,7 @@ def quantize_aware(
     steps: int | None = None,
     batch_size: int | None = None,
     compiled: bool = True,
-) -> Any:
+) -> ModelT:
     """A copy of a model that computes as int8 does, for fine-tuning.
 
     The weights of every linear layer pass a fake quantization: they are rounded to the

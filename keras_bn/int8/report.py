@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from keras_bn.pages.display import Content, Section
 from keras_bn.pages.plain import number, table
@@ -66,11 +66,11 @@ class Int8Report(Section):
     kept: dict[str, str]
 
     @property
-    def error(self):
+    def error(self) -> float:
         """The largest error of an output."""
         return max(self.outputs.values(), key=lambda e: math.inf if e != e else e)
 
-    def __str__(self):
+    def __str__(self) -> str:
         lines = [f"{self.model}: {self._about()}", *self._said()]
         return "\n".join([*lines, "", *table([HEADER], self.rows(), left=3)])
 
@@ -93,7 +93,7 @@ class Int8Report(Section):
             lines.append(f"normalizations not folded: {many} (plan_fold says why)")
         return lines
 
-    def rows(self):
+    def rows(self) -> list[list[str]]:
         """The layers as rows of strings, under `HEADER`."""
         return [
             [
@@ -105,7 +105,7 @@ class Int8Report(Section):
             for each in self.layers
         ]
 
-    def to_dict(self):
+    def to_dict(self) -> dict[str, Any]:
         """The report in plain types, ready for JSON; NaN and infinity become None."""
         return {
             "model": self.model,

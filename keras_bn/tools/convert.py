@@ -2,7 +2,7 @@
 
 import inspect
 import warnings
-from typing import Any
+from typing import TypeVar
 
 import keras
 
@@ -29,6 +29,8 @@ from keras_bn.surgery.private import require
 from keras_bn.surgery.rebuild import rebuild
 from keras_bn.tools.fuse import separate
 
+# A copy of a model is of the class of the model.
+ModelT = TypeVar("ModelT", bound=keras.Layer)
 # Arguments that only our layer has, with the value that means "not used".
 _BEYOND_KERAS = {
     "virtual_batch_size": None,
@@ -42,8 +44,8 @@ if "renorm" not in _TAKEN_BY_KERAS:
 
 
 def from_keras(
-    model: keras.Layer, *, in_place: bool = False, compiled: bool = True
-) -> Any:
+    model: ModelT, *, in_place: bool = False, compiled: bool = True
+) -> ModelT:
     """A copy of a model in which every Keras BatchNormalization is one of ours.
 
     The copy has the same names, weights, trainable flags, dtype policies,
@@ -87,9 +89,7 @@ def from_keras(
     return _convert(model, is_keras, BatchNormalization, in_place, compiled)
 
 
-def to_keras(
-    model: keras.Layer, *, in_place: bool = False, compiled: bool = True
-) -> Any:
+def to_keras(model: ModelT, *, in_place: bool = False, compiled: bool = True) -> ModelT:
     """A copy of a model in which every layer of ours is Keras's BatchNormalization.
 
     The inverse of `from_keras`, with the same guarantees, for layers whose options

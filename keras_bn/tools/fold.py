@@ -58,7 +58,11 @@ class Fold(NamedTuple):
 
 
 class Folds(Displayed, list[Fold]):
-    """A list of `Fold`: `print` shows one a line, a notebook shows a table."""
+    """A list of `Fold`: `print` shows one a line, a notebook shows a table.
+
+    Args:
+        folds: the `Fold` of each normalization.
+    """
 
     def __str__(self) -> str:
         return "\n".join(map(str, self))

@@ -1,6 +1,7 @@
 """Freezing the statistics of a whole model, and unfreezing them."""
 
 import warnings
+from typing import Literal, overload
 
 import keras
 
@@ -13,6 +14,18 @@ from keras_bn.tools.fold import Fold, Plan
 from keras_bn.tools.fuse import note, separate
 
 
+@overload
+def freeze(
+    model: keras.Layer, *, affine: bool = False, fuse: Literal[False] = False
+) -> list[str]: ...
+@overload
+def freeze(
+    model: keras.Layer, *, affine: bool = False, fuse: Literal[True]
+) -> list[Fold]: ...
+@overload
+def freeze(
+    model: keras.Layer, *, affine: bool = False, fuse: bool = False
+) -> list[str] | list[Fold]: ...
 def freeze(
     model: keras.Layer, *, affine: bool = False, fuse: bool = False
 ) -> list[str] | list[Fold]:
