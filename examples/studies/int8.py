@@ -23,9 +23,9 @@ import numpy as np
 from keras import layers
 
 import keras_bn
-from keras_bn.int8 import weights
 from keras_bn.int8.export import integer_file
 from keras_bn.int8.tflite import Interpreter
+from keras_bn.tools.linear import linear
 
 CLAIM = (
     "A file of integers classifies as well as the network of floats: within 1 % after "
@@ -155,12 +155,11 @@ def scaled_apart(model, seed):
     The outputs of floats stay as they are, since a ReLU keeps positive scales.
     """
     rng = np.random.default_rng(seed)
-    linear = [layer for layer in model.layers if hasattr(layer, "kernel")]
-    for layer, following in itertools.pairwise(linear):
-        channels = weights.output_range(layer, {"kernel": layer.kernel.numpy()}).size
+    layers = [layer for layer in model.layers if hasattr(layer, "kernel")]
+    for layer, following in itertools.pairwise(layers):
+        channels = layer.bias.shape[0]
         factor = np.exp(rng.uniform(-APART, APART, channels)).astype("float32")
-        matrix, back = weights.as_matrix(layer, "kernel", layer.kernel.numpy())
-        layer.kernel.assign(back(matrix * factor))
+        layer.kernel.assign(linear(layer).scaled(layer.kernel.numpy(), factor))
         layer.bias.assign(layer.bias.numpy() * factor)
         # The input channels of every kernel here are on its last axis but one.
         following.kernel.assign(following.kernel.numpy() / factor[:, None])

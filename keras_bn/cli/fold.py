@@ -4,14 +4,15 @@ from keras_bn.cli.arguments import FOLD_TOLERANCE
 from keras_bn.cli.errors import refused, sentence
 from keras_bn.cli.models import open_model, save
 from keras_bn.cli.output import show
+from keras_bn.surgery.view import ModelView
 from keras_bn.tools.compare import random_inputs, relative_difference
-from keras_bn.tools.fold import Plan
+from keras_bn.tools.fold import FoldPlan
 
 
 def run(arguments):
     model, _, native, notes = open_model(arguments)
     with refused(TypeError, ValueError):
-        plan = Plan(model)
+        plan = FoldPlan(ModelView(model))
         folded = plan.folded_model()
     difference, compared = _compare(model, folded)
     gone = {each.layer: each.into for each in plan.folds if each.into is not None}

@@ -25,9 +25,10 @@ from keras_bn.passes.observe import (
     state_kept,
 )
 from keras_bn.surgery.arrays import axes, float64, is_initial, moving
-from keras_bn.surgery.graph import graph_of, input_of, nodes, walk
+from keras_bn.surgery.graph import input_of
 from keras_bn.surgery.norms import is_frozen, is_keras, is_normalization, normalizations
-from keras_bn.tools.linear import is_linear
+from keras_bn.surgery.view import ModelView
+from keras_bn.tools.linear import is_activated, is_linear, linear
 
 _INFERENCE, _TRAINING, _PROBE = "inference", "training", "probe"
 
@@ -238,35 +239,27 @@ def _with_data(record, seen):
 
 def _idle_biases(model):
     """Pairs of a normalization's `id` and the name of a layer whose bias it removes."""
-    for _, holder in walk(model):
-        graph = graph_of(holder)
-        if graph is None:
+    view = ModelView(model)
+    for node in view.calls:
+        norm = node.operation
+        if not is_normalization(norm):
             continue
-        calls = nodes(graph)
-        for node in calls:
-            norm, tensor = node.operation, None
-            if is_normalization(norm):
-                tensor = input_of(node)
-            if tensor is None or any(tensor is output for output in graph.outputs):
-                continue
-            users = [n for n in calls if any(t is tensor for t in n.input_tensors)]
-            makers = [n for n in calls if any(t is tensor for t in n.outputs)]
-            if len(users) == 1 and makers:
-                layer = makers[0].operation
-                rank = len(tensor.shape)
-                if _has_bias_along(layer, norm.axis, rank):
-                    yield id(norm), layer.name
+        tensor = input_of(node)
+        producer = view.producer(tensor)
+        if producer is None or view.is_output(tensor):
+            continue
+        layer = producer.operation
+        alone = len(view.consumers(tensor)) == 1
+        if alone and _has_bias_along(layer, norm.axis, len(tensor.shape)):
+            yield id(norm), layer.name
 
 
 def _has_bias_along(layer, axis, rank):
-    if not is_linear(layer) or is_normalization(layer):
+    if not is_linear(layer) or is_normalization(layer) or is_activated(layer):
         return False
     if isinstance(layer, keras.layers.EinsumDense) or isinstance(axis, list):
         return False
-    if layer.activation not in (None, keras.activations.linear):
-        return False
-    first = getattr(layer, "data_format", None) == "channels_first"
-    return layer.bias is not None and axis % rank == (1 if first else rank - 1)
+    return layer.bias is not None and axis % rank == linear(layer).channel_axis(rank)
 
 
 def _steps(model):

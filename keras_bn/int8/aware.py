@@ -7,16 +7,16 @@ import numpy as np
 from keras import layers
 
 from keras_bn.int8 import tflite, weights
-from keras_bn.int8.export import batch_of, check_layers, constant, convert
+from keras_bn.int8.convert import check_layers, constant, convert
 from keras_bn.int8.layers import (
     FakeQuantizedLinear,
     FakeQuantizedNormalization,
     FakeQuantizer,
-    quantizers,
 )
+from keras_bn.int8.samples import batch_of, in_order
 from keras_bn.passes.observe import batches
 from keras_bn.surgery.arrays import axes as axes_of
-from keras_bn.surgery.calls import as_list, check_graph
+from keras_bn.surgery.calls import check_graph
 from keras_bn.surgery.exchange import (
     bypass,
     detach,
@@ -24,15 +24,15 @@ from keras_bn.surgery.exchange import (
     optimizers,
     trained_by,
 )
-from keras_bn.surgery.graph import graph_of, holders, scope, walk
+from keras_bn.surgery.graph import graph_of, scope
 from keras_bn.surgery.insert import insert
 from keras_bn.surgery.norms import is_frozen, is_normalization
 from keras_bn.surgery.private import require
-from keras_bn.surgery.uses import Uses
+from keras_bn.surgery.view import ModelView
 from keras_bn.tools.convert import from_keras
-from keras_bn.tools.fold import Plan
+from keras_bn.tools.fold import FoldPlan
 from keras_bn.tools.fuse import separate
-from keras_bn.tools.linear import is_linear
+from keras_bn.tools.linear import is_linear, linear
 
 ModelT = TypeVar("ModelT", bound=keras.Model)
 
@@ -132,23 +132,27 @@ def quantize_aware(
     tflite.check_aware("keras_bn.quantize_aware")
     _check_bits("weight_bits", weight_bits, 8)
     _check_bits("activation_bits", activation_bits, 16)
-    check_graph(model)
-    check_layers(model)
-    if quantizers(model):
+    view = ModelView(model)
+    check_graph(view)
+    check_layers(view)
+    if view.of_type(FakeQuantizer):
         raise ValueError(
             f"'{model.name}' is from `quantize_aware` already. Train it, then write it "
             "by `keras_bn.export_int8`; for other bits, start from the model before."
         )
     copy = from_keras(model, compiled=compiled)
-    separate(copy)  # what `freeze(model, fuse=True)` has fused is rounded here
+    view = ModelView(copy)
+    separate(view)  # what `freeze(model, fuse=True)` has fused is rounded here
     _check_optimizers(copy)
     with scope(copy):
-        _quantize_weights(copy, weight_bits, activation_bits)
-        insert(copy, _places(copy, activation_bits))
-    sample = _set_ranges(copy, data, steps, batch_size)
+        _quantize_weights(view, weight_bits, activation_bits)
+        view = ModelView(copy)
+        insert(view, _places(view, activation_bits))
+    view = ModelView(copy)
+    sample = _set_ranges(view, data, steps, batch_size)
     # Whether a file can be made shows now, and not after training.
     if activation_bits == 8:
-        with constant(copy):
+        with constant(view):
             convert(copy, sample)
     return copy
 
@@ -170,37 +174,36 @@ def _check_optimizers(model):
         new = [v.path for v in model.trainable_variables if id(v) not in known]
         if new:
             raise ValueError(
-                f"The state of the optimizer of '{model.name}' does not carry over: it "
-                f"has none for {', '.join(new)}. Compile the model again, or pass "
+                f"The optimizer of '{model.name}' has no state for {', '.join(new)}, "
+                "so it cannot be copied. Compile the model again, or pass "
                 "`compiled=False` and compile what comes back."
             )
 
 
-def _quantize_weights(model, bits, activation_bits):
+def _quantize_weights(view, bits, activation_bits):
     """Put layers that round their weights in the place of the linear ones."""
-    uses = Uses(model)
-    paths = {id(layer): path for path, layer in walk(model)}
-    into = {each.layer: each.into for each in Plan(model).folds}
-    makers = {id(t): n.operation for n in uses.nodes for t in n.outputs}
-    norms = {}
-    for node in uses.nodes:
-        norm = node.operation
-        maker = makers.get(id(node.input_tensors[0]))
-        if not is_normalization(norm) or maker is None:
+    into = {fold.layer: fold.into for fold in FoldPlan(view).folds}
+    norms = {}  # the normalization after a linear layer, by the `id` of this
+    calls = {}  # a call of each layer, with the shape of its input
+    for node in view.calls:
+        layer, tensor = node.operation, node.input_tensors[0]
+        calls[id(layer)] = tensor.shape
+        producer = view.producer(tensor)
+        if not is_normalization(layer) or producer is None:
             continue
-        same = paths[id(maker)] == into.get(paths[id(norm)])
-        if same and not is_normalization(maker) and _pairs(maker, norm, node):
-            norms[id(maker)] = norm
-    for path, layer in walk(model):
-        if is_normalization(layer):
-            _check_normalization(path, layer)
-    bypass(model, list(norms.values()))
-    called = {id(node.operation): node for node in Uses(model).nodes}
+        before = producer.operation
+        same = view.path(before) == into.get(view.path(layer))
+        if same and not is_normalization(before) and _pairs(before, layer, node):
+            norms[id(before)] = layer
+    for path, norm in view.normalizations.items():
+        _check_normalization(path, norm)
+    bypass(view, list(norms.values()))
+    inside = {id(norm) for norm in norms.values()}
     pairs = []
-    for path, layer in walk(model):
-        if id(layer) not in called or not is_linear(layer):
+    for path, layer in view.layers:
+        if id(layer) not in calls or id(layer) in inside or not is_linear(layer):
             continue
-        shape = called[id(layer)].input_tensors[0].shape
+        shape = calls[id(layer)]
         if is_normalization(layer):
             _check_last(path, layer, len(shape))
             new = FakeQuantizedNormalization(layer, name=layer.name)
@@ -211,7 +214,7 @@ def _quantize_weights(model, bits, activation_bits):
             )
         new.build(shape)
         pairs.append((layer, new))
-    exchange(pairs, holders(model))
+    exchange(pairs, view.holders)
     detach([old for old, _ in pairs] + list(norms.values()))
 
 
@@ -219,8 +222,7 @@ def _pairs(layer, norm, node):
     """Whether a normalization may be rounded together with the layer before it."""
     rank = len(node.outputs[0].shape)
     (axis,) = {axis % rank for axis in axes_of(norm)}
-    first = getattr(layer, "data_format", None) == "channels_first"
-    return axis == (1 if first else rank - 1)
+    return axis == linear(layer).channel_axis(rank)
 
 
 def _check_normalization(path, norm):
@@ -234,32 +236,32 @@ def _check_normalization(path, norm):
 def _check_last(path, norm, rank):
     if [axis % rank for axis in axes_of(norm)] != [rank - 1]:
         raise ValueError(
-            f"'{path}' is in no linear layer and has its channels on axis {norm.axis}. "
-            "In int8 they must be on the last axis."
+            f"'{path}' does not follow a linear layer. Alone, int8 needs its channels "
+            f"on the last axis; they are on axis {norm.axis}."
         )
 
 
-def _places(model, bits):
+def _places(view, bits):
     """Where values are rounded: pairs of a tensor and the layers behind it."""
-    uses, made = Uses(model), {}
-    inputs = [t for t in graph_of(model).inputs if _is_float(t)]
+    inputs = [t for t in view.graph.inputs if _is_float(t)]
     names = ["input"] if len(inputs) == 1 else [t.name for t in inputs]
     places = [
         (tensor, [FakeQuantizer(bits, name=f"int8_{name}")])
         for tensor, name in zip(inputs, names, strict=True)
     ]
-    for node in uses.nodes:
+    behind: dict[int, list] = {}
+    for node in view.calls:
         operation = node.operation
         if len(node.outputs) != 1 or not _is_float(node.outputs[0]):
             continue
-        if id(operation) not in made:
-            made[id(operation)] = _behind(node, uses, bits)
-        if made[id(operation)]:
-            places.append((node.outputs[0], made[id(operation)]))
+        if id(operation) not in behind:
+            behind[id(operation)] = _behind(node, view, bits)
+        if behind[id(operation)]:
+            places.append((node.outputs[0], behind[id(operation)]))
     return places
 
 
-def _behind(node, uses, bits):
+def _behind(node, view, bits):
     """The layers behind a call, of which a shared layer has the same at each call."""
     operation = node.operation
     if graph_of(operation) is not None or type(operation).__name__ in _SAME_RANGE:
@@ -278,7 +280,7 @@ def _behind(node, uses, bits):
                 FakeQuantizer(bits, fixed=_fixed(after), name=f"int8_{after.name}"),
             ]
     adds = isinstance(operation, layers.Add) or type(operation).__name__ == "Add"
-    follower = uses.next(node)
+    follower = view.next(node)
     merged = follower is not None and _merges(follower.operation)
     if merged and (adds or isinstance(operation, FakeQuantizedLinear)):
         return []
@@ -287,7 +289,7 @@ def _behind(node, uses, bits):
 
 def _merges(operation):
     """Whether TFLite computes a ReLU in one operation with the layer before it."""
-    return weights.is_relu(operation) in (float("inf"), 6.0)
+    return weights.relu_limit(operation) in (float("inf"), 6.0)
 
 
 def _fixed(operation):
@@ -301,25 +303,22 @@ def _is_float(tensor):
     return keras.backend.is_float_dtype(tensor.dtype)
 
 
-def _set_ranges(model, data, steps, batch_size):
+def _set_ranges(view, data, steps, batch_size):
     """Set the ranges of activations to those of the data.
 
     Returns:
         A sample: a list of arrays in the order of the model's inputs.
     """
-    found = quantizers(model)
-    for quantizer in found.values():
+    quantizers, model = view.of_type(FakeQuantizer), view.model
+    for quantizer in quantizers.values():
         quantizer.observed = []
     x = None
     for x, _, _ in batches(data, steps=steps, batch_size=batch_size):
         model(x, training=False)
     if x is None:
         raise ValueError("There is no data: not one batch came.")
-    for path, quantizer in found.items():
+    for path, quantizer in quantizers.items():
         if not np.isfinite(quantizer.observed).all() or not quantizer.observed:
             raise ValueError(f"The values at '{path}' are not finite.")
         quantizer.take_observed()
-    return [
-        keras.ops.convert_to_numpy(array)[: batch_of(model)]
-        for array in as_list(model, x)
-    ]
+    return [array[: batch_of(model)] for array in in_order(model, x)]

@@ -14,9 +14,13 @@ import numpy as np
 from keras import layers
 
 from keras_bn.int8 import weights
-from keras_bn.surgery.graph import walk
-from keras_bn.surgery.uses import Uses
-from keras_bn.tools.linear import Affine, Linear, UnfoldableError, linear
+from keras_bn.tools.linear import (
+    Affine,
+    Linear,
+    UnfoldableError,
+    has_input_channels,
+    linear,
+)
 
 _SWEEPS = 50
 _CLOSE = 1e-3
@@ -43,84 +47,85 @@ _HOMOGENEOUS = (
     layers.ZeroPadding1D,
     layers.ZeroPadding2D,
 )
-_WEIGHTED = (
-    layers.Dense,
-    layers.Conv1D,
-    layers.Conv2D,
-    layers.DepthwiseConv1D,
-    layers.DepthwiseConv2D,
-    layers.SeparableConv1D,
-    layers.SeparableConv2D,
-)
 
 
-def equalize(model):
+def equalize(view):
     """Equalize the ranges of the channels of neighbouring layers, in place.
 
     Args:
-        model: a Functional or Sequential model without batch normalization between the
+        view: the `ModelView` of a model without batch normalization between the
             layers, as from `fold`. It computes the same afterwards.
 
     Returns:
         `(pairs, scales)`: a list of pairs of paths, and by the path of a layer what
         its input channels were divided by.
     """
-    paths = {id(layer): path for path, layer in walk(model)}
-    found = _pairs(model)
+    calls = _pairs(view)
     edits: dict[int, Linear] = {}
-    scales: dict[int, np.ndarray] = {}
-    for first, second in found:
-        for node in first, second:
-            rank = len(node.input_tensors[0].shape)
-            edits.setdefault(id(node.operation), linear(node.operation, rank))
+    scales: dict[str, np.ndarray] = {}
+    for pair in calls:
+        for node in pair:
+            edits.setdefault(id(node.operation), _linear(node))
     for _ in range(_SWEEPS):
-        steps = [_step(edits, scales, first, second) for first, second in found]
+        steps = [_step(edits, scales, view.path(s.operation), f, s) for f, s in calls]
         if max(steps, default=0.0) < _CLOSE:
             break
     for edit in edits.values():
         edit.write(edit.layer)
-    pairs = [
-        (paths[id(first.operation)], paths[id(second.operation)])
-        for first, second in found
-    ]
-    return pairs, {paths[key]: scale for key, scale in scales.items()}
+    return [(view.path(f.operation), view.path(s.operation)) for f, s in calls], scales
 
 
-def _step(edits, scales, first, second):
+def _linear(node):
+    return linear(node.operation, len(node.input_tensors[0].shape))
+
+
+def _step(edits, scales, path, first, second):
     """Equalize one pair; returns how far the scales are from 1, as a logarithm."""
     before, after = edits[id(first.operation)], edits[id(second.operation)]
-    out = weights.output_range(before.layer, before.arrays)
-    into = weights.input_range(after.layer, after.arrays)
+    out, into = output_range(before), input_range(after)
     alive = (out > 0) & (into > 0)
     ratio = np.divide(out, into, out=np.ones_like(out), where=alive)
     scale = np.sqrt(ratio)
     none = np.zeros_like(scale)
     before.fold_output(Affine(1 / scale, none), _channels(first.outputs[0], before))
     after.fold_input(Affine(scale, none), _channels(second.input_tensors[0], after))
-    key = id(second.operation)
-    scales[key] = scales.get(key, 1.0) * scale
+    scales[path] = scales.get(path, 1.0) * scale
     return float(np.abs(np.log(scale)).max())
 
 
+def output_range(edit):
+    """The largest weight of each output channel, of shape `(channels,)`."""
+    return np.abs(edit.as_matrix(edit.last, edit.arrays[edit.last])[0]).max(0)
+
+
+def input_range(edit):
+    """The largest weight of each input channel, of shape `(channels,)`."""
+    kernel = np.abs(edit.arrays[edit.names[0]])
+    if len(edit.channel_axes(edit.names[0])) == 2:  # depthwise
+        return kernel.max(tuple(i for i in range(kernel.ndim) if i != kernel.ndim - 2))
+    groups = getattr(edit.layer, "groups", 1)
+    *_, per_group, filters = kernel.shape
+    kernel = kernel.reshape(-1, per_group, groups, filters // groups)
+    return kernel.max((0, 3)).T.reshape(-1)
+
+
 def _channels(tensor, edit):
-    first = getattr(edit.layer, "data_format", None) == "channels_first"
-    return (1 if first else len(tensor.shape) - 1,)
+    return (edit.channel_axis(len(tensor.shape)),)
 
 
-def _pairs(model):
+def _pairs(view):
     """Pairs of calls of linear layers between which the channels may be scaled."""
-    uses = Uses(model)
     return [
         (node, second)
-        for node in uses.nodes
-        if _is_weighted(node.operation, uses) and _homogeneous(node.operation)
-        for second in [_next_weighted(node, uses)]
+        for node in view.calls
+        if _is_weighted(node.operation, view) and _homogeneous(node.operation)
+        for second in [_next_weighted(node, view)]
         if second is not None and _takes(node, second)
     ]
 
 
-def _is_weighted(operation, uses):
-    return type(operation) in _WEIGHTED and uses.once(operation)
+def _is_weighted(operation, view):
+    return has_input_channels(operation) and view.called_once(operation)
 
 
 def _homogeneous(layer):
@@ -129,19 +134,19 @@ def _homogeneous(layer):
     return (
         activation is None
         or activation is keras.activations.linear
-        or weights.is_relu(activation) == np.inf
+        or weights.relu_limit(activation) == np.inf
     )
 
 
-def _next_weighted(node, uses):
+def _next_weighted(node, view):
     """The linear layer that alone takes the output of a call, with ReLUs between."""
-    node = uses.next(node)
-    while node is not None and not _is_weighted(node.operation, uses):
+    node = view.next(node)
+    while node is not None and not _is_weighted(node.operation, view):
         operation = node.operation
-        relu = weights.is_relu(operation) == np.inf
+        relu = weights.relu_limit(operation) == np.inf
         if not (relu or type(operation) in _HOMOGENEOUS) or len(node.input_tensors) > 1:
             return None
-        node = uses.next(node)
+        node = view.next(node)
     return node
 
 
@@ -153,12 +158,8 @@ def _takes(first, second):
     }
     if len(formats) > 1:
         return False
-    before, after = (
-        linear(node.operation, len(node.input_tensors[0].shape))
-        for node in (first, second)
-    )
-    out = weights.output_range(before.layer, before.arrays)
-    into = weights.input_range(after.layer, after.arrays)
+    before, after = _linear(first), _linear(second)
+    out, into = output_range(before), input_range(after)
     if out.shape != into.shape:
         return False
     none = np.zeros_like(into)

@@ -22,18 +22,30 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_bn.int8 import fake, weights
+from keras_bn.backends.layout import broadcast
+from keras_bn.int8 import fake
+from keras_bn.layer.step import State, scale_and_offset
 from keras_bn.passes.observe import is_watched
 from keras_bn.surgery.arrays import axes as axes_of
-from keras_bn.surgery.graph import walk
+from keras_bn.tools.linear import linear
 
 # So that the largest weight, rounded, is not a hair outside of the range.
 _ROOM = 1 + 1e-6
 _LEAST = 1e-8
 
 
+class _Aware(keras.layers.Layer):
+    """A layer that `keras_bn.quantize_aware` makes (`surgery.norms.MadeByTool`)."""
+
+    made_by = "keras_bn.quantize_aware"
+
+    @property
+    def folded_normalization(self):
+        return getattr(self, "normalization", None)
+
+
 @keras.saving.register_keras_serializable(package="keras_bn")
-class FakeQuantizer(keras.layers.Layer):
+class FakeQuantizer(_Aware):
     """Rounds its input to the values that an int8 tensor can have.
 
     Args:
@@ -42,8 +54,6 @@ class FakeQuantizer(keras.layers.Layer):
         fixed: `(low, high)` if the range does not move, as that of a softmax.
         **kwargs: arguments of `keras.layers.Layer`.
     """
-
-    rounds_as_int8 = True  # for `tools.norms.rounds`
 
     def __init__(self, bits=8, momentum=0.99, fixed=None, **kwargs):
         super().__init__(**kwargs)
@@ -111,10 +121,8 @@ class FakeQuantizer(keras.layers.Layer):
         }
 
 
-class _Wrapper(keras.layers.Layer):
+class _Wrapper(_Aware):
     """A layer around others, whose names and variables stay."""
-
-    rounds_as_int8 = True
 
     def get_config(self):
         return {
@@ -153,7 +161,7 @@ class FakeQuantizedLinear(_Wrapper):
         self.bits, self.activation_bits = bits, activation_bits
         self.supports_masking = layer.supports_masking
         self.between: Any = None
-        if len(weights.names(layer)) == 2:
+        if len(linear(layer).names) == 2:
             self.between = FakeQuantizer(activation_bits, name="between")
         # The rounded weights as constants, while a file is made.
         self.baked: Constants | None = None
@@ -167,8 +175,13 @@ class FakeQuantizedLinear(_Wrapper):
             self.between.build(None)
         self.built = True
 
+    @property
+    def linear(self):
+        """The `Linear` of the layer."""
+        return linear(self.layer)
+
     def call(self, inputs, training=None, mask=None):
-        norm, last = self.normalization, weights.names(self.layer)[-1]
+        norm, last = self.normalization, self.linear.last
         x = inputs if self.between is None else self._depthwise(inputs, training)
         if self.baked is not None:
             return self._linear(x, self.baked.kernel(last), self.baked.bias)
@@ -177,11 +190,11 @@ class FakeQuantizedLinear(_Wrapper):
             return norm(self._linear(x, kernel, self.layer.bias), training=training)
         if norm is None:
             return self._linear(x, self._rounded(last, kernel), self.layer.bias)
-        scale = self._scale(norm.moving_variance)
-        folded = weights.scaled(self.layer, last, kernel, scale, ops)
+        scale, bias = self._scale_and_bias()
+        folded = self.linear.scaled(kernel, scale, ops)
         rounded = self._rounded(last, folded)
         if not training or not norm.trainable or norm.freeze_statistics:
-            return self._linear(x, rounded, self._folded_bias(scale))
+            return self._linear(x, rounded, bias)
         mask = mask if self.supports_masking else None
         plain = self._linear(x, kernel, self.layer.bias)
         _, moments = norm.normalize_batch(plain, mask)
@@ -192,17 +205,11 @@ class FakeQuantizedLinear(_Wrapper):
         ratio = _along(ops.stop_gradient(ratio), error, norm)
         return norm(plain, training=training, mask=mask) + error * ratio
 
-    def _scale(self, variance):
-        """gamma over the standard deviation, one value per channel."""
-        scale = ops.rsqrt(variance + self.normalization.epsilon)
-        gamma = self.normalization.gamma
-        return scale if gamma is None else gamma * scale
-
-    def _folded_bias(self, scale):
-        norm, bias = self.normalization, self.layer.bias
-        offset = -norm.moving_mean if bias is None else bias - norm.moving_mean
-        offset = offset * scale
-        return offset if norm.beta is None else offset + norm.beta
+    def _scale_and_bias(self):
+        """The scale of the kernel, and the bias, with the normalization folded in."""
+        scale, offset = _scale_and_offset(self.normalization)
+        bias = self.layer.bias
+        return scale, offset if bias is None else bias * scale + offset
 
     def _depthwise(self, x, training):
         """The first part of a separable convolution."""
@@ -222,20 +229,20 @@ class FakeQuantizedLinear(_Wrapper):
         return self.between(y, training=training)
 
     def _rounded(self, name, kernel):
-        matrix, back = weights.as_matrix(self.layer, name, kernel, ops)
+        matrix, back = self.linear.as_matrix(name, kernel, ops)
         limit = ops.stop_gradient(ops.max(ops.abs(matrix), axis=0))
         limit = ops.maximum(limit * _ROOM, _LEAST)
         return back(fake.per_channel(matrix, limit, self.bits))
 
     def _linear(self, x, kernel, bias):
         """What the layer computes with other weights; a bias of None is zero."""
-        layer, name = self.layer, weights.names(self.layer)[-1]
+        layer, name = self.layer, self.linear.last
         inside = bias is not None and layer.bias is not None
         inside = inside and tuple(bias.shape) == tuple(layer.bias.shape)
         if self.between is not None:
             y = ops.conv(x, kernel, 1, "valid", layer.data_format)
             if bias is not None:
-                y = y + _channels(bias, y, layer)
+                y = y + self._along_channels(bias, y)
             return y if layer.activation is None else layer.activation(y)
         values = {id(v): (v, v.value) for v in layer.variables}
         values[id(getattr(layer, name))] = getattr(layer, name), kernel
@@ -246,20 +253,26 @@ class FakeQuantizedLinear(_Wrapper):
             y = layer.call(x)
         if bias is None or inside:
             return y
-        return y + _channels(bias, y, layer)
+        return y + self._along_channels(bias, y)
+
+    def _along_channels(self, bias, y):
+        """A bias in a shape that broadcasts to the output."""
+        if len(bias.shape) > 1:
+            return ops.convert_to_tensor(bias)
+        axis = self.linear.channel_axis(len(y.shape))
+        return broadcast(ops.convert_to_tensor(bias), y.shape, (axis,))
 
     def weights_of_inference(self):
         """`(arrays, bias)`: the rounded kernels by name, and the bias or None."""
         kernel_of = {}
-        *first, last = weights.names(self.layer)
+        *first, last = self.linear.names
         for name in first:
             value = ops.convert_to_tensor(getattr(self.layer, name))
             kernel_of[name] = ops.convert_to_numpy(self._rounded(name, value))
         kernel, bias = ops.convert_to_tensor(getattr(self.layer, last)), self.layer.bias
         if self.normalization is not None:
-            scale = self._scale(self.normalization.moving_variance)
-            kernel = weights.scaled(self.layer, last, kernel, scale, ops)
-            bias = self._folded_bias(scale)
+            scale, bias = self._scale_and_bias()
+            kernel = self.linear.scaled(kernel, scale, ops)
         kernel_of[last] = ops.convert_to_numpy(self._rounded(last, kernel))
         return kernel_of, None if bias is None else ops.convert_to_numpy(bias)
 
@@ -304,10 +317,7 @@ class FakeQuantizedNormalization(_Wrapper):
         trains = training and norm.trainable and not norm.freeze_statistics
         if trains or is_watched(norm):
             return norm(inputs, training=training, mask=mask)
-        scale = ops.rsqrt(norm.moving_variance + norm.epsilon)
-        scale = scale if norm.gamma is None else scale * norm.gamma
-        offset = -norm.moving_mean * scale
-        offset = offset if norm.beta is None else offset + norm.beta
+        scale, offset = _scale_and_offset(norm)
         channels = inputs.shape[-1]
         x = inputs
         if len(inputs.shape) != 4:
@@ -340,34 +350,27 @@ class Constants:
 
     def kernel(self, name):
         """A kernel, as a constant."""
-        layer, bits = self._layer.layer, self._layer.bits
+        bits, weights = self._layer.bits, self._layer.linear
         kernel = ops.convert_to_tensor(self._kernels[name])
-        images = len(kernel.shape) == 4 and not weights.is_transpose(layer)
+        axes = weights.channel_axes(name)
+        images = len(kernel.shape) == 4 and axes[-1] == 3
         if bits == 8 or not images:
             return kernel
-        largest = np.abs(weights.as_matrix(layer, name, self._kernels[name])[0]).max(0)
+        largest = np.abs(weights.as_matrix(name, self._kernels[name])[0]).max(0)
         limit = np.maximum(largest * (127 / (2 ** (bits - 1) - 1)), _LEAST)
-        if len(weights.channel_axes(layer, name)) == 1:
+        if len(axes) == 1:
             return fake.per_channel(kernel, limit)
         # Depthwise kernels: the converter wants the channels along one axis.
         together = ops.reshape(kernel, (*kernel.shape[:-2], -1))
         return ops.reshape(fake.per_channel(together, limit), kernel.shape)
 
 
-def quantizers(model):
-    """The layers of a model that round activations, by path."""
-    return {p: each for p, each in walk(model) if isinstance(each, FakeQuantizer)}
+def _scale_and_offset(norm):
+    """What a normalization does in inference, as tensors."""
+    state = State(norm.moving_mean, norm.moving_variance)
+    return scale_and_offset(norm.gamma, norm.beta, state, norm.epsilon, "float32")
 
 
 def _along(values, y, norm):
     """Values per channel, in a shape that broadcasts to the output."""
-    shape = [1] * len(y.shape)
-    shape[axes_of(norm)[0]] = -1
-    return ops.reshape(values, shape)
-
-
-def _channels(bias, y, layer):
-    """A bias in a shape that broadcasts to the output."""
-    if getattr(layer, "data_format", None) == "channels_first":
-        return ops.reshape(bias, (1, -1, *[1] * (len(y.shape) - 2)))
-    return ops.convert_to_tensor(bias)
+    return broadcast(values, y.shape, (axes_of(norm)[0] % len(y.shape),))

@@ -5,8 +5,7 @@ from typing import Any, NamedTuple
 
 import keras
 
-from keras_bn.surgery.graph import functional_class, graph_of, walk
-from keras_bn.surgery.norms import check_layer
+from keras_bn.surgery.graph import functional_class, graph_of
 
 
 class Call(NamedTuple):
@@ -23,19 +22,18 @@ class Call(NamedTuple):
     operation: Any
 
 
-def check_graph(model):
+def check_graph(view):
     """Refuse a model whose calls are not all known.
 
+    Args:
+        view: its `ModelView`.
+
     Raises:
-        TypeError: if `model` is not a Keras model.
         ValueError: if it is not built, or not Functional or Sequential, or has such a
             model in it.
     """
-    check_layer(model)
-    for path, layer in walk(model):
-        if not isinstance(layer, keras.Model):
-            continue
-        name, kind = path or layer.name, type(layer)
+    for name, layer in view.of_type(keras.Model).items():
+        kind = type(layer)
         if kind.call not in (functional_class().call, keras.Sequential.call):
             raise ValueError(
                 f"'{name}' is neither a Functional nor a Sequential model but a "

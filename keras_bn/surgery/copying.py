@@ -23,8 +23,9 @@ from keras_bn.surgery.exchange import (
     rekey,
     retrack,
 )
-from keras_bn.surgery.graph import holders, scope
+from keras_bn.surgery.graph import scope
 from keras_bn.surgery.private import Node, SymbolicArguments, Tracker
+from keras_bn.surgery.view import ModelView
 
 # These are always copied; other objects only if one of these can be reached from them.
 _COPIED = (
@@ -47,17 +48,18 @@ _COMPILED_OR_NONE = ("loss", "_compile_loss", "_compile_metrics", "_loss_tracker
 _WRAPPED = ("build", "quantize")
 
 
-def copy_model(model, compiled=True):
+def copy_model(model, compiled=True, view=None):
     """A copy of a model or layer, with its own variables.
 
     Args:
         model: any Keras layer or model, built or not.
         compiled: whether to copy its compilation, with the state of the optimizer.
+        view: the `ModelView` of the model, if there is one already.
 
     Returns:
         `(copy, of)`: the copy, and a function from each layer to its copy.
     """
-    copier = _Copier(model, compiled)
+    copier = _Copier(view or ModelView(model), compiled)
     with scope(model):
         return copier.whole(model), copier
 
@@ -65,17 +67,17 @@ def copy_model(model, compiled=True):
 class _Copier:
     """Gives the copy of each object; the same copy every time."""
 
-    def __init__(self, model, compiled):
+    def __init__(self, view, compiled):
         self._copies: dict = {}
         self._unfilled: collections.deque = collections.deque()
         self._nodes = {
             id(node)
-            for layer in holders(model)
+            for layer in view.holders
             for graph in (layer, *layer._tracker.config["layers"][1])
             for nodes in getattr(graph, "_nodes_by_depth", {}).values()
             for node in nodes
         }
-        self._uncompiled = None if compiled else model
+        self._uncompiled = None if compiled else view.model
 
     def whole(self, model):
         whole = self(model)

@@ -11,7 +11,7 @@ from typing import Any
 
 import keras
 
-from keras_bn.surgery.graph import graphs, holders, input_of, nodes, walk
+from keras_bn.surgery.graph import input_of, nodes, walk
 from keras_bn.surgery.private import make_node_key, map_graph
 
 
@@ -39,16 +39,16 @@ def exchange(pairs, holders):
         replace(holder, others)
 
 
-def bypass(model, layers):
+def bypass(view, layers):
     """Take layers of one input and one output out of the graphs of a model.
 
     Args:
-        model: a layer or model, changed in place.
+        view: the `ModelView` of a model, which is changed in place.
         layers: the layers, each called once in some graph. Whatever takes the output
             of one then takes its input.
     """
     gone = {id(layer): GONE for layer in layers}
-    for graph in graphs(model):
+    for graph in view.graphs:
         instead: dict = {}
         for node in nodes(graph):
             source = input_of(node)
@@ -69,7 +69,7 @@ def bypass(model, layers):
         )
         graph._operations_by_depth = by_depth
         graph.output_names = [t._keras_history.operation.name for t in graph._outputs]
-    for holder in holders(model):
+    for holder in view.holders:
         replace(holder, gone)
 
 

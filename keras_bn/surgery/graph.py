@@ -51,12 +51,6 @@ def graph_of(layer):
     return layer if isinstance(layer, functional_class()) else None
 
 
-def graphs(model):
-    """The graphs in a model to any depth, each once."""
-    found = [graph_of(layer) for _, layer in walk(model)]
-    return list({id(graph): graph for graph in found if graph is not None}.values())
-
-
 def scope(model):
     """The scope in which to make new variables for copies of a model."""
     strategy = getattr(model, "distribute_strategy", None)
@@ -82,9 +76,3 @@ def input_of(node):
     """The main input of a call: its first argument, or the one called `inputs`."""
     arguments = node.arguments
     return arguments.args[0] if arguments.args else arguments.kwargs["inputs"]
-
-
-def holders(model):
-    """All layers of a model, and the graphs in its Sequential models."""
-    held = [layer for _, layer in walk(model)]
-    return [*held, *(graph for graph in graphs(model) if graph not in held)]

@@ -5,6 +5,7 @@ its base class does: it may have its own arguments or defaults, but not its own 
 """
 
 import warnings
+from typing import Any, Protocol, runtime_checkable
 
 import keras
 
@@ -62,12 +63,20 @@ def is_frozen(layer) -> bool:
     return not layer.trainable or getattr(layer, "freeze_statistics", False)
 
 
-def rounds(layer) -> bool:
-    """Whether a layer is of `keras_bn.quantize_aware`.
+@runtime_checkable
+class MadeByTool(Protocol):
+    """A layer that a tool puts into a model, and that exists in this package alone.
 
-    It may hold a normalization, which has to be ours and is folded as it computes.
+    Attributes:
+        made_by: the public name of the tool.
+        folded_normalization: the normalization that it computes with and does not call
+            in inference, which has to stay ours; or None.
     """
-    return getattr(layer, "rounds_as_int8", False)
+
+    made_by: str
+
+    @property
+    def folded_normalization(self) -> Any: ...
 
 
 def normalizations(model) -> dict:
@@ -77,12 +86,10 @@ def normalizations(model) -> dict:
         TypeError: if `model` is not a Keras layer or model.
         ValueError: if the model, or a normalization in it, is not built.
     """
-    check_built(model)
-    return {
-        path or layer.name: layer
-        for path, layer in walk(model)
-        if is_normalization(layer)
-    }
+    check_layer(model)
+    layers = [(path or layer.name, layer) for path, layer in walk(model)]
+    check_built(model, layers)
+    return {path: layer for path, layer in layers if is_normalization(layer)}
 
 
 def warn_of_others(model, stacklevel=3):
@@ -113,23 +120,25 @@ def check_layer(model):
     raise TypeError(f"Expected a Keras layer or model. Received: {model!r}{hint}.")
 
 
-def check_built(model):
-    """Refuse what is not a layer, or has no statistics yet.
+def check_built(model, layers):
+    """Refuse what has no statistics yet.
+
+    Args:
+        model: a Keras layer or model.
+        layers: all of its layers, pairs of a path and a layer.
 
     Raises:
-        TypeError: if `model` is not a Keras layer or model.
         ValueError: if the model, or a normalization in it, is not built.
     """
-    check_layer(model)
     if not model.built:
         raise ValueError(
             f"'{model.name}' is not built, so it has no statistics yet. Call it on "
             "data, or build it, first."
         )
-    for path, layer in walk(model):
+    for path, layer in layers:
         if is_normalization(layer) and not layer.built:
             raise ValueError(
-                f"'{path or layer.name}' is not built, so it has no statistics yet: "
+                f"'{path}' is not built, so it has no statistics yet: "
                 "the model has never called it. Call the model on data that reaches "
                 "it, or take it out."
             )

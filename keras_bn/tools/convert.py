@@ -16,17 +16,17 @@ from keras_bn.surgery.exchange import (
     rekey,
     replace,
 )
-from keras_bn.surgery.graph import holders, scope, walk
+from keras_bn.surgery.graph import scope
 from keras_bn.surgery.norms import (
-    check_layer,
+    MadeByTool,
     computes_otherwise,
     is_frozen,
     is_keras,
     is_ours,
-    rounds,
 )
 from keras_bn.surgery.private import require
 from keras_bn.surgery.rebuild import rebuild
+from keras_bn.surgery.view import ModelView
 from keras_bn.tools.fuse import separate
 
 # A copy of a model is of the class of the model.
@@ -132,30 +132,31 @@ def to_keras(model: ModelT, *, in_place: bool = False, compiled: bool = True) ->
 
 def _convert(model, wanted, kind, in_place, compiled):
     """Replace the wanted layers of a model, or of a copy of it."""
-    check_layer(model)
+    view = ModelView(model)
     if in_place and not compiled:
         raise ValueError(
             "`compiled=False` goes with a copy. Received: in_place=True, compiled=False"
         )
-    for path, layer in walk(model):
-        _check(layer, path or layer.name, wanted, kind)
+    for path, layer in view.layers:
+        _check(layer, path, wanted, kind)
     if wanted(model) and in_place:
         raise ValueError(
             f"'{model.name}' is a normalization itself: an object cannot change its "
             "class. Convert it without `in_place`; this gives a new layer."
         )
     if kind is not BatchNormalization:
-        _warn_of_affine(model)
+        _warn_of_affine(view)
     if wanted(model):
-        return _replacement(copy_model(model)[0], kind)
+        return _replacement(copy_model(model, view=view)[0], kind)
     if not in_place:
-        model, _ = copy_model(model, compiled)
+        model, _ = copy_model(model, compiled, view)
+        view = ModelView(model)
     if kind is not BatchNormalization:
-        separate(model)  # layers of Keras follow no notes
-    layers = [layer for _, layer in walk(model) if wanted(layer)]
+        separate(view)  # layers of Keras follow no notes
+    layers = [layer for _, layer in view.layers if wanted(layer)]
     with scope(model):
         pairs = [(layer, _replacement(layer, kind)) for layer in layers]
-    exchange(pairs, holders_alive(layers) if in_place else holders(model))
+    exchange(pairs, holders_alive(layers) if in_place else view.holders)
     _hand_over_variables(model, pairs)
     if in_place:
         forget_traces(new for _, new in pairs)
@@ -187,11 +188,11 @@ def _hand_over_variables(model, pairs):
         rekey(optimizer, instead.values())
 
 
-def _warn_of_affine(model):
+def _warn_of_affine(view):
     """Warn of parameters that train now, and will not in a layer of Keras's."""
     paths = [
-        f"'{path or layer.name}'"
-        for path, layer in walk(model)
+        f"'{path}'"
+        for path, layer in view.layers
         if is_ours(layer) and layer.trainable and layer.freeze_statistics
         if any(
             present and layer.freeze_affine not in (True, name)
@@ -209,11 +210,11 @@ def _warn_of_affine(model):
 def _check(layer, path, wanted, kind):
     """Refuse a layer that no layer of the wanted class can replace."""
     theirs = kind is BatchNormalization
-    if not theirs and rounds(layer):
+    if not theirs and isinstance(layer, MadeByTool):
         raise ValueError(
-            f"'{path}' is of `keras_bn.quantize_aware`, and Keras has no such layer. "
-            "Write the model by `keras_bn.export_int8`, or convert the one that you "
-            "gave to `quantize_aware`."
+            f"'{path}' was made by `{layer.made_by}`; Keras has no such layer. Write "
+            "the model by `keras_bn.export_int8`, or convert the one that you gave to "
+            f"`{layer.made_by}`."
         )
     base = keras.layers.BatchNormalization if theirs else BatchNormalization
     if isinstance(layer, base) and computes_otherwise(layer):
@@ -245,5 +246,5 @@ def _check_expressible(layer, path):
     if refused:
         raise ValueError(
             f"Keras's BatchNormalization has no equivalent of {', '.join(refused)} "
-            f"in '{path or layer.name}'."
+            f"in '{path}'."
         )

@@ -7,26 +7,18 @@ import keras
 from keras_bn.pages.display import Content, Displayed
 from keras_bn.surgery.copying import copy_model
 from keras_bn.surgery.exchange import bypass, exchange
-from keras_bn.surgery.graph import (
-    children,
-    graph_of,
-    graphs,
-    holders,
-    input_of,
-    nodes,
-    scope,
-    walk,
-)
+from keras_bn.surgery.graph import graph_of, input_of, scope
 from keras_bn.surgery.norms import (
-    check_built,
+    MadeByTool,
     computes_otherwise,
     is_normalization,
     is_ours,
     plain,
-    rounds,
 )
 from keras_bn.surgery.private import require
 from keras_bn.surgery.rebuild import rebuild
+from keras_bn.surgery.view import ModelView
+from keras_bn.tools.commute import through
 from keras_bn.tools.fuse import has_own_call, separate
 from keras_bn.tools.linear import (
     Linear,
@@ -98,7 +90,7 @@ def plan_fold(model: keras.Model) -> Folds:
     bn_2 stays: 'relu' before it is not linear; it is an output of the model
     """
     require("keras_bn.plan_fold", "layers", "graph")
-    return Plan(model).folds
+    return FoldPlan(ModelView(model)).folds
 
 
 def fold(model: keras.Model) -> keras.Model:
@@ -132,7 +124,7 @@ def fold(model: keras.Model) -> keras.Model:
     ['Dense']
     """
     require("keras_bn.fold", "layers", "graph", "copy")
-    return Plan(model).folded_model()
+    return FoldPlan(ModelView(model)).folded_model()
 
 
 class Fused(NamedTuple):
@@ -149,53 +141,54 @@ class Fused(NamedTuple):
     axes: tuple[int, ...]
 
 
-class Plan:
+class FoldPlan:
     """Which normalization goes into which layer, graph by graph in calling order.
 
     `plan_fold` returns `folds`; `fold` returns `folded_model()`. `folded` holds the
     layers to remove, `edits` the `Linear` of each layer that changes, both by the `id`
-    of the layer.
+    of the layer. `forward` holds the paths of those that go into a later layer.
 
     Args:
-        model: a built model.
+        view: the `ModelView` of a built model.
         fusing: whether to plan for `freeze(model, fuse=True)` instead: normalizations
-            of ours alone, and only into a linear layer before them. `fused` then holds
-            a `Fused` for each.
+            of ours alone, and only into a linear layer directly before them. `fused`
+            then holds a `Fused` for each.
     """
 
-    def __init__(self, model, fusing=False):
-        check_built(model)
-        self._model, self._fusing = model, fusing
+    def __init__(self, view, fusing=False):
+        view.check_built()
+        self._view, self._fusing = view, fusing
         self.fused: list[Fused] = []
         self.folded: dict[int, keras.layers.Layer] = {}
         self.edits: dict[int, Linear] = {}
-        self._paths = {id(layer): path for path, layer in walk(model)}
-        drawn = [_Graph(graph) for graph in graphs(model)]
-        self._calls = _count_calls(drawn, model)
-        found = {}
-        for graph in drawn:
-            for node in graph.nodes:
-                norm = node.operation
-                if self._concerns(norm) and id(norm) not in found:
-                    found[id(norm)] = self._place(graph, node)
+        self.forward: set[str] = set()
+        self._calls = _Remaining(view)
+        folds: dict[int, Fold] = {}
+        for node in view.calls:
+            norm = node.operation
+            if self._concerns(norm) and id(norm) not in folds:
+                folds[id(norm)] = self._place(node)
+        within = {
+            id(layer.folded_normalization)
+            for _, layer in view.layers
+            if isinstance(layer, MadeByTool)
+        }
         self.folds = Folds()
-        around = [layer for _, layer in walk(model) if rounds(layer)]
-        within = {id(held) for layer in around for held in children(layer)}
-        for path, layer in walk(model):
+        for path, layer in view.layers:
             if computes_otherwise(layer):
-                self.folds.append(Fold(path or layer.name, None, _OTHERWISE))
+                self.folds.append(Fold(path, None, _OTHERWISE))
             elif self._concerns(layer):
                 reason = _WITHIN if id(layer) in within else _OUTSIDE
-                outside = Fold(path or layer.name, None, reason)
-                self.folds.append(found.get(id(layer)) or outside)
+                self.folds.append(folds.get(id(layer)) or Fold(path, None, reason))
 
     def _concerns(self, layer):
         return is_ours(layer) if self._fusing else is_normalization(layer)
 
     def folded_model(self):
         """A new model as planned."""
-        copy, of = copy_model(self._model, compiled=False)
-        separate(copy)
+        copy, of = copy_model(self._view.model, compiled=False, view=self._view)
+        view = ModelView(copy)
+        separate(view)
         pairs = []
         with scope(copy):
             for edit in self.edits.values():
@@ -205,25 +198,25 @@ class Plan:
                     pairs.append((layer, whole))
                     layer = whole
                 edit.write(layer)
-        exchange(pairs, holders(copy))
-        bypass(copy, [of(layer) for layer in self.folded.values()])
+        exchange(pairs, view.holders)
+        bypass(view, [of(layer) for layer in self.folded.values()])
         return copy
 
-    def _place(self, graph, node):
+    def _place(self, node):
         norm = node.operation
-        path = self._paths[id(norm)]
+        path = self._view.path(norm)
         try:
             self._check_alone(norm)
             if node.arguments.kwargs.get("training"):
                 raise UnfoldableError("is called with `training`")
-            rank = len(node.outputs[0].shape)
-            inner = Normalization(norm, rank)
+            inner = Normalization(norm, len(node.outputs[0].shape))
         except UnfoldableError as reason:
             return Fold(path, None, f"it {reason}")
+        edit = self.edits.get(id(norm), inner)
         reasons = []
         for place in (self._before,) if self._fusing else (self._before, self._after):
             try:
-                target = place(graph, node, self.edits.get(id(norm), inner))
+                target = place(node, edit)
             except UnfoldableError as reason:
                 reasons.append(str(reason))
                 continue
@@ -231,56 +224,90 @@ class Plan:
             self.folded[id(norm)] = norm
             if self._fusing:
                 self.fused.append(Fused(norm, self.edits[id(target)], inner.axes))
-            graph.bypass(node)
-            return Fold(path, self._paths[id(target)])
+            if place == self._after:
+                self.forward.add(path)
+            self._calls.bypass(node)
+            return Fold(path, self._view.path(target))
         return Fold(path, None, "; ".join(reasons))
 
-    def _before(self, graph, node, norm):
-        """Fold into the layer before; returns it."""
-        tensor = graph.source(input_of(node))
-        producer = graph.producer(tensor)
-        if producer is None:
-            raise UnfoldableError("it takes an input of the model")
-        target = producer.operation
-        self._check_target(target, norm, "before")
-        self._check_alone(target, f"'{target.name}' ")
-        if is_activated(target):
-            name = getattr(target.activation, "__name__", target.activation)
-            raise UnfoldableError(
-                f"'{target.name}' before it has the activation {name}"
-            )
-        others = [n for n in graph.consumers(tensor) if n is not node]
-        if others:
-            raise UnfoldableError(
-                f"'{others[0].operation.name}' also uses the output of '{target.name}'"
-            )
-        if graph.is_output(tensor):
-            raise UnfoldableError(
-                f"'{target.name}' before it is an output of the model"
-            )
-        self._take(target, "fold_output", norm, len(input_of(producer).shape))
-        return target
+    def _before(self, node, norm):
+        """Fold into the linear layer before; returns it."""
+        affine, axes = norm.affine, norm.axes
+        while True:
+            tensor = self._calls.source(input_of(node))
+            producer = self._calls.producer(tensor)
+            if producer is None:
+                raise UnfoldableError("it takes an input of the model")
+            target = producer.operation
+            if is_linear(target):
+                self._check_target(target, norm, "before")
+                if is_activated(target):
+                    name = getattr(target.activation, "__name__", target.activation)
+                    raise UnfoldableError(
+                        f"'{target.name}' before it has the activation {name}"
+                    )
+            else:
+                affine, axes = self._through(producer, affine, axes, "before")
+            others = [n for n in self._calls.consumers(tensor) if n is not node]
+            if others:
+                raise UnfoldableError(
+                    f"'{others[0].operation.name}' also uses the output of "
+                    f"'{target.name}'"
+                )
+            if self._calls.is_output(tensor):
+                raise UnfoldableError(
+                    f"'{target.name}' before it is an output of the model"
+                )
+            if is_linear(target):
+                rank = len(input_of(producer).shape)
+                self._take(target, "fold_output", affine, axes, rank)
+                return target
+            node = producer
 
-    def _after(self, graph, node, norm):
-        """Fold into the layer after; returns it."""
-        if graph.is_output(node.outputs[0]):
-            raise UnfoldableError("it is an output of the model")
-        consumers = graph.consumers(node.outputs[0])
-        names = sorted(f"'{n.operation.name}'" for n in consumers)
-        if len(consumers) != 1:
-            raise UnfoldableError(f"{' and '.join(names) or 'nothing'} use its output")
-        target = consumers[0].operation
-        self._check_target(target, norm, "after")
-        self._check_alone(target, f"'{target.name}' ")
-        if is_normalization(target) and consumers[0].arguments.kwargs.get("training"):
-            raise UnfoldableError(f"'{target.name}' is called with `training`")
-        self._take(target, "fold_input", norm, norm.rank)
-        return target
+    def _after(self, node, norm):
+        """Fold into the linear layer after; returns it."""
+        affine, axes = norm.affine, norm.axes
+        name = "it"
+        while True:
+            tensor = node.outputs[0]
+            if self._calls.is_output(tensor):
+                raise UnfoldableError(f"{name} is an output of the model")
+            consumers = self._calls.consumers(tensor)
+            if len(consumers) != 1:
+                names = sorted(f"'{n.operation.name}'" for n in consumers)
+                whose = "its output" if name == "it" else f"the output of {name}"
+                raise UnfoldableError(f"{' and '.join(names) or 'nothing'} use {whose}")
+            (node,) = consumers
+            target = node.operation
+            name = f"'{target.name}'"
+            if is_linear(target):
+                self._check_target(target, norm, "after")
+                if is_normalization(target) and node.arguments.kwargs.get("training"):
+                    raise UnfoldableError(f"{name} is called with `training`")
+                rank = len(input_of(node).shape)
+                self._take(target, "fold_input", affine, axes, rank)
+                return target
+            affine, axes = self._through(node, affine, axes, "after")
+
+    def _through(self, node, affine, axes, where):
+        """What a layer with no weights to fold into makes of an `Affine`."""
+        layer = node.operation
+        name = f"'{layer.name}' {where} it"
+        if graph_of(layer) is not None:
+            raise UnfoldableError(f"{name} is a model of its own")
+        try:
+            moved = through(node, affine, axes, before=where == "before")
+        except UnfoldableError as reason:
+            raise UnfoldableError(f"{name} {reason}") from None
+        if self._fusing:
+            raise UnfoldableError(
+                f"{name} is a {type(layer).__name__}, and only a linear layer directly "
+                "before it can take it in"
+            )
+        return moved
 
     def _check_target(self, target, norm, where):
         name = f"'{target.name}'"
-        if not is_linear(target):
-            raise UnfoldableError(f"{name} {where} it is not linear")
         if self._fusing and is_normalization(target):
             raise UnfoldableError(f"{name} {where} it is a batch normalization")
         if self._fusing and has_own_call(target):
@@ -294,16 +321,18 @@ class Plan:
                 f"{name} {where} it computes in {target.compute_dtype}, not in "
                 f"{norm.layer.compute_dtype}"
             )
+        self._check_alone(target, f"{name} ")
 
     def _check_alone(self, layer, name=""):
-        calls = self._calls.get(id(layer), 0)
-        if calls != 1:
-            raise UnfoldableError(f"{name}is shared: it is called in {calls} places")
+        if not self._view.called_once(layer):
+            raise UnfoldableError(
+                f"{name}is shared: it is called in {self._view.places(layer)} places"
+            )
 
-    def _take(self, target, side, norm, rank):
+    def _take(self, target, side, affine, axes, rank):
         edit = self.edits.get(id(target)) or linear(target, rank)
         try:
-            getattr(edit, side)(norm.affine, norm.axes)
+            getattr(edit, side)(affine, axes)
         except UnfoldableError as reason:
             raise UnfoldableError(f"'{target.name}' {reason}") from None
         self.edits[id(target)] = edit
@@ -314,57 +343,43 @@ _WITHIN = "it is folded already, by the layer of `quantize_aware` around it"
 _OTHERWISE = "its class has a `call` of its own, so what it computes is not known"
 
 
-class _Graph:
-    """The calls of a graph without the normalizations that are folded."""
+class _Remaining:
+    """The calls of a model without those of normalizations that are folded."""
 
-    def __init__(self, graph):
-        self.nodes = nodes(graph)
-        self._producers = {id(t): n for n in self.nodes for t in n.outputs}
-        self._outputs = {id(t) for t in graph.outputs}
+    def __init__(self, view):
+        self._view = view
         self._sources: dict[int, object] = {}
+        # The tensors that one replaces, by its `id`.
+        self._replaced: dict[int, list] = {}
 
     def bypass(self, node):
-        """Take out a node, so that its input replaces its output."""
-        self._sources[id(node.outputs[0])] = input_of(node)
+        """Take out a call, so that its input replaces its output."""
+        output, source = node.outputs[0], self.source(input_of(node))
+        self._sources[id(output)] = source
+        tensors = [output, *self._replaced.pop(id(output), [])]
+        self._replaced.setdefault(id(source), []).extend(tensors)
 
     def source(self, tensor):
-        """The tensor that replaces this one, now that some nodes are out."""
+        """The tensor that replaces this one, now that some calls are out."""
         while id(tensor) in self._sources:
             tensor = self._sources[id(tensor)]
         return tensor
 
     def producer(self, tensor):
-        return self._producers.get(id(self.source(tensor)))
+        return self._view.producer(self.source(tensor))
 
     def _same(self, tensor):
-        """The `id`s of the tensors that the given one replaces, and its own."""
         source = self.source(tensor)
-        out = {id(t): t for n in self.nodes for t in n.outputs}
-        return {id(source)} | {k for k, t in out.items() if self.source(t) is source}
+        return [source, *self._replaced.get(id(source), [])]
 
     def consumers(self, tensor):
-        """The nodes still in the graph that take a tensor."""
-        same = self._same(tensor)
+        """The calls still there that take a tensor."""
         return [
             node
-            for node in self.nodes
+            for same in self._same(tensor)
+            for node in self._view.consumers(same)
             if id(node.outputs[0]) not in self._sources
-            and any(id(t) in same for t in node.input_tensors)
         ]
 
     def is_output(self, tensor):
-        return bool(self._same(tensor) & self._outputs)
-
-
-def _count_calls(drawn, model):
-    """How often each layer is called, or held by a layer that may call it."""
-    calls: dict[int, int] = {}
-    for graph in drawn:
-        for node in graph.nodes:
-            key = id(node.operation)
-            calls[key] = calls.get(key, 0) + 1
-    for _, holder in walk(model):
-        if graph_of(holder) is None:
-            for layer in children(holder):
-                calls[id(layer)] = calls.get(id(layer), 0) + 1
-    return calls
+        return any(self._view.is_output(same) for same in self._same(tensor))

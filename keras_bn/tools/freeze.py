@@ -8,9 +8,9 @@ import keras
 from keras_bn.layer import BatchNormalization
 from keras_bn.layer.frozen import forget_traces
 from keras_bn.surgery import norms
-from keras_bn.surgery.graph import walk
 from keras_bn.surgery.private import require
-from keras_bn.tools.fold import Fold, Plan
+from keras_bn.surgery.view import ModelView
+from keras_bn.tools.fold import Fold, FoldPlan
 from keras_bn.tools.fuse import note, separate
 
 
@@ -87,21 +87,22 @@ def freeze(
     ['bn']
     >>> keras_bn.freeze(model)
     []
-    >>> for each in keras_bn.freeze(model, fuse=True):
-    ...     print(each)
+    >>> for fold in keras_bn.freeze(model, fuse=True):
+    ...     print(fold)
     bn stays: it takes an input of the model
     """
     require("keras_bn.freeze", "layers", *(("graph", "fuse") if fuse else ()))
-    layers = _layers(model, "freeze")
-    plan = Plan(model, fusing=True) if fuse else None
+    view = ModelView(model)
+    layers = _layers(view, "freeze")
+    plan = FoldPlan(view, fusing=True) if fuse else None
     fused = plan.fused if plan else []
-    taken = {id(each.norm) for each in fused}
+    ids = {id(norm) for norm, *_ in fused}
     changed = [
         path
         for path, layer in layers.items()
-        if layer.set_frozen(True, True if affine else None, id(layer) in taken or None)
+        if layer.set_frozen(True, True if affine else None, id(layer) in ids or None)
     ]
-    noting = [note(each.linear, each.axes) for each in fused]
+    noting = [note(linear, axes) for _, linear, axes in fused]
     forget_traces([*map(layers.get, changed), *filter(None, noting)])
     return plan.folds if plan else changed
 
@@ -132,29 +133,24 @@ def unfreeze(model: keras.Layer, *, affine: bool = False) -> list[str]:
     (1, False)
     """
     require("keras_bn.unfreeze", "layers")
-    layers = _layers(model, "unfreeze")
+    view = ModelView(model)
+    layers = _layers(view, "unfreeze")
     changed = [
         path
         for path, layer in layers.items()
         if layer.set_frozen(False, False if affine else None)
     ]
-    forget_traces([*map(layers.get, changed), *separate(model)])
+    forget_traces([*map(layers.get, changed), *separate(view)])
     return changed
 
 
-def _layers(model, verb):
+def _layers(view, verb):
     """The layers of ours in a model, by path; warns of others."""
-    norms.check_layer(model)
-    found = {path or layer.name: layer for path, layer in walk(model)}
-    layers = {
-        path: layer
-        for path, layer in found.items()
-        if isinstance(layer, BatchNormalization)
-    }
-    theirs = [path for path, layer in found.items() if norms.is_keras(layer)]
+    layers = view.of_type(BatchNormalization)
+    theirs = [path for path, layer in view.layers if norms.is_keras(layer)]
     if not layers:
         raise ValueError(
-            f"'{model.name}' has no batch normalization of keras_bn to {verb}."
+            f"'{view.model.name}' has no batch normalization of keras_bn to {verb}."
             + (" Convert it by `keras_bn.from_keras(model)`." if theirs else "")
         )
     if theirs:
@@ -162,7 +158,7 @@ def _layers(model, verb):
             f"{_listed(theirs)} are layers of Keras, which `{verb}` does not change. "
             "Convert the model first: `keras_bn.from_keras(model)`."
         )
-    if unknown := [p for p, each in layers.items() if norms.computes_otherwise(each)]:
+    if unknown := [p for p, la in layers.items() if norms.computes_otherwise(la)]:
         _warn(
             f"{_listed(unknown)} are of subclasses with a `call` of their own. There, "
             f"`{verb}` works only if that `call` uses `freeze_statistics`."

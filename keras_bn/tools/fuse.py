@@ -14,7 +14,6 @@ from keras_bn.backends import backend
 from keras_bn.backends.plan import elements
 from keras_bn.layer import noted
 from keras_bn.surgery import private
-from keras_bn.surgery.graph import walk
 from keras_bn.tools.linear import is_activated
 
 # Scaling a kernel costs as much per element as scaling an output: where the output has
@@ -97,13 +96,16 @@ def note(linear, axes):
     return None if isinstance(present, Noting) else layer
 
 
-def separate(model):
+def separate(view):
     """Let the linear layers of a model compute as their classes do.
+
+    Args:
+        view: the `ModelView` of the model.
 
     Returns:
         The layers that this has changed.
     """
-    changed = [la for _, la in walk(model) if isinstance(vars(la).get("call"), Noting)]
+    changed = [la for _, la in view.layers if isinstance(vars(la).get("call"), Noting)]
     for layer in changed:
         del vars(layer)["call"]
     return changed

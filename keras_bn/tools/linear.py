@@ -7,6 +7,8 @@ $K(sx + t) + b = (Ks)x + (Kt + b)$.
 All arrays are float64. A layer without a bias has one of zeros here.
 """
 
+import functools
+import math
 import string
 from typing import NamedTuple
 
@@ -107,25 +109,80 @@ def _parts(equation):
 
 
 class Linear:
-    """The weights of a linear layer, as arrays to fold affine maps into.
+    """A linear layer: where its channels are, and its weights to fold affine maps into.
 
     Args:
         layer: a built layer that `linear` knows.
-        rank: the rank of its input.
+        rank: the rank of its input; None where only its kernels matter.
 
-    `arrays` holds them by the names of the layer's attributes.
+    `arrays` holds the weights in float64, by the names of the layer's attributes.
     """
 
+    # The kernels, in the order in which they are applied.
     names: tuple[str, ...] = ("kernel",)
-    # The one of them that scales the output.
-    last = "kernel"
+    # Whether each channel of the input has weights of its own, at every position.
+    has_input_channels = True
 
-    def __init__(self, layer, rank):
+    def __init__(self, layer, rank=None):
         self.layer, self.rank = layer, rank
-        names = [*self.names, "bias"]
-        weights = {name: getattr(layer, name) for name in names}
-        self.arrays = {name: float64(w) for name, w in weights.items() if w is not None}
-        self.arrays.setdefault("bias", np.zeros(()))
+
+    @functools.cached_property
+    def arrays(self):
+        weights = {name: getattr(self.layer, name) for name in [*self.names, "bias"]}
+        arrays = {name: float64(w) for name, w in weights.items() if w is not None}
+        return {"bias": np.zeros(()), **arrays}
+
+    @property
+    def last(self):
+        """The name of the kernel that scales the output."""
+        return self.names[-1]
+
+    def channel_axis(self, rank):
+        """The axis of the channels in an input or output of this rank."""
+        return rank - 1
+
+    def channel_axes(self, name):
+        """The axes of a kernel that are output channels, ascending and not negative."""
+        return (len(getattr(self.layer, name).shape) - 1,)
+
+    def along_kernel(self):
+        """The shape in which values per output channel broadcast to the last kernel."""
+        return (-1,)
+
+    def scaled(self, kernel, scale, xp=np):
+        """The last kernel times a scale for each output channel.
+
+        Args:
+            kernel: array or tensor of its shape.
+            scale: of shape `(channels,)`.
+            xp: as in `as_matrix`.
+        """
+        return kernel * xp.reshape(scale, self.along_kernel())
+
+    def as_matrix(self, name, kernel, xp=np):
+        """A kernel with its output channels along the second of two axes.
+
+        Args:
+            name: of the kernel.
+            kernel: array or tensor of its shape.
+            xp: the module for it, NumPy or `keras.ops`.
+
+        Returns:
+            `(matrix, back)`: of shape `(others, channels)`, and a function that gives a
+            matrix the shape of the kernel.
+        """
+        axes = self.channel_axes(name)
+        others = [axis for axis in range(len(kernel.shape)) if axis not in axes]
+        order = [*others, *axes]
+        shape = [kernel.shape[axis] for axis in order]
+        channels = math.prod(kernel.shape[axis] for axis in axes)
+        if order == sorted(order):
+            return xp.reshape(kernel, (-1, channels)), lambda m: xp.reshape(m, shape)
+
+        def back(matrix):
+            return xp.transpose(xp.reshape(matrix, shape), np.argsort(order).tolist())
+
+        return xp.reshape(xp.transpose(kernel, order), (-1, channels)), back
 
     def along_output(self, axes):
         """The shapes in which values per output channel broadcast to the weights.
@@ -154,6 +211,25 @@ class Linear:
         """Take in an `Affine` along the given axes of the input."""
         raise NotImplementedError
 
+    def response(self, kernels, mean):
+        """What the layer makes of a constant input, away from borders.
+
+        Args:
+            kernels: arrays, by the names of the layer's kernels.
+            mean: array of one value per input channel.
+
+        Returns:
+            An array of one value per output channel, without the bias.
+        """
+        other = type(self)(self.layer, self.rank)
+        other.arrays = {**kernels, "bias": np.zeros(())}
+        other.take_input(Affine(np.ones_like(mean), mean))
+        return other.arrays["bias"]
+
+    def take_input(self, affine):
+        """Take in an `Affine` per channel of the input, whatever happens at borders."""
+        raise NotImplementedError
+
     def write(self, layer):
         """Assign the arrays to a copy of the layer; add a bias if it has none."""
         if layer.bias is None or layer.bias.shape != self.arrays["bias"].shape:
@@ -163,17 +239,29 @@ class Linear:
 
 
 class _Einsum(Linear):
-    """Dense and EinsumDense."""
+    """EinsumDense."""
 
-    def __init__(self, layer, rank):
+    has_input_channels = False
+
+    def __init__(self, layer, rank=None):
         super().__init__(layer, rank)
-        equation = getattr(layer, "equation", "...a,ab->...b")
-        labels = set(getattr(layer, "bias_axes", None) or "")
+        self._labels = set(getattr(layer, "bias_axes", None) or "")
+
+    @functools.cached_property
+    def _equation(self):
+        """The equation, with letters in the place of an ellipsis."""
+        equation = getattr(self.layer, "equation", "...a,ab->...b")
         inputs = equation.split(",")[0].replace("...", "")
         free = [letter for letter in string.ascii_letters if letter not in equation]
-        elided = "".join(free[: rank - len(inputs)])
-        self._equation = equation.replace("...", elided)
-        self._labels = labels
+        return equation.replace("...", "".join(free[: self.rank - len(inputs)]))
+
+    def channel_axes(self, name):
+        _, of_kernel, of_output = _parts(self.layer.equation)
+        return tuple(i for i, label in enumerate(of_kernel) if label in of_output)
+
+    def along_kernel(self):
+        _, of_kernel, of_output = _parts(self.layer.equation)
+        return [-1 if label == of_output[-1] else 1 for label in of_kernel]
 
     def along_output(self, axes):
         _, of_kernel, of_output = _parts(self._equation)
@@ -189,14 +277,13 @@ class _Einsum(Linear):
         self._labels |= {_parts(self._equation)[-1][_only(axes)]}
 
     def fold_input(self, affine, axes):
-        kernel, bias, labels = scale_einsum_input(
+        self.arrays["kernel"], self.arrays["bias"], labels = scale_einsum_input(
             self.arrays["kernel"],
             self.arrays["bias"],
             affine,
             self._equation,
             _only(axes),
         )
-        self.arrays = {"kernel": kernel, "bias": bias}
         self._labels |= labels
 
     def write(self, layer):
@@ -206,27 +293,45 @@ class _Einsum(Linear):
             layer.bias_axes = "".join(c for c in output if c in self._labels)
 
 
+class _Dense(_Einsum):
+    """Dense, an einsum over the last axis of its input."""
+
+    has_input_channels = True
+
+    def channel_axes(self, name):
+        return (1,)
+
+    def along_kernel(self):
+        return (-1,)
+
+    def take_input(self, affine):
+        self.fold_input(affine, (self.rank - 1,))
+
+
 class _Convolution(Linear):
     """Convolutions of any rank, with groups."""
 
-    _for_kernel: tuple[int, ...] = (-1,)
+    def channel_axis(self, rank):
+        return 1 if self.layer.data_format == "channels_first" else rank - 1
 
     def along_output(self, axes):
         self._check_channels(axes)
-        return self._for_kernel, (-1,)
+        return self.along_kernel(), (-1,)
 
     def fold_input(self, affine, axes):
         self._check_channels(axes)
         self._check_padding(affine)
+        self.take_input(affine)
+
+    def take_input(self, affine):
         self.arrays["kernel"], self.arrays["bias"] = scale_convolution_input(
             self.arrays["kernel"], self.arrays["bias"], affine, self.layer.groups
         )
 
     def _check_channels(self, axes):
-        first = self.layer.data_format == "channels_first"
-        channels = 1 if first else self.rank - 1
-        if axes != (channels,):
-            raise UnfoldableError(f"has its channels on axis {channels}")
+        axis = self.channel_axis(self.rank)
+        if axes != (axis,):
+            raise UnfoldableError(f"has its channels on axis {axis}")
 
     def _check_padding(self, affine):
         layer = self.layer
@@ -238,31 +343,39 @@ class _Convolution(Linear):
 
 
 class _Transpose(_Convolution):
-    _for_kernel = (-1, 1)
+    has_input_channels = False
+
+    def channel_axes(self, name):
+        return (len(getattr(self.layer, name).shape) - 2,)
+
+    def along_kernel(self):
+        return -1, 1
 
     def fold_input(self, affine, axes):
         raise UnfoldableError("sums over fewer inputs at its borders")
 
 
 class _Depthwise(_Convolution):
-    def along_output(self, axes):
-        self._check_channels(axes)
-        return self.arrays["kernel"].shape[-2:], (-1,)
+    def channel_axes(self, name):
+        return _last_two(getattr(self.layer, name))
 
-    def fold_input(self, affine, axes):
-        self._check_channels(axes)
-        self._check_padding(affine)
+    def along_kernel(self):
+        return tuple(self.layer.kernel.shape[-2:])
+
+    def take_input(self, affine):
         kernel, addend = scale_depthwise_input(self.arrays["kernel"], affine)
-        self.arrays = {"kernel": kernel, "bias": self.arrays["bias"] + addend}
+        self.arrays["kernel"] = kernel
+        self.arrays["bias"] = self.arrays["bias"] + addend
 
 
 class _Separable(_Convolution):
     names = ("depthwise_kernel", "pointwise_kernel")
-    last = "pointwise_kernel"
 
-    def fold_input(self, affine, axes):
-        self._check_channels(axes)
-        self._check_padding(affine)
+    def channel_axes(self, name):
+        kernel = getattr(self.layer, name)
+        return super().channel_axes(name) if name == self.last else _last_two(kernel)
+
+    def take_input(self, affine):
         kernel, addend = scale_depthwise_input(self.arrays["depthwise_kernel"], affine)
         pointwise = self.arrays["pointwise_kernel"]
         self.arrays["depthwise_kernel"] = kernel
@@ -271,11 +384,16 @@ class _Separable(_Convolution):
         )
 
 
+def _last_two(kernel):
+    rank = len(kernel.shape)
+    return rank - 2, rank - 1
+
+
 class Normalization(Linear):
     """A batch normalization in inference, which is an affine map itself."""
 
     def __init__(self, layer, rank):
-        self.layer, self.rank = layer, rank
+        super().__init__(layer, rank)
         self.affine = inference(layer)
 
     @property
@@ -339,7 +457,7 @@ def _only(axes):
 
 
 _FAMILIES = {
-    layers.Dense: _Einsum,
+    layers.Dense: _Dense,
     layers.EinsumDense: _Einsum,
     layers.Conv1D: _Convolution,
     layers.Conv2D: _Convolution,
@@ -354,7 +472,7 @@ _FAMILIES = {
 }
 
 
-def linear(layer, rank):
+def linear(layer, rank=None):
     """The `Linear` of a layer with an input of this rank; None if it isn't linear.
 
     A subclass counts as not linear, since it may compute something else.
@@ -366,8 +484,13 @@ def linear(layer, rank):
 
 
 def is_activated(layer):
-    """Whether a linear layer applies an activation to what it computes."""
+    """Whether a layer applies an activation that is not linear."""
     return getattr(layer, "activation", None) not in (None, activations.linear)
+
+
+def has_input_channels(layer):
+    """Whether each channel of a layer's input has weights of its own, at all places."""
+    return getattr(_FAMILIES.get(type(layer)), "has_input_channels", False)
 
 
 def is_linear(layer):

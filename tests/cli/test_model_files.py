@@ -17,7 +17,7 @@ import keras_bn
 from keras_bn.cli import fold, models
 from keras_bn.surgery.graph import walk
 from keras_bn.surgery.norms import is_keras, is_ours
-from keras_bn.tools.fold import Plan
+from keras_bn.tools.fold import FoldPlan
 
 EXPORTS = only("tensorflow", "its converter makes the file")
 
@@ -68,13 +68,13 @@ def test_fold(saved, tmp_path, capsys):
 def test_fold_writes_nothing_that_computes_something_else(
     saved, tmp_path, capsys, monkeypatch
 ):
-    class Wrong(fold.Plan):
+    class Wrong(fold.FoldPlan):
         def folded_model(self):
             folded = super().folded_model()
             folded.layers[-1].bias.assign(folded.layers[-1].bias + 1.0)
             return folded
 
-    monkeypatch.setattr(fold, "Plan", Wrong)
+    monkeypatch.setattr(fold, "FoldPlan", Wrong)
     assert run("fold", tmp_path / "in.keras", tmp_path / "out.keras") == 1
     assert "nothing written" in capsys.readouterr().out
     assert not (tmp_path / "out.keras").exists()
@@ -244,13 +244,13 @@ def test_models_with_integer_input_are_compared(tmp_path, capsys):
 @pytest.mark.parametrize("command", ["inspect", "fold"])
 def test_the_plan_is_made_once(saved, tmp_path, monkeypatch, command):
     plans = []
-    make = Plan.__init__
+    make = FoldPlan.__init__
 
-    def counted(self, model):
-        plans.append(model)
-        make(self, model)
+    def counted(self, view):
+        plans.append(view)
+        make(self, view)
 
-    monkeypatch.setattr(Plan, "__init__", counted)
+    monkeypatch.setattr(FoldPlan, "__init__", counted)
     outputs = [tmp_path / "out.keras"] if command == "fold" else []
     assert run(command, tmp_path / "in.keras", *outputs) == 0
     assert len(plans) == 1

@@ -15,10 +15,14 @@ from support.zoo import randomized
 import keras_bn
 from keras_bn.int8 import correct as correction
 from keras_bn.int8 import tflite, weights
-from keras_bn.int8.equalize import equalize
+from keras_bn.int8.equalize import equalize, input_range, output_range
 from keras_bn.int8.export import integer_file
 from keras_bn.int8.report import Int8Layer, Int8Report
+from keras_bn.surgery.copying import copy_model
+from keras_bn.surgery.view import ModelView
 from keras_bn.tools.compare import relative_difference
+from keras_bn.tools.fold import FoldPlan
+from keras_bn.tools.linear import linear
 
 tf = backend.tensorflow("its converter writes these files")
 
@@ -317,19 +321,13 @@ def chain():
 def test_equalization_changes_ranges_and_not_the_model():
     model = stretched(chain())
     before = model(images())
-    pairs, scales = equalize(model)
+    pairs, scales = equalize(ModelView(model))
     assert pairs == [("conv", "depthwise"), ("depthwise", "last"), ("last", "head")]
     assert set(scales) == {"depthwise", "last", "head"}
     assert relative_difference(before, model(images())) < 1e-4
     for first, second in pairs:
         left, right = model.get_layer(first), model.get_layer(second)
-        out, into = (
-            measure(layer, {"kernel": layer.kernel.numpy()})
-            for measure, layer in (
-                (weights.output_range, left),
-                (weights.input_range, right),
-            )
-        )
+        out, into = output_range(linear(left)), input_range(linear(right))
         np.testing.assert_allclose(out, into, rtol=0.05)
 
 
@@ -355,7 +353,7 @@ def test_what_cannot_be_equalized_stays(between):
         x = layers.Activation("tanh")(x)
     x = layers.Dense(3)(x)
     outputs = [x, first] if between == "two consumers" else x
-    assert equalize(keras.Model(image, outputs)) == ([], {})
+    assert equalize(ModelView(keras.Model(image, outputs))) == ([], {})
 
 
 @pytest.mark.parametrize("high", [np.inf, 1.5])
@@ -373,14 +371,16 @@ def test_bias_correction_takes_out_the_mean_error(monkeypatch):
     monkeypatch.setattr(weights, "rounded", functools.partial(weights.rounded, bits=3))
     model = small()
     keras_bn.recalibrate(model, images(400), batch_size=400, verbose=0)
-    plan, folded = keras_bn.plan_fold(model), keras_bn.fold(model)
+    view = ModelView(model)
+    plan = FoldPlan(view)
+    folded = plan.folded_model()
 
     def coarse(model):
         """The model with rounded kernels."""
         for layer in model._flatten_layers():
-            for name in weights.names(layer) if hasattr(layer, "kernel") else ():
-                variable = getattr(layer, name)
-                variable.assign(weights.rounded(layer, name, variable.numpy()))
+            if edit := linear(layer):
+                kernel = weights.rounded(edit, "kernel", layer.kernel.numpy())
+                layer.kernel.assign(kernel)
         return model
 
     def off(model, other):
@@ -393,8 +393,8 @@ def test_bias_correction_takes_out_the_mean_error(monkeypatch):
         ]
         return np.sqrt(np.mean(np.square(means[0] - means[1])))
 
-    corrected = keras_bn.fold(model)
-    paths = correction.correct(corrected, model, plan)
+    corrected, of = copy_model(folded)
+    paths = correction.correct(ModelView(folded), of, view, plan, {})
     assert set(paths) == {"depthwise", "project"}
     before, after = (
         off(folded, coarse(keras_bn.fold(model))),

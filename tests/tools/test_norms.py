@@ -14,7 +14,6 @@ TOOLS = {
     "unfreeze": keras_bn.unfreeze,
     "to_torch": keras_bn.to_torch,
     "normalizations": norms.normalizations,
-    "check_built": norms.check_built,
 }
 
 

@@ -21,7 +21,7 @@ from support.zoo import (
 
 import keras_bn
 from keras_bn.surgery.graph import walk
-from keras_bn.tools.fold import is_normalization
+from keras_bn.surgery.norms import is_normalization
 
 OURS = keras_bn.BatchNormalization
 KERAS = layers.BatchNormalization

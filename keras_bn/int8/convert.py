@@ -1,0 +1,150 @@
+"""A model as the content of a file, in which no operation computes in floats."""
+
+import contextlib
+from typing import NamedTuple
+
+import keras
+
+from keras_bn.int8 import tflite
+from keras_bn.int8.layers import Constants, FakeQuantizedLinear
+from keras_bn.int8.measure import tag, tagged
+from keras_bn.surgery.calls import run
+from keras_bn.surgery.graph import graph_of
+
+
+def check_layers(view):
+    """Refuse layers that compute in another dtype than float32."""
+    for name, layer in view.layers:
+        if getattr(layer, "quantization_mode", None) is not None:
+            raise ValueError(
+                f"'{name}' is quantized by Keras's `model.quantize`. Export the model "
+                "as it was before that."
+            )
+        if keras.backend.is_float_dtype(layer.compute_dtype or "int32") and (
+            layer.compute_dtype != "float32"
+        ):
+            raise ValueError(
+                f"'{name}' computes in {layer.compute_dtype}, and the converter takes "
+                "float32. Build the model with the dtype policy 'float32', and load "
+                "the weights into it."
+            )
+
+
+@contextlib.contextmanager
+def constant(view):
+    """Have the linear layers of a model compute with constants, as a file does."""
+    layers = view.of_type(FakeQuantizedLinear).values()
+    try:
+        for layer in layers:
+            layer.baked = Constants(layer)
+        yield
+    finally:
+        for layer in layers:
+            layer.baked = None
+
+
+class Names(NamedTuple):
+    """The names of the inputs and outputs of a file, in the model's order."""
+
+    inputs: list[str]
+    outputs: list[str]
+
+
+def names_of(model):
+    """The `Names` of a model's inputs and outputs, each name once."""
+    graph = graph_of(model)
+
+    def once(names):
+        unique = []
+        for name in names:
+            new, number = name, 1
+            while new in unique:
+                new, number = f"{name}_{number}", number + 1
+            unique.append(new)
+        return unique
+
+    return Names(once(t.name for t in graph.inputs), once(graph.output_names))
+
+
+def convert(model, example, samples=None, per_channel=True):
+    """The content of a file, with no operation of floats in it.
+
+    Args:
+        model: a Functional or Sequential model.
+        example: a batch as the file takes it, a list of arrays.
+        samples: a list of batches to measure ranges with; None for a model that has
+            them.
+        per_channel: as in `integer_file`.
+
+    Returns:
+        `(bytes, Interpreter)`.
+
+    Raises:
+        ValueError: naming the layers that the converter cannot make integer.
+    """
+    names = names_of(model)
+    inputs = [
+        (name, array.shape, array.dtype.name)
+        for name, array in zip(names.inputs, example, strict=True)
+    ]
+    values = [(v, keras.ops.convert_to_numpy(v)) for v in model.variables]
+    calls = {}
+
+    def around(call, compute):
+        calls[call.number] = call
+        with tflite.scope(tag(call)):
+            return compute()
+
+    def function(*tensors):
+        constants = [(v, keras.ops.convert_to_tensor(a, v.dtype)) for v, a in values]
+        with keras.StatelessScope(state_mapping=constants):
+            outputs = run(model, list(tensors), around)
+        return dict(zip(names.outputs, outputs, strict=True))
+
+    def measured():
+        return (dict(zip(names.inputs, batch, strict=True)) for batch in samples)
+
+    try:
+        content = tflite.convert(
+            function, inputs, None if samples is None else measured, per_channel
+        )
+    except tflite.ConversionError as error:
+        at = sorted({index for index in tagged(str(error)) if index in calls})
+        raise _refusal(model, [calls[index].path for index in at], error) from error
+    interpreter = tflite.Interpreter(content)
+    operations = interpreter.operations()
+    left: dict[str, list[str]] = {}
+    for i, operation in enumerate(operations):
+        if _computes_in_floats(operation):
+            path = _path_of(operations[i:], calls)
+            left.setdefault(path, []).append(operation.name)
+    if left:
+        parts = [f"{', '.join(names)} of '{path}'" for path, names in left.items()]
+        raise _refusal(model, left, f"it leaves {'; '.join(parts)} in floats")
+    return content, interpreter
+
+
+def _computes_in_floats(operation):
+    floats = any(name.startswith(("float", "complex")) for name in operation.dtypes)
+    return floats and operation.name not in ("QUANTIZE", "DEQUANTIZE")
+
+
+def _path_of(operations, calls):
+    """The path of the layer that the first of some operations belongs to."""
+    for operation in operations:
+        indices = [i for name in operation.outputs for i in tagged(name)]
+        if indices:
+            return calls[max(indices)].path
+    return calls[max(calls)].path
+
+
+def _refusal(model, paths, why):
+    """The error that says which layers cannot be made integer."""
+    names = ", ".join(f"'{path}'" for path in paths) or "a layer"
+    lines = [line.strip() for line in str(why).splitlines() if line.strip()]
+    errors = [line for line in lines if "error: " in line] or lines
+    return ValueError(
+        f"TensorFlow's converter cannot make {names} of '{model.name}' integer: "
+        f"{errors[0].rpartition('error: ')[2]}. Replace what it names by other layers, "
+        "or take it out of the model that is exported."
+    )
