@@ -1,12 +1,13 @@
 """Checks of the layer's arguments and inputs."""
 
+import functools
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
-from keras import ops
+from keras import constraints, initializers, ops, regularizers
 
 from keras_bn.backends import backend
 from keras_bn.layer import renorm
@@ -14,6 +15,9 @@ from keras_bn.moments import Tensor, at_least_float32
 
 Axis = int | list[int]
 Shape = Sequence[int | None]
+
+# The parameters that training changes by their gradients.
+AFFINE = ("gamma", "beta")
 
 
 def check_axis(axis: Any) -> Axis:
@@ -34,8 +38,13 @@ def check_axis(axis: Any) -> Axis:
     return axes if len(axes) > 1 else axes[0]
 
 
-def check_momentum(momentum: float, name: str = "momentum") -> float:
-    """The momentum as a float between 0 and 1."""
+def check_momentum(momentum: float | None) -> float | None:
+    """The momentum as a float between 0 and 1; None for the plain mean."""
+    return None if momentum is None else check_share(momentum, "momentum")
+
+
+def check_share(momentum: float, name: str) -> float:
+    """A momentum as a float between 0 and 1."""
     if not 0.0 <= (number := float(momentum)) <= 1.0:
         raise ValueError(
             f"`{name}` must be between 0 and 1. Received: {name}={momentum!r}"
@@ -43,13 +52,8 @@ def check_momentum(momentum: float, name: str = "momentum") -> float:
     return number
 
 
-def check_clipping(
-    renorm_used: bool, clipping: dict[str, Any] | None
-) -> dict[str, Any] | None:
-    """The bounds of renormalization as a dict; unchanged without renormalization."""
-    if not renorm_used:
-        return clipping
-    clipping = dict(clipping or {})
+def check_clipping(clipping: dict[str, Any]) -> None:
+    """Refuse bounds of renormalization that are unknown or contradict each other."""
     if unknown := set(clipping) - set(renorm.KEYS):
         raise ValueError(
             "Received invalid keys for `renorm_clipping`, which takes "
@@ -68,24 +72,17 @@ def check_clipping(
         raise ValueError(
             f"dmax should be non-negative in `renorm_clipping`. Received: dmax={dmax}"
         )
-    return clipping
 
 
-def check_group_size(size: int | None, **excluded: bool) -> int | None:
-    """The size of ghost batches as a positive int; refuses options it excludes."""
-    if size is None:
-        return None
-    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+def check_group_size(size: int | None) -> int | None:
+    """The size of ghost batches as a positive int, or None."""
+    if size is not None and (
+        isinstance(size, bool) or not isinstance(size, int) or size < 1
+    ):
         raise ValueError(
             "`virtual_batch_size` must be a positive int or None. "
             f"Received: virtual_batch_size={size!r}"
         )
-    for name, value in excluded.items():
-        if value:
-            raise ValueError(
-                f"`virtual_batch_size` and `{name}` exclude each other. "
-                f"Received: virtual_batch_size={size}, {name}={value}"
-            )
     return size
 
 
@@ -97,6 +94,64 @@ def check_epsilon(epsilon: float) -> float:
             f"Received: epsilon={epsilon!r}"
         )
     return number
+
+
+def check_frozen_affine(value: bool | str) -> bool | str:
+    """`freeze_affine` as a bool, or as the name of one parameter."""
+    if not isinstance(value, bool) and value not in AFFINE:
+        raise ValueError(
+            "`freeze_affine` must be True, False, 'gamma' or 'beta'. "
+            f"Received: freeze_affine={value!r}"
+        )
+    return value
+
+
+def _unchecked(value: Any) -> Any:
+    return value
+
+
+# The arguments of the layer, and what checks each and gives the attribute.
+OPTIONS: dict[str, Callable[[Any], Any]] = {
+    "axis": check_axis,
+    "momentum": check_momentum,
+    "epsilon": check_epsilon,
+    "center": _unchecked,
+    "scale": _unchecked,
+    "beta_initializer": initializers.get,
+    "gamma_initializer": initializers.get,
+    "moving_mean_initializer": initializers.get,
+    "moving_variance_initializer": initializers.get,
+    "beta_regularizer": regularizers.get,
+    "gamma_regularizer": regularizers.get,
+    "beta_constraint": constraints.get,
+    "gamma_constraint": constraints.get,
+    "renorm": _unchecked,
+    "renorm_clipping": _unchecked,
+    "renorm_momentum": functools.partial(check_share, name="renorm_momentum"),
+    "synchronized": _unchecked,
+    "virtual_batch_size": check_group_size,
+    "unbiased": _unchecked,
+    "debias": _unchecked,
+    "freeze_statistics": bool,
+    "freeze_affine": check_frozen_affine,
+}
+
+
+def check_together(options: Any) -> None:
+    """Refuse options that exclude each other.
+
+    Args:
+        options: an object with the `OPTIONS` as attributes: the layer.
+    """
+    if options.renorm:
+        check_clipping(options.renorm_clipping or {})
+    if (size := options.virtual_batch_size) is not None:
+        for name in ("synchronized", "renorm"):
+            if value := getattr(options, name):
+                raise ValueError(
+                    f"`virtual_batch_size` and `{name}` exclude each other. "
+                    f"Received: virtual_batch_size={size}, {name}={value}"
+                )
 
 
 def channel_axes(

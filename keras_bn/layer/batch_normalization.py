@@ -4,12 +4,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
-from keras import constraints, initializers, ops, regularizers
+from keras import ops
 
 from keras_bn.backends import backend
-from keras_bn.layer import arguments, moving, noted, renorm, step
+from keras_bn.layer import arguments, fusion, moving, renorm, step, traces
 from keras_bn.layer.arguments import Shape
-from keras_bn.layer.frozen import Freezable
 from keras_bn.layer.stored import Checked
 from keras_bn.moments import Moments, Tensor, at_least_float32, to_tensor
 
@@ -18,7 +17,7 @@ Named = Callable[..., Tensor] | str | dict[str, Any]
 
 
 @keras.saving.register_keras_serializable(package="keras_bn")
-class BatchNormalization(Freezable, Checked):
+class BatchNormalization(Checked):
     """Drop-in replacement for `keras.layers.BatchNormalization`.
 
     Same arguments, weights and numbers. In training, each channel is normalized with
@@ -67,9 +66,13 @@ class BatchNormalization(Freezable, Checked):
         freeze_statistics: whether training uses the moving statistics and does not
             change them, while gamma and beta still train.
         freeze_affine: whether training does not change gamma and beta; `"gamma"` or
-            `"beta"` for one of them. It may be set at any time, like
-            `freeze_statistics`, and `trainable = True` does not undo it.
+            `"beta"` for one of them. `trainable = True` does not undo it.
         **kwargs: arguments of `keras.layers.Layer`, such as `name` and `dtype`.
+
+    Each argument is an attribute that may be set at any time. It takes effect in the
+    next step of every model that holds the layer, also during `fit`; a `tf.function` of
+    your own you have to trace again. A built layer refuses what would need other
+    weights than it has.
 
     Call arguments:
 
@@ -106,6 +109,11 @@ class BatchNormalization(Freezable, Checked):
     [0.02 0.2 ]
     """
 
+    # Whether the constructor is through: from then on an option is checked when set.
+    _complete = False
+    # Whether to be computed as one with the linear layer before it.
+    _fused = False
+
     def __init__(
         self,
         axis: int | Sequence[int] = -1,
@@ -135,31 +143,28 @@ class BatchNormalization(Freezable, Checked):
     ) -> None:
         super().__init__(**kwargs)
         self.axis = arguments.check_axis(axis)
-        self.momentum = None if momentum is None else arguments.check_momentum(momentum)
-        self.epsilon = arguments.check_epsilon(epsilon)
+        self.momentum = momentum
+        self.epsilon = epsilon
         self.center = center
         self.scale = scale
-        self.beta_initializer = initializers.get(beta_initializer)
-        self.gamma_initializer = initializers.get(gamma_initializer)
-        self.moving_mean_initializer = initializers.get(moving_mean_initializer)
-        self.moving_variance_initializer = initializers.get(moving_variance_initializer)
-        self.beta_regularizer = regularizers.get(beta_regularizer)
-        self.gamma_regularizer = regularizers.get(gamma_regularizer)
-        self.beta_constraint = constraints.get(beta_constraint)
-        self.gamma_constraint = constraints.get(gamma_constraint)
+        self.beta_initializer = beta_initializer
+        self.gamma_initializer = gamma_initializer
+        self.moving_mean_initializer = moving_mean_initializer
+        self.moving_variance_initializer = moving_variance_initializer
+        self.beta_regularizer = beta_regularizer
+        self.gamma_regularizer = gamma_regularizer
+        self.beta_constraint = beta_constraint
+        self.gamma_constraint = gamma_constraint
         self.renorm = renorm
-        self.renorm_clipping = arguments.check_clipping(renorm, renorm_clipping)
-        self.renorm_momentum = arguments.check_momentum(
-            renorm_momentum, "renorm_momentum"
-        )
+        self.renorm_clipping = (renorm_clipping or {}) if renorm else renorm_clipping
+        self.renorm_momentum = renorm_momentum
         self.synchronized = synchronized
-        self.virtual_batch_size = arguments.check_group_size(
-            virtual_batch_size, synchronized=synchronized, renorm=renorm
-        )
+        self.virtual_batch_size = virtual_batch_size
         self.unbiased = unbiased
         self.debias = debias
         self.freeze_statistics = freeze_statistics
         self.freeze_affine = freeze_affine
+        arguments.check_together(self)
         self.supports_masking = True
         self.gamma: Any = None
         self.beta: Any = None
@@ -169,63 +174,59 @@ class BatchNormalization(Freezable, Checked):
         self.renorm_mean: Any = None
         self.renorm_stddev: Any = None
         self.updates: Any = None
+        self._complete = True
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute; an option at any time, or refuse it in words.
+
+        Raises:
+            ValueError: for an option that is out of range, that another one excludes,
+                or for which a built layer has not the weights. Nothing changes then.
+        """
+        if name not in arguments.OPTIONS:
+            super().__setattr__(name, value)
+            return
+        before = getattr(self, name, None)
+        super().__setattr__(name, arguments.OPTIONS[name](value))
+        if not self._complete:
+            return
+        try:
+            arguments.check_together(self)
+            if self.built:
+                self._check_weights(name)
+        except ValueError:
+            super().__setattr__(name, before)
+            raise
+        if self.built and (self._apply_option(name) or getattr(self, name) != before):
+            traces.forget([self])
+
+    @property
+    def trainable(self) -> bool:
+        """Whether the layer trains; if not, it uses the moving statistics always."""
+        return keras.layers.Layer.trainable.fget(self)
+
+    @trainable.setter
+    def trainable(self, value: bool) -> None:
+        keras.layers.Layer.trainable.fset(self, value)
+        self._freeze_parameters()
+
+    def set_fused(self, fused: bool) -> None:
+        """Whether to be computed as one with the linear layer before it.
+
+        It ends when the statistics are no longer frozen. See `keras_bn.freeze`.
+        """
+        if fused != self._fused:
+            self._fused = fused
+            traces.forget([self])
 
     def build(self, input_shape: Shape) -> None:
-        self._axes = arguments.channel_axes(self.axis, input_shape)
-        if self.virtual_batch_size is not None and 0 in self._axes:
-            raise ValueError(
-                "`virtual_batch_size` cuts the batch along axis 0, which must not be a "
-                f"channel axis then. Received: axis={self.axis}"
-            )
+        self._axes = self._channel_axes(input_shape)
         shape = tuple(input_shape[axis] for axis in self._axes)
-
-        def add(name, initializer, **options):
-            # At least float32: in half precision, small steps of a moving statistic
-            # or of gamma round to nothing.
-            return self.add_weight(
-                shape=shape,
-                name=name,
-                initializer=initializer,
-                dtype=at_least_float32(self.variable_dtype),
-                autocast=False,
-                **options,
-            )
-
-        if self.scale:
-            self.gamma = add(
-                "gamma",
-                self.gamma_initializer,
-                regularizer=self.gamma_regularizer,
-                constraint=self.gamma_constraint,
-            )
-        if self.center:
-            self.beta = add(
-                "beta",
-                self.beta_initializer,
-                regularizer=self.beta_regularizer,
-                constraint=self.beta_constraint,
-            )
-        self._hold_affine()
-        # All replicas assign the same value, so no variable needs a reduction.
-        state = {"trainable": False, "aggregation": "only_first_replica"}
-        self.moving_mean = add("moving_mean", self.moving_mean_initializer, **state)
-        self.moving_variance = add(
-            "moving_variance", self.moving_variance_initializer, **state
-        )
-        if self.renorm:
-            stddev_initializer = renorm.root_of(self.moving_variance_initializer)
-            self.moving_stddev = add("moving_stddev", stddev_initializer, **state)
-            self.renorm_mean = add("renorm_mean", self.moving_mean_initializer, **state)
-            self.renorm_stddev = add("renorm_stddev", stddev_initializer, **state)
-        if self._rule.counts or self._scheduled:
-            self.updates = self.add_weight(
-                shape=(2, *shape),
-                name="updates",
-                initializer="zeros",
-                dtype="int64",
-                autocast=False,
-                **state,
-            )
+        for name, (needed, options) in self._weight_options(shape).items():
+            if needed:
+                weight = self.add_weight(name=name, autocast=False, **options)
+                setattr(self, name, weight)
+        self._freeze_parameters()
         axes = self.axis if isinstance(self.axis, list) else [self.axis]
         self.input_spec = keras.InputSpec(
             ndim=len(input_shape), axes={axis: input_shape[axis] for axis in axes}
@@ -240,8 +241,10 @@ class BatchNormalization(Freezable, Checked):
     ) -> Tensor:
         if mask is None and ops.is_tensor(training):
             # Keras passes the mask on only if a call has a single tensor argument.
-            mask = getattr(inputs, "_keras_mask", None)
+            mask = _mask_of(inputs)
         x, mask = self._prepared(inputs, mask)
+        if backend.prunes(x):
+            traces.note(self)
         if not self.trainable or self.freeze_statistics:
             training = False
 
@@ -259,17 +262,17 @@ class BatchNormalization(Freezable, Checked):
             return ops.cast(y, self.compute_dtype), state
 
         def infer():
-            state = self._state
-            if (note := noted.of(inputs, self._axes) if self._fused else None) is None:
+            state, (gamma, beta) = self._state, self._affine
+            deferred = fusion.find(inputs, self._axes) if self._fused else None
+            if deferred is None:
                 settings = step.Settings(self._axes, self.epsilon)
-                y = step.infer(x, *self._affine, state, settings=settings)
+                y = step.infer(x, gamma, beta, state, settings=settings)
             else:
                 dtype = at_least_float32(x.dtype)
-                gamma, beta = self._affine
-                scale, offset = step.scale_and_offset(
-                    gamma, beta, state, self.epsilon, dtype
+                y = fusion.apply(
+                    deferred,
+                    *step.scale_and_offset(gamma, beta, state, self.epsilon, dtype),
                 )
-                y = noted.follow(note, scale, offset)
             return ops.cast(y, self.compute_dtype), state
 
         if ops.is_tensor(training):
@@ -317,39 +320,14 @@ class BatchNormalization(Freezable, Checked):
         return input_shape
 
     def get_config(self) -> dict[str, Any]:
-        return {
-            **super().get_config(),
-            "axis": self.axis,
-            "momentum": self.momentum,
-            "epsilon": self.epsilon,
-            "center": self.center,
-            "scale": self.scale,
-            "beta_initializer": initializers.serialize(self.beta_initializer),
-            "gamma_initializer": initializers.serialize(self.gamma_initializer),
-            "moving_mean_initializer": initializers.serialize(
-                self.moving_mean_initializer
-            ),
-            "moving_variance_initializer": initializers.serialize(
-                self.moving_variance_initializer
-            ),
-            "beta_regularizer": regularizers.serialize(self.beta_regularizer),
-            "gamma_regularizer": regularizers.serialize(self.gamma_regularizer),
-            "beta_constraint": constraints.serialize(self.beta_constraint),
-            "gamma_constraint": constraints.serialize(self.gamma_constraint),
-            "renorm": self.renorm,
-            "renorm_clipping": keras.saving.serialize_keras_object(
-                self.renorm_clipping
-            ),
-            "renorm_momentum": self.renorm_momentum,
-            "synchronized": self.synchronized,
-            "virtual_batch_size": self.virtual_batch_size,
-            "unbiased": self.unbiased,
-            "debias": self.debias,
-            "freeze_statistics": self.freeze_statistics,
-            **({"freeze_affine": self.freeze_affine} if self.freeze_affine else {}),
+        serialize = keras.saving.serialize_keras_object
+        config = {name: serialize(getattr(self, name)) for name in arguments.OPTIONS}
+        if not self.freeze_affine:
+            del config["freeze_affine"]
+        if isinstance(self.axis, list):
             # Keras's reader of .h5 files drops `axis` if it lists several.
-            **({"axes": self.axis} if isinstance(self.axis, list) else {}),
-        }
+            config["axes"] = config["axis"]
+        return {**super().get_config(), **config}
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "BatchNormalization":
@@ -364,6 +342,87 @@ class BatchNormalization(Freezable, Checked):
         x = arguments.to_float(to_tensor(inputs), self.compute_dtype)
         x = arguments.with_channels(x, self._axes, self.moving_mean.shape)
         return x, arguments.align_mask(mask, x, self._axes)
+
+    def _channel_axes(self, input_shape, sizes_known=True):
+        axes = arguments.channel_axes(self.axis, input_shape, sizes_known)
+        if self.virtual_batch_size is not None and 0 in axes:
+            raise ValueError(
+                "`virtual_batch_size` cuts the batch along axis 0, which must not be a "
+                f"channel axis then. Received: axis={self.axis}"
+            )
+        return axes
+
+    def _weight_options(self, shape):
+        """For each weight, whether the options need it, and how to add it."""
+        # At least float32: in half precision, small steps of a moving statistic or of
+        # gamma round to nothing.
+        affine = {"shape": shape, "dtype": at_least_float32(self.variable_dtype)}
+        # All replicas assign the same value, so no variable needs a reduction.
+        state = {"trainable": False, "aggregation": "only_first_replica"}
+        gamma = {
+            **affine,
+            "initializer": self.gamma_initializer,
+            "regularizer": self.gamma_regularizer,
+            "constraint": self.gamma_constraint,
+        }
+        beta = {
+            **affine,
+            "initializer": self.beta_initializer,
+            "regularizer": self.beta_regularizer,
+            "constraint": self.beta_constraint,
+        }
+        mean = {**affine, **state, "initializer": self.moving_mean_initializer}
+        variance = {**mean, "initializer": self.moving_variance_initializer}
+        stddev = {**mean, "initializer": renorm.root_of(variance["initializer"])}
+        counts = {"shape": (2, *shape), "dtype": "int64", "initializer": "zeros"}
+        return {
+            "gamma": (self.scale, gamma),
+            "beta": (self.center, beta),
+            "moving_mean": (True, mean),
+            "moving_variance": (True, variance),
+            "moving_stddev": (self.renorm, stddev),
+            "renorm_mean": (self.renorm, mean),
+            "renorm_stddev": (self.renorm, stddev),
+            "updates": (self._rule.counts or self._scheduled, {**state, **counts}),
+        }
+
+    def _check_weights(self, option):
+        """Refuse an option for which a built layer would need other weights."""
+        axes = self._channel_axes([None] * self.input_spec.ndim, sizes_known=False)
+        fits = axes == self._axes and all(
+            needed == (getattr(self, name) is not None)
+            for name, (needed, _) in self._weight_options(()).items()
+        )
+        if not fits:
+            raise ValueError(
+                f"`{option}` cannot be set to {getattr(self, option)!r} in the built "
+                f"layer {self.name!r}, for the layer would need other weights. Make a "
+                "new layer with this option."
+            )
+
+    def _apply_option(self, name):
+        """Let the variables know of an option; gives whether others train now."""
+        before = [weight.trainable for weight in self.weights]
+        if name == "freeze_affine":
+            for weight in (self.gamma, self.beta):
+                if weight is not None:
+                    weight.trainable = self.trainable
+            self._freeze_parameters()
+        parameter, _, kind = name.partition("_")
+        if kind in ("regularizer", "constraint"):
+            weight = getattr(self, parameter)
+            if weight is not None:
+                setattr(weight, kind, getattr(self, name))
+        if not self.freeze_statistics:
+            self._fused = False
+        return before != [weight.trainable for weight in self.weights]
+
+    def _freeze_parameters(self):
+        """Let the parameters that `freeze_affine` names not train."""
+        for name in arguments.AFFINE:
+            weight = getattr(self, name, None)
+            if weight is not None and self.freeze_affine in (True, name):
+                weight.trainable = False
 
     @property
     def _rule(self):
@@ -414,3 +473,22 @@ class BatchNormalization(Freezable, Checked):
             return None
         updates = None if self.updates is None else self.updates.value
         return renorm.bounds(self.renorm_clipping, updates, self.moving_mean.dtype)
+
+
+class _Mask(keras.layers.Layer):
+    """Takes the mask that Keras keeps with a tensor."""
+
+    def call(self, inputs: Tensor, mask: Tensor | None = None) -> Tensor:
+        self.mask = mask
+        return inputs
+
+
+def _mask_of(inputs: Tensor) -> Tensor | None:
+    """The mask that Keras keeps with a tensor, or None.
+
+    Keras gives it to a layer with a single tensor argument only.
+    """
+    layer = _Mask(name="mask", autocast=False)
+    layer.supports_masking = True
+    layer(inputs)
+    return layer.mask

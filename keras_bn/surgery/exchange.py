@@ -99,6 +99,19 @@ def holders_alive(layers):
     ]
 
 
+def models_alive(layers):
+    """All built models in memory that hold one of some layers, to any depth."""
+    wanted = {id(v) for layer in layers if layer.built for v in layer.variables}
+    return [
+        each
+        for each in gc.get_objects()
+        # Not isinstance(), which reads `__class__`: lazy modules then import.
+        if issubclass(type(each), keras.Model)
+        and getattr(each, "built", False)
+        and any(id(variable) in wanted for variable in each.variables)
+    ]
+
+
 def replace(holder, others):
     """Replace objects in all attributes of an object.
 

@@ -7,11 +7,13 @@ from typing import TypeVar
 import keras
 
 from keras_bn.layer import BatchNormalization
-from keras_bn.layer.frozen import AFFINE, forget_traces
+from keras_bn.layer.arguments import AFFINE
+from keras_bn.layer.traces import renew
 from keras_bn.surgery.copying import copy_model
 from keras_bn.surgery.exchange import (
     exchange,
     holders_alive,
+    models_alive,
     optimizers,
     rekey,
     replace,
@@ -159,7 +161,8 @@ def _convert(model, wanted, kind, in_place, compiled):
     exchange(pairs, holders_alive(layers) if in_place else view.holders)
     _hand_over_variables(model, pairs)
     if in_place:
-        forget_traces(new for _, new in pairs)
+        for holder in models_alive(new for _, new in pairs):
+            renew(holder)
     return model
 
 

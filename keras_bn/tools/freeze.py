@@ -6,12 +6,11 @@ from typing import Literal, overload
 import keras
 
 from keras_bn.layer import BatchNormalization
-from keras_bn.layer.frozen import forget_traces
 from keras_bn.surgery import norms
 from keras_bn.surgery.private import require
 from keras_bn.surgery.view import ModelView
 from keras_bn.tools.fold import Fold, FoldPlan
-from keras_bn.tools.fuse import note, separate
+from keras_bn.tools.fuse import defer, separate
 
 
 @overload
@@ -97,14 +96,16 @@ def freeze(
     plan = FoldPlan(view, fusing=True) if fuse else None
     fused = plan.fused if plan else []
     ids = {id(norm) for norm, *_ in fused}
-    changed = [
-        path
-        for path, layer in layers.items()
-        if layer.set_frozen(True, True if affine else None, id(layer) in ids or None)
-    ]
-    noting = [note(linear, axes) for _, linear, axes in fused]
-    forget_traces([*map(layers.get, changed), *filter(None, noting)])
-    return plan.folds if plan else changed
+    before = _frozen(layers)
+    for _, linear, axes in fused:
+        defer(linear, axes)
+    for layer in layers.values():
+        layer.freeze_statistics = True
+        if affine:
+            layer.freeze_affine = True
+        if id(layer) in ids:
+            layer.set_fused(True)
+    return plan.folds if plan else _changed(before, _frozen(layers))
 
 
 def unfreeze(model: keras.Layer, *, affine: bool = False) -> list[str]:
@@ -135,13 +136,29 @@ def unfreeze(model: keras.Layer, *, affine: bool = False) -> list[str]:
     require("keras_bn.unfreeze", "layers")
     view = ModelView(model)
     layers = _layers(view, "unfreeze")
-    changed = [
-        path
+    before = _frozen(layers)
+    separate(view)
+    for layer in layers.values():
+        layer.freeze_statistics = False
+        if affine:
+            layer.freeze_affine = False
+    return _changed(before, _frozen(layers))
+
+
+def _frozen(layers):
+    """What is frozen in each layer, by path."""
+    return {
+        path: (
+            layer.freeze_statistics,
+            layer.freeze_affine,
+            [weight.trainable for weight in layer.weights],
+        )
         for path, layer in layers.items()
-        if layer.set_frozen(False, False if affine else None)
-    ]
-    forget_traces([*map(layers.get, changed), *separate(view)])
-    return changed
+    }
+
+
+def _changed(before, after):
+    return [path for path in before if before[path] != after[path]]
 
 
 def _layers(view, verb):

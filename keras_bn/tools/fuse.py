@@ -1,8 +1,8 @@
 """Linear layers that take in the frozen normalization behind them, call by call.
 
-`Noting` stands in the place of the `call` of a linear layer. It gives the layer's own
-output, with a note (`keras_bn.layer.noted`) that a frozen normalization follows. The
-layer has the same class, config and variables as before, so nothing of this is saved.
+`Deferring` stands in the place of the `call` of a linear layer. It gives the layer's
+own output, and attaches a deferred affine to it (`keras_bn.layer.fusion`). The layer
+has the same class, config and variables as before, so nothing of this is saved.
 """
 
 import functools
@@ -12,7 +12,7 @@ from keras import ops
 
 from keras_bn.backends import backend
 from keras_bn.backends.plan import elements
-from keras_bn.layer import noted
+from keras_bn.layer import fusion
 from keras_bn.surgery import private
 from keras_bn.tools.linear import is_activated
 
@@ -21,8 +21,8 @@ from keras_bn.tools.linear import is_activated
 WORTH = 4
 
 
-class Noting:
-    """The `call` of a linear layer, which notes how its output comes about.
+class Deferring:
+    """The `call` of a linear layer, with a deferred affine on its output.
 
     Args:
         linear: the `Linear` of the layer.
@@ -39,21 +39,21 @@ class Noting:
         y = type(layer).call(layer, inputs, **options)
         worth = elements(y.shape) >= WORTH * elements(getattr(layer, self._last).shape)
         if backend.prunes(y) and worth and not is_activated(layer):
-            again = functools.partial(self._again, inputs, options)
-            noted.leave(y, noted.Note(self.axes, again))
+            compute = functools.partial(self._compute, inputs, options)
+            fusion.attach(y, fusion.DeferredAffine(self.axes, compute))
         return y
 
-    def _again(self, inputs, options, scale, offset):
+    def _compute(self, inputs, options, scale, offset):
         """The output, scaled and shifted, by the layer's own class on other weights."""
         layer = self.layer
         for_kernel, for_bias = self._shapes
         with private.AutocastScope(None):  # the product is rounded, not its factors
             kernel = ops.cast(getattr(layer, self._last), scale.dtype)
-            kernel = kernel * _spread(scale, for_kernel)
-            bias = _spread(offset, for_bias)
+            kernel = kernel * _reshaped(scale, for_kernel)
+            bias = _reshaped(offset, for_bias)
             if layer.bias is not None:
                 own = ops.cast(layer.bias, scale.dtype)
-                bias = own * _spread(scale, for_bias) + bias
+                bias = own * _reshaped(scale, for_bias) + bias
         kernel, bias = (ops.cast(w, layer.compute_dtype) for w in (kernel, bias))
         convolution = type(layer) is keras.layers.Conv2D
         weights = {
@@ -61,16 +61,16 @@ class Noting:
             "bias": None if convolution else bias,
             "use_bias": not convolution,
         }
-        y = type(layer).call(_Instead(layer, **weights), inputs, **options)
+        y = type(layer).call(_WithWeights(layer, **weights), inputs, **options)
         return backend.add_offset(y, bias, self.axes[0]) if convolution else y
 
 
-def _spread(values, shape):
+def _reshaped(values, shape):
     """Values per channel in a shape that broadcasts; without an op where they do."""
     return values if len(shape) == 1 else ops.reshape(values, shape)
 
 
-class _Instead:
+class _WithWeights:
     """A layer with other values of some attributes."""
 
     def __init__(self, layer, **others):
@@ -80,20 +80,14 @@ class _Instead:
         return getattr(self._layer, name)
 
 
-def note(linear, axes):
-    """Let a linear layer note how its output comes about.
+def defer(linear, axes):
+    """Let a linear layer attach a deferred affine to its output.
 
     Args:
         linear: the `Linear` of the layer.
         axes: the channel axes of its output.
-
-    Returns:
-        The layer, or None if it did so already.
     """
-    layer, new = linear.layer, Noting(linear, axes)
-    present = vars(layer).get("call")
-    vars(layer)["call"] = new
-    return None if isinstance(present, Noting) else layer
+    vars(linear.layer)["call"] = Deferring(linear, axes)
 
 
 def separate(view):
@@ -101,16 +95,12 @@ def separate(view):
 
     Args:
         view: the `ModelView` of the model.
-
-    Returns:
-        The layers that this has changed.
     """
-    changed = [la for _, la in view.layers if isinstance(vars(la).get("call"), Noting)]
-    for layer in changed:
-        del vars(layer)["call"]
-    return changed
+    for _, layer in view.layers:
+        if isinstance(vars(layer).get("call"), Deferring):
+            del vars(layer)["call"]
 
 
 def has_own_call(layer: keras.layers.Layer) -> bool:
     """Whether someone else has replaced the `call` of this one layer."""
-    return "call" in vars(layer) and not isinstance(vars(layer)["call"], Noting)
+    return "call" in vars(layer) and not isinstance(vars(layer)["call"], Deferring)

@@ -175,12 +175,14 @@ def test_outputs_and_gradients_are_those_of_the_unfused_layers(kind, float64):
     frozen, fused, (told,) = pair_of(model)
     assert told.into == model.layers[1].name
     asked = []
-    again = fuse.Noting._again
+    again = fuse.Deferring._compute
     # On a CPU, TensorFlow has gradients of channels first under XLA alone.
     alone = NAME == "tensorflow" and "channels first" in kind
     mode = "xla" if alone else COMPILED
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fuse.Noting, "_again", lambda *a: asked.append(a) or again(*a))
+        patch.setattr(
+            fuse.Deferring, "_compute", lambda *a: asked.append(a) or again(*a)
+        )
         expected = gradients(frozen, x, upstream, mode)
         found = gradients(fused, x, upstream, mode)
     assert len(found) == len(expected)
@@ -378,14 +380,14 @@ def both():
 def asked(model, x):
     """The names of the linear layers that `predict` computes with other weights."""
     names = []
-    again = fuse.Noting._again
+    again = fuse.Deferring._compute
 
     def spy(self, *args):
         names.append(self.layer.name)
         return again(self, *args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fuse.Noting, "_again", spy)
+        patch.setattr(fuse.Deferring, "_compute", spy)
         if isinstance(model, keras.Model):
             model.make_predict_function(force=True)
         model.predict(x, verbose=0)
@@ -672,7 +674,7 @@ def test_a_normalization_along_other_axes_does_not_follow():
     data = np.random.default_rng(0).normal(size=(2, 4, 3))
     expected = other.predict(data, verbose=0)
     keras_bn.freeze(fused, fuse=True)
-    other.get_layer("other").set_frozen(fused=True)
+    other.get_layer("other").set_fused(True)
     assert asked(other, data) == []
     np.testing.assert_allclose(other.predict(data, verbose=0), expected, 1e-5)
 
