@@ -2,21 +2,21 @@
 
 import contextlib
 import contextvars
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
 import numpy as np
 
-_lenient = contextvars.ContextVar("lenient", default=False)
+_allowed = contextvars.ContextVar("invalid_statistics_allowed", default=False)
 
 # The statistics of a layer that must not be negative, and the others.
-_SPREADS = ("moving_variance", "moving_stddev", "renorm_stddev")
+_VARIANCES = ("moving_variance", "moving_stddev", "renorm_stddev")
 _MEANS = ("moving_mean", "renorm_mean")
 
 
-class Checked(keras.layers.Layer):
-    """A layer that refuses lost statistics, from a file or from `set_weights`.
+class ValidStatistics(keras.layers.Layer):
+    """A layer that refuses invalid statistics, from a file or from `set_weights`.
 
     It checks `.keras` and `.weights.h5` files, its own `set_weights`, and `.h5` files
     of models that hold it directly. It cannot check `set_weights` of a model, nor
@@ -39,10 +39,10 @@ class Checked(keras.layers.Layer):
         for variable in self.variables:
             self._check_stored(variable.name, variable)
 
-    def _check_stored(self, name, value):
-        channel = None if _lenient.get() else lost(name, value)
+    def _check_stored(self, name: str, value: Any) -> None:
+        channel = None if _allowed.get() else invalid_channel(name, value)
         if channel is not None:
-            rule = "negative or not finite" if name in _SPREADS else "not finite"
+            rule = "negative or not finite" if name in _VARIANCES else "not finite"
             value = np.asarray(keras.ops.convert_to_numpy(value))[channel]
             raise ValueError(
                 f"Layer {self.name!r} can't load a {name.replace('_', ' ')} that is "
@@ -53,28 +53,28 @@ class Checked(keras.layers.Layer):
             )
 
 
-def lost(name, value):
+def invalid_channel(name: str, value: Any) -> tuple[int, ...] | None:
     """The first channel in which a statistic is invalid, as a tuple; or None.
 
     Args:
         name: of the weight; a weight that is not a statistic gives None.
         value: array, tensor or variable.
     """
-    if name not in (*_SPREADS, *_MEANS):
+    if name not in (*_VARIANCES, *_MEANS):
         return None
     value = np.asarray(keras.ops.convert_to_numpy(value))
-    good = np.isfinite(value)
-    if name in _SPREADS:
-        good &= value >= 0
-    bad = np.argwhere(~good)
-    return tuple(int(i) for i in bad[0]) if len(bad) else None
+    valid = np.isfinite(value)
+    if name in _VARIANCES:
+        valid &= value >= 0
+    invalid = np.argwhere(~valid)
+    return tuple(int(i) for i in invalid[0]) if len(invalid) else None
 
 
 @contextlib.contextmanager
-def lenient():
-    """Let layers load lost statistics in this context."""
-    token = _lenient.set(True)
+def allow_invalid_statistics() -> Iterator[None]:
+    """Let layers load invalid statistics in this context."""
+    token = _allowed.set(True)
     try:
         yield
     finally:
-        _lenient.reset(token)
+        _allowed.reset(token)
