@@ -2,12 +2,14 @@
 
 import importlib.util
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 from conftest import require
 from support.marks import mostly_slow
 
+from keras_bn.cli.main import main
 from keras_bn.diagnosis.rules import RULES
 
 ROOT = Path(__file__).parents[2]
@@ -18,8 +20,17 @@ def blocks(page):
     return re.findall(r"^```python\n(.*?)^```", page.read_text(), re.M | re.S)
 
 
-# The tutorial runs as a notebook, in test_notebook.py.
-EXECUTED = [p for p in PAGES if blocks(p) and p.name != "tutorial.md"]
+def run_blocks(page):
+    """Run the blocks of Python of a page, one after another."""
+    namespace = {}
+    for block in blocks(page):
+        exec(compile(block, str(page), "exec"), namespace)
+
+
+# The tutorial runs as a notebook, in test_notebook.py; the README, with its commands,
+# in a test of its own.
+OWN = "tutorial.md", "README.md"
+EXECUTED = [p for p in PAGES if blocks(p) and p.name not in OWN]
 SLOW = [p for p in EXECUTED if p.name in ("int8.md", "tools.md")]
 
 
@@ -33,9 +44,24 @@ def test_python_blocks_run_in_order(page, tmp_path, monkeypatch):
     for package in ("matplotlib", "sklearn", "torch"):
         if any(package in block for block in blocks(page)):
             require(package)
-    namespace = {}
-    for block in blocks(page):
-        exec(compile(block, str(page), "exec"), namespace)
+    run_blocks(page)
+
+
+# The commands of the README on the files that its blocks write.
+COMMAND = re.compile(r"^    keras-bn ((?!verify).*?)(?:  # (.*))?$", re.M)
+
+
+def test_the_readme_runs_from_top_to_bottom_in_one_folder(tmp_path, monkeypatch):
+    for package in ("matplotlib", "sklearn"):
+        require(package)
+    monkeypatch.chdir(tmp_path)
+    run_blocks(ROOT / "README.md")
+    commands = COMMAND.findall((ROOT / "README.md").read_text())
+    assert len(commands) == 4
+    for words, comment in commands:
+        fails = "exit status 1" in comment or "inspect" in words
+        assert main(shlex.split(words)) == int(fails), words
+    assert (tmp_path / "folded.keras").exists()
 
 
 def test_the_layer_is_in_use_within_ten_lines_of_the_readme():
