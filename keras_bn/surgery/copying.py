@@ -65,7 +65,20 @@ def copy_model(model, compiled=True, view=None):
 
 
 class _Copier:
-    """Gives the copy of each object; the same copy every time."""
+    """Gives the copy of each object; the same copy every time.
+
+    This restates what `copy.deepcopy` decides by the kind of an object, for four
+    reasons. `deepcopy` goes into each object that it meets, and a graph of Keras is a
+    chain of calls, tensors and layers, which ends at Python's limit of recursion from
+    some hundred layers on: here objects are made first and filled later, from a queue.
+    It copies a function as the function itself, with the original's layers in its
+    closure. It copies all that can be reached: calls of the same layers by other
+    models, traced functions, and what holds nothing of Keras's and may be large or
+    unable to be copied, as a tokenizer or a lock. And a variable, a tensor of PyTorch
+    with a gradient and the dicts of TensorFlow's tracking need constructors of their
+    own. Classes can say how they are copied (`__deepcopy__`), but these are Keras's,
+    TensorFlow's and the user's.
+    """
 
     def __init__(self, view, compiled):
         self._copies: dict = {}
@@ -148,6 +161,14 @@ class _Copier:
         index = history.node_index
         return index < len(made) and id(made[index]) in self._nodes
 
+    def _is_in(self, part):
+        """Whether a part of a list is copied with it: calls by other models are not.
+
+        A layer lists its calls in all graphs, and TensorFlow's tracking notes that list
+        in further attributes.
+        """
+        return not isinstance(part, Node) or id(part) in self._nodes
+
     def _variable(self, value):
         options = {
             "dtype": value.dtype,
@@ -187,10 +208,6 @@ class _Copier:
 
     def _fill(self, value, new):
         attributes = dict(vars(value))
-        if isinstance(value, keras.Operation):
-            for name in "_inbound_nodes", "_outbound_nodes":
-                present = attributes.get(name, [])
-                attributes[name] = [n for n in present if id(n) in self._nodes]
         if isinstance(value, keras.layers.Layer):
             for name in _WRAPPED:
                 attributes.pop(name, None)
@@ -224,7 +241,8 @@ class _Copier:
             elif issubclass(kind, set):
                 set.update(new, [self(part) for part in value])
             elif issubclass(kind, list):
-                list.extend(new, [self(part) for part in list.__iter__(value)])
+                parts = [part for part in list.__iter__(value) if self._is_in(part)]
+                list.extend(new, map(self, parts))
             else:
                 new.extend(self(part) for part in value)
             for name, attribute in getattr(value, "__dict__", {}).items():

@@ -11,6 +11,7 @@ from typing import Any
 
 import keras
 
+from keras_bn.surgery import promises
 from keras_bn.surgery.graph import input_of, nodes, walk
 from keras_bn.surgery.private import make_node_key, map_graph
 
@@ -23,8 +24,20 @@ def exchange(pairs, holders):
     Args:
         pairs: of an old layer and its replacement.
         holders: the layers and models to change.
+
+    Raises:
+        BrokenPromiseError: if one was not replaced; then none is.
     """
     pairs = list(pairs)
+    _exchange(pairs, holders)
+    try:
+        promises.exchanged(pairs, holders)
+    except promises.BrokenPromiseError:
+        _exchange([(new, old) for old, new in pairs], holders)
+        raise
+
+
+def _exchange(pairs, holders):
     for old, new in pairs:
         new._inbound_nodes = old._inbound_nodes
         new._outbound_nodes = old._outbound_nodes
@@ -46,15 +59,17 @@ def bypass(view, layers):
         view: the `ModelView` of a model, which is changed in place.
         layers: the layers, each called once in some graph. Whatever takes the output
             of one then takes its input.
+
+    Raises:
+        BrokenPromiseError: if one is still in the model, or an output is cut off.
     """
     gone = {id(layer): GONE for layer in layers}
     for graph in view.graphs:
         instead: dict = {}
         for node in nodes(graph):
-            source = input_of(node)
-            source = instead.get(id(source), source)
             if id(node.operation) in gone:
-                instead[id(node.outputs[0])] = source
+                source = input_of(node)
+                instead[id(node.outputs[0])] = instead.get(id(source), source)
         if not instead:
             continue
         for node in nodes(graph):
@@ -71,6 +86,7 @@ def bypass(view, layers):
         graph.output_names = [t._keras_history.operation.name for t in graph._outputs]
     for holder in view.holders:
         replace(holder, gone)
+    promises.bypassed(view.holders, layers)
 
 
 def _take_other_inputs(node, instead):

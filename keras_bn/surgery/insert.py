@@ -1,5 +1,6 @@
 """Putting further layers behind others in the graphs of a model, in place."""
 
+from keras_bn.surgery import promises
 from keras_bn.surgery.exchange import note_nodes, replace
 from keras_bn.surgery.graph import graph_of, nodes
 from keras_bn.surgery.private import map_graph
@@ -13,6 +14,9 @@ def insert(view, places):
             place.
         places: a list of `(tensor, layers)`: a tensor of one of its graphs, and the
             layers to call on it, in order.
+
+    Raises:
+        BrokenPromiseError: if one is not in the model then, or an output is cut off.
     """
     behind = {id(tensor): (tensor, layers) for tensor, layers in places}
     for _, holder in view.layers:
@@ -25,6 +29,7 @@ def insert(view, places):
             _insert(graph, tensor, layers, view.consumers(tensor))
         if here:
             _redraw(holder, graph, [layer for _, layers in here for layer in layers])
+    promises.inserted(view.holders, places)
 
 
 def _insert(graph, tensor, layers, consumers):

@@ -82,12 +82,13 @@ def nested(bn=layers.BatchNormalization):
     return keras.Model(y, layers.Dense(2)(middle(y)), name="outer")
 
 
-def masked(bn=layers.BatchNormalization):
+def masked(bn=layers.BatchNormalization, training=False):
     tokens = keras.Input((7,), dtype="int32")
     x = layers.Embedding(5, 4, mask_zero=True)(tokens)
     x = bn(name="sequence")(x)
     x = layers.LSTM(3, return_sequences=True)(x)
-    x = bn(name="explicit")(x, training=False, mask=keras.ops.not_equal(tokens, 0))
+    mask = keras.ops.not_equal(tokens, 0)
+    x = bn(name="explicit")(x, training=training, mask=mask)
     return keras.Model(tokens, layers.GlobalAveragePooling1D()(x))
 
 
