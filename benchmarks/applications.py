@@ -32,12 +32,14 @@ def build(application, size, kind, jit=False):
     Ours is put in as users do it. The models differ in nothing else.
 
     Args:
-        application: name of a model in `keras.applications`.
+        application: name of a model in `keras.applications`, or a function that takes
+            the same arguments.
         size: side of its square images.
         kind: one of `KINDS` or `FROZEN_KINDS`.
         jit: whether XLA compiles its steps; if not, Keras decides as by default.
     """
-    make = getattr(keras.applications, application)
+    named = isinstance(application, str)
+    make = getattr(keras.applications, application) if named else application
     model = make(weights=None, input_shape=(size, size, 3), classes=CLASSES)
     if kind in (verify.OURS, FROZEN, FUSED):
         model = keras_bn.from_keras(model)

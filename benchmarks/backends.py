@@ -117,6 +117,19 @@ def here(seconds=4.0):
     return {**about, "errors": errors(), "rows": rows}
 
 
+def in_process(name, python, seconds):
+    """What `here` finds on a backend, in a process of this Python."""
+    done = subprocess.run(
+        [python, "-m", "benchmarks.backends", "--here", "--seconds", str(seconds)],
+        env={**os.environ, "KERAS_BACKEND": name, "TF_CPP_MIN_LOG_LEVEL": "3"},
+        cwd=process.ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 def measure(pythons=None, seconds=4.0):
     """What `here` finds on each backend, in a process of its own.
 
@@ -131,16 +144,7 @@ def measure(pythons=None, seconds=4.0):
         if name not in pythons and importlib.util.find_spec(name) is None:
             print(f"{name} is not installed, and left out", file=sys.stderr)
             continue
-        command = [pythons.get(name, sys.executable), "-m", "benchmarks.backends"]
-        done = subprocess.run(
-            [*command, "--here", "--seconds", str(seconds)],
-            env={**os.environ, "KERAS_BACKEND": name, "TF_CPP_MIN_LOG_LEVEL": "3"},
-            cwd=process.ROOT,
-            stdout=subprocess.PIPE,
-            text=True,
-            check=True,
-        )
-        results.append(json.loads(done.stdout.splitlines()[-1]))
+        results.append(in_process(name, pythons.get(name, sys.executable), seconds))
     return results
 
 

@@ -42,10 +42,10 @@ def step(kernel, shape):
     plan = Plan(kernel, axes=(1,))
 
     def forward(x):
+        # As `compiled` does: variables are read once.
+        affine = [keras.ops.convert_to_tensor(v) for v in (gamma, beta)]
         for _ in range(depth(shape)):
-            x, _ = backend.forward(
-                x, None, gamma.value, beta.value, epsilon=1e-3, plan=plan
-            )
+            x, _ = backend.forward(x, None, *affine, epsilon=1e-3, plan=plan)
         return x
 
     run = modes.with_gradients(forward, [gamma, beta], modes.USUAL)

@@ -31,19 +31,29 @@ def seconds(kind, application, size, batch, of="fit", jit=False):
     return time.perf_counter() - start
 
 
-def measure(application, size, batch, of="fit", jit=False, rounds=3, kinds=KINDS):
+def measure(
+    application,
+    size,
+    batch,
+    of="fit",
+    jit=False,
+    rounds=3,
+    kinds=KINDS,
+    number=process.number,
+):
     """One row: medians over rounds of fresh processes, of two kinds in turn.
 
     `ratio` is the second over the first, ours over Keras's, of the medians.
+    `number(module, *arguments)` gives what a process prints.
     """
     where = ["--application", application, "--size", size, "--batch", batch]
     how = ["--of", of, *(["--jit"] if jit else [])]
     times = {kind: [] for kind in kinds}
     for _ in range(rounds):
         for kind in kinds:
-            taken = process.number("benchmarks.models", "--first", kind, *where, *how)
-            times[kind].append(taken)
-    medians = {kind: float(np.median(taken)) for kind, taken in times.items()}
+            seconds = number("benchmarks.models", "--first", kind, *where, *how)
+            times[kind].append(seconds)
+    medians = {kind: float(np.median(seconds)) for kind, seconds in times.items()}
     return {
         "model": application,
         "size": size,

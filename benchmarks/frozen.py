@@ -6,28 +6,28 @@ from benchmarks import applications, first, markdown, memory, process, steps
 from benchmarks.applications import FROZEN, FROZEN_KINDS, FUSED
 
 
-def measure(application, size, batch, rounds=3, fits=5):
+def measure(application, size, batch, rounds=3, fits=5, number=process.number):
     """One row: the first step of `fit`, the steps after it, and their memory.
 
     Args:
         application, size, batch: the model, as in `applications.FULL`.
         rounds: how many fresh processes of each kind for first step and memory.
         fits: how often each model is fitted for the steps after it.
+        number: `number(module, *arguments)` gives what a process prints.
     """
     where = application, size, batch
     grown: dict = {kind: [] for kind in (FROZEN, FUSED)}
     for _ in range(rounds):
         for kind in grown:
             how = ["--application", application, "--size", size, "--batch", batch]
-            grown[kind].append(
-                process.number("benchmarks.models", "--memory", kind, *how)
-            )
-    peaks = {kind: float(np.median(each)) for kind, each in grown.items()}
+            grown[kind].append(number("benchmarks.models", "--memory", kind, *how))
+    peaks = {kind: float(np.median(values)) for kind, values in grown.items()}
+    kinds = FROZEN, FUSED
     return {
         "model": application,
         "size": size,
         "batch": batch,
-        "first": first.measure(*where, rounds=rounds, kinds=(FROZEN, FUSED)),
+        "first": first.measure(*where, rounds=rounds, kinds=kinds, number=number),
         "memory": {**peaks, "ratio": peaks[FUSED] / peaks[FROZEN]},
         **steps.measure(*where, rounds=fits, kinds=FROZEN_KINDS),
     }

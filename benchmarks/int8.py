@@ -23,7 +23,8 @@ FLOAT, INT8 = "float", "int8"
 def measure(application, size, seconds=10.0):
     """Bytes of both files, and milliseconds for one image, with their ratios."""
     keras.utils.set_random_seed(0)
-    make = getattr(keras.applications, application)
+    named = isinstance(application, str)
+    make = getattr(keras.applications, application) if named else application
     model = make(weights=None, input_shape=(size, size, 3), classes=10)
     x = np.random.default_rng(0).uniform(-1, 1, (16, size, size, 3)).astype("float32")
     files = {FLOAT: float_file(model), INT8: integer_file(model, x)[0]}

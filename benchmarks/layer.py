@@ -36,6 +36,7 @@ def measure(
     seconds=5.0,
     training=True,
     backward=True,
+    others=True,
     **options,
 ):
     """One row: who took how long, traced as in `fit` with the batch size unknown.
@@ -43,7 +44,7 @@ def measure(
     For training steps in graph mode, also what the ratio is with all sizes known.
     """
     how = {"mode": mode, "axis": axis, "training": training, "backward": backward}
-    chains = peers.functions(shape, **how, **options)
+    chains = peers.functions(shape, **how, others=others, **options)
     timings = verify.per_layer(verify.interleave(chains, seconds), shape)
     row = {
         "shape": shape,

@@ -50,13 +50,10 @@ def step(kind, jit=False):
     return resident(peak=True) - before
 
 
-def measure(jit=False):
+def measure(jit=False, number=process.number):
     """Bytes by kind, under XLA or not, and the ratio of ours to Keras's."""
     how = ["--jit"] if jit else []
-    grown = {
-        kind: process.number("benchmarks.memory", "--kind", kind, *how)
-        for kind in KINDS
-    }
+    grown = {k: number("benchmarks.memory", "--kind", k, *how) for k in KINDS}
     return {**grown, "ratio": grown["keras_bn"] / grown["Keras"]}
 
 

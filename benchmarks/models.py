@@ -13,7 +13,7 @@ import argparse
 import json
 from pathlib import Path
 
-from benchmarks import applications, first, frozen, markdown, steps
+from benchmarks import applications, first, frozen, markdown, process, steps
 
 
 def measure(application, size, batch, rounds=3, fits=5):
@@ -34,15 +34,17 @@ def measure(application, size, batch, rounds=3, fits=5):
     }
 
 
-def other_first_steps(rounds=3):
+def other_first_steps(rounds=3, number=process.number):
     """Rows of `first.measure` for everything but `fit` in graph mode."""
     rows = [
-        first.measure(*model, of=of, rounds=rounds)
+        first.measure(*model, of=of, rounds=rounds, number=number)
         for of in ("evaluate", "predict")
         for model in applications.USUAL
     ]
     # One model alone, for XLA takes long to compile it.
-    compiled = first.measure(*applications.USUAL[0], jit=True, rounds=rounds)
+    compiled = first.measure(
+        *applications.USUAL[0], jit=True, rounds=rounds, number=number
+    )
     return [*rows, compiled]
 
 
@@ -60,7 +62,8 @@ def table(rows):
     )
 
 
-def main(argv=None):
+def parsed(argv=None):
+    """The arguments of the command."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -94,9 +97,14 @@ def main(argv=None):
         help="take a step here, and print its peak of memory in bytes",
     )
     parser.add_argument("--json", metavar="FILE")
-    a = parser.parse_args(argv)
-    if (a.first or a.memory) and not a.application:
+    arguments = parser.parse_args(argv)
+    if (arguments.first or arguments.memory) and not arguments.application:
         parser.error("--first needs --application, and so does --memory")
+    return arguments
+
+
+def main(argv=None):
+    a = parsed(argv)
     if a.memory:
         print(frozen.peak(a.memory, a.application, a.size, a.batch))
         return

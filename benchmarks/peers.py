@@ -132,12 +132,13 @@ def functions(
     training=True,
     backward=True,
     known=False,
+    others=True,
     **options,
 ):
     """The peers' chains for an input of this shape, by name.
 
     TensorFlow's are traced with the batch size unknown, as in `fit`. With all sizes
-    `known`, there are Keras's and ours alone.
+    `known`, there are Keras's and ours alone; without `others`, TensorFlow's.
     """
     peers = {
         verify.PEER: lambda: keras.layers.BatchNormalization(axis=axis, **options),
@@ -149,10 +150,10 @@ def functions(
     dtype = keras.DTypePolicy(options.get("dtype", "float32")).compute_dtype
     how = mode, training, dtype, backward, known
     chains = {n: verify.chain(m, shape, *how) for n, m in peers.items()}
-    if alone or not backward:
+    if alone or not backward or not others:
         return chains
-    others = {
+    found = {
         "PyTorch": pytorch(shape, axis, training),
         "Flax": flax(shape, axis, training),
     }
-    return chains | {n: chain for n, chain in others.items() if chain is not None}
+    return chains | {n: chain for n, chain in found.items() if chain is not None}

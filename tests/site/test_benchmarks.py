@@ -1,6 +1,5 @@
 """The benchmarks run, and measure what they say."""
 
-import json
 import os
 import subprocess
 import sys
@@ -13,13 +12,13 @@ from support.distributed import strategy_of
 
 import keras_bn
 from keras_bn import verify
-from keras_bn.verify import chains
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from benchmarks import __main__ as everything
 from benchmarks import (
     applications,
     backends,
+    crossover,
     first,
     frozen,
     int8,
@@ -57,34 +56,26 @@ def test_every_peer_takes_its_step(training):
         function()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("known", [True, False])
-def test_the_batch_size_is_known_to_tracing_or_not(known, monkeypatch):
-    seen = []
+def test_the_batch_size_is_known_to_tracing_or_not(known):
+    sizes = []
 
     class Spy(keras_bn.BatchNormalization):
         def call(self, x, training=None):
-            seen.append(x.shape[0])
+            sizes.append(x.shape[0])
             return super().call(x, training=training)
 
-    monkeypatch.setattr(keras_bn, "BatchNormalization", Spy)
-    functions = peers.functions(SHAPE, known=known)
-    functions[verify.OURS]()
-    assert set(seen) == {SHAPE[0] if known else None}
-    if known:
-        assert set(functions) == {verify.PEER, verify.OURS}
+    verify.chain(Spy, SHAPE, known=known)()
+    assert set(sizes) == {SHAPE[0] if known else None}
 
 
-@pytest.fixture
-def no_others(monkeypatch):
-    """TensorFlow's peers alone: the others fight it for the cores of a busy machine."""
-    for name in ("pytorch", "flax"):
-        monkeypatch.setattr(peers, name, lambda *_: None)
+def test_with_known_sizes_there_are_no_other_peers():
+    assert set(peers.functions(SHAPE, known=True)) == {verify.PEER, verify.OURS}
 
 
 @pytest.mark.slow
-def test_a_row_of_the_layer_table(no_others):
-    row = layer.measure(SHAPE, seconds=0.01)
+def test_a_row_of_the_layer_table():
+    row = layer.measure(SHAPE, seconds=0.01, others=False)
     ms = row["ms"]
     assert row["ratio"] == ms["Keras"]["median"] / ms["keras_bn"]["median"]
     assert row["known_ratio"] > 0
@@ -93,16 +84,16 @@ def test_a_row_of_the_layer_table(no_others):
     assert f" {row['known_ratio']:.2f} |" in table
 
 
-def test_what_no_row_has_is_no_column(no_others):
-    row = layer.measure(SHAPE, seconds=0.01, training=False)
+def test_what_no_row_has_is_no_column():
+    row = layer.measure(SHAPE, seconds=0.01, training=False, others=False)
     assert "known_ratio" not in row
     head = layer.table([row]).splitlines()[0]
     assert "known" not in head
     assert "fused op" not in head
 
 
-def test_a_row_of_the_synchronization_table(monkeypatch):
-    monkeypatch.setattr(chains, "depth", lambda shape: 2)
+@pytest.mark.slow
+def test_a_row_of_the_synchronization_table():
     row = sync.measure(strategy_of("mirrored 2"), SHAPE, seconds=0.01)
     ms = row["ms"]
     for name in ("Keras", "keras_bn"):
@@ -145,11 +136,10 @@ def test_models_differ_in_nothing_but_their_normalization():
     assert norms == 52
 
 
-def test_files_of_integers_and_floats_are_of_one_model(monkeypatch):
+def test_files_of_integers_and_floats_are_of_one_model():
     stack = [keras.Input((8, 8, 3)), keras.layers.Conv2D(64, 3)]
     stack += [keras_bn.BatchNormalization(), keras.layers.Flatten()]
     model = keras.Sequential([*stack, keras.layers.Dense(10)])
-    monkeypatch.setattr(keras.applications, "Small", lambda **_: model, raising=False)
     image = np.random.default_rng(0).uniform(-1, 1, (1, 8, 8, 3)).astype("float32")
     run = int8.runner(int8.float_file(model), image)
     run()
@@ -157,10 +147,10 @@ def test_files_of_integers_and_floats_are_of_one_model(monkeypatch):
     (made,) = interpreter.get_output_details()
     value = interpreter.get_tensor(made["index"])
     np.testing.assert_allclose(value, model.predict(image, verbose=0), 1e-4, 1e-5)
-    row = int8.measure("Small", 8, seconds=0.01)
+    row = int8.measure(lambda **_: model, 8, seconds=0.01)
     assert 0.2 < row["smaller"] < 0.4
     assert row["ratio"] == row["ms"]["int8"]["median"] / row["ms"]["float"]["median"]
-    cells = int8.table([row]).splitlines()[-1]
+    cells = int8.table([row | {"model": "Small"}]).splitlines()[-1]
     assert f"| Small, 8×8 | {row['bytes']['float'] / 1e6:.1f} |" in cells
     assert cells.endswith(f"| {row['ratio']:.2f} |")
 
@@ -177,46 +167,53 @@ def test_the_batch_size_of_the_data_is_not_static():
     assert labels.shape.as_list() == [None]
 
 
-def ended(stdout="", stderr="", returncode=0):
-    """A stand-in for `subprocess.run`, and the commands it was called with."""
-    commands = []
+@pytest.fixture
+def module(tmp_path, monkeypatch):
+    """Writes a module that `python -m` finds."""
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
 
-    def run(command, **options):
-        commands.append(command)
-        return subprocess.CompletedProcess(command, returncode, stdout, stderr)
+    def write(code):
+        (tmp_path / "figures.py").write_text(code)
+        return "figures"
 
-    return run, commands
-
-
-def test_a_process_gives_its_last_line(monkeypatch):
-    run, commands = ended("Downloading 3 files\n12.5\n")
-    monkeypatch.setattr(subprocess, "run", run)
-    assert process.number("benchmarks.models", "--size", 96) == 12.5
-    assert commands == [[sys.executable, "-m", "benchmarks.models", "--size", "96"]]
+    return write
 
 
-def test_a_process_that_fails_is_heard(monkeypatch):
-    monkeypatch.setattr(subprocess, "run", ended("1\n", "no such model", 1)[0])
+def test_a_process_gives_its_last_line(module):
+    name = module("import sys; print('Downloading 3 files'); print(sys.argv[2])")
+    assert process.number(name, "--size", 96) == 96
+
+
+def test_a_process_that_fails_is_heard(module):
     with pytest.raises(RuntimeError, match="no such model"):
-        process.number("benchmarks.models")
+        process.number(module("print(1); raise SystemExit('no such model')"))
 
 
-def processes(monkeypatch, *answers):
-    """Let processes answer these numbers; the kinds and options they were given."""
-    seen, answers = [], iter(answers)
+def processes(*answers):
+    """A stand-in for processes that answer these numbers; and what they were asked."""
+    asked, answers = [], iter(answers)
 
     def number(module, *arguments):
         assert module in ("benchmarks.models", "benchmarks.memory")
-        seen.append([str(a) for a in arguments])
+        asked.append([str(a) for a in arguments])
         return next(answers)
 
-    monkeypatch.setattr(process, "number", number)
-    return seen
+    return number, asked
 
 
-def test_first_steps_are_taken_in_turn(monkeypatch):
-    seen = processes(monkeypatch, 4.0, 2.0, 6.0, 9.0, 5.0, 3.0)
-    row = first.measure("MobileNetV2", 64, 8, of="predict", jit=True, rounds=3)
+def small(weights, input_shape, classes):
+    """A model in place of one of `keras.applications`."""
+    inputs = keras.Input(input_shape)
+    x = keras.layers.Conv2D(4, 2, use_bias=False)(inputs)
+    x = keras.layers.BatchNormalization()(x)
+    x = keras.layers.GlobalAveragePooling2D()(x)
+    return keras.Model(inputs, keras.layers.Dense(classes, "softmax")(x))
+
+
+def test_first_steps_are_taken_in_turn():
+    number, seen = processes(4.0, 2.0, 6.0, 9.0, 5.0, 3.0)
+    how = {"of": "predict", "jit": True, "rounds": 3}
+    row = first.measure("MobileNetV2", 64, 8, **how, number=number)
     assert [arguments[:2] for arguments in seen] == [
         ["--first", "Keras"],
         ["--first", "keras_bn"],
@@ -232,9 +229,8 @@ def test_first_steps_are_taken_in_turn(monkeypatch):
     assert first.table([row]).splitlines()[-1] == expected
 
 
-def test_the_other_first_steps(monkeypatch):
-    processes(monkeypatch, *[1.0] * 100)
-    rows = models.other_first_steps(rounds=1)
+def test_the_other_first_steps():
+    rows = models.other_first_steps(rounds=1, number=lambda *_: 1.0)
     usual = len(applications.USUAL)
     assert [r["of"] for r in rows if not r["jit"]] == (
         ["evaluate"] * usual + ["predict"] * usual
@@ -242,17 +238,14 @@ def test_the_other_first_steps(monkeypatch):
     assert [(r["of"], r["model"]) for r in rows if r["jit"]] == [("fit", "MobileNetV2")]
 
 
-def test_the_command_understands_what_first_steps_are_asked_with(monkeypatch, capsys):
-    asked = processes(monkeypatch, 1.0, 1.0)
-    first.measure("DenseNet121", 64, 8, of="evaluate", jit=True, rounds=1)
-    taken = []
-    monkeypatch.setattr(first, "seconds", lambda *each: taken.append(each) or 2.5)
-    for arguments in asked:
-        models.main(arguments)
-    assert taken == [
-        (kind, "DenseNet121", 64, 8, "evaluate", True) for kind in ("Keras", "keras_bn")
-    ]
-    assert capsys.readouterr().out.splitlines()[-1] == "2.5"
+def test_the_command_understands_what_first_steps_are_asked_with():
+    number, asked = processes(1.0, 1.0)
+    how = {"of": "evaluate", "jit": True, "rounds": 1}
+    first.measure("DenseNet121", 64, 8, **how, number=number)
+    for kind, arguments in zip(("Keras", "keras_bn"), asked, strict=True):
+        a = models.parsed(arguments)
+        where = a.first, a.application, a.size, a.batch, a.of, a.jit
+        assert where == (kind, "DenseNet121", 64, 8, "evaluate", True)
 
 
 def test_the_first_step_of_no_model_is_refused(capsys):
@@ -262,15 +255,16 @@ def test_the_first_step_of_no_model_is_refused(capsys):
 
 
 @pytest.mark.parametrize("of", first.CALLS)
-def test_one_step_is_taken_alone(of, monkeypatch):
-    inputs = keras.Input((4, 4, 3))
-    pooled = keras.layers.GlobalAveragePooling2D()(inputs)
-    model = keras.Model(inputs, keras.layers.Dense(10, "softmax")(pooled))
-    model.compile("sgd", "sparse_categorical_crossentropy")
-    monkeypatch.setattr(applications, "build", lambda *_: model)
-    assert first.seconds("Keras", "any", 4, 3, of) > 0
+def test_one_step_is_taken_alone(of):
+    built = []
+
+    def application(**options):
+        built.append(small(**options))
+        return built[-1]
+
+    assert first.seconds("Keras", application, 4, 3, of) > 0
     if of == "fit":
-        assert model.optimizer.iterations.numpy() == 1
+        assert built[0].optimizer.iterations.numpy() == 1
 
 
 def test_the_share_of_the_cost_is_that_of_each_round():
@@ -287,21 +281,11 @@ def test_the_share_of_the_cost_is_that_of_each_round():
     assert steps.cells(row) == ["300", "200", "100", "0.50 (0.25 to 0.75)"]
 
 
-def test_the_round_that_traces_is_not_counted(monkeypatch):
-    class Model:
-        def __init__(self, kind):
-            self.fits, self.ms = 0, {"Keras": 3, "keras_bn": 2, "without": 1}[kind]
-
-        def fit(self, images, steps_per_epoch, callbacks, **_):
-            timer = callbacks[0]
-            timer.on_train_begin()
-            timer.times = [1e-3 * self.ms if self.fits else 1e3] * steps_per_epoch
-            self.fits += 1
-
-    monkeypatch.setattr(applications, "build", lambda name, size, kind: Model(kind))
-    row = steps.measure("any", 4, 2, rounds=2, steps=3)
-    assert row["ms"] == pytest.approx({"Keras": 3, "keras_bn": 2, "without": 1})
-    assert row["shares"] == pytest.approx([0.5, 0.5])
+def test_the_round_that_traces_is_not_counted():
+    row = steps.measure(small, 4, 2, rounds=2, steps=3)
+    assert len(row["shares"]) == 2
+    # A step that traces takes a tenth of a second at least.
+    assert all(ms < 100 for ms in row["ms"].values())
 
 
 @pytest.mark.slow
@@ -322,50 +306,48 @@ def test_frozen_models_differ_in_fusion_alone():
         assert sum(noting) == (52 if kind == "fused" else 0)
 
 
-def test_a_row_of_the_frozen_table(monkeypatch):
-    asked = processes(monkeypatch, 2.0**30, 2.0**29, 4.0, 3.0)
-
-    def measure(*where, rounds, kinds=()):
-        times = {"frozen": [[0.3]], "fused": [[0.12]], "without": [[0.1]]}
-        assert tuple(times) == kinds
-        return steps.summary(times)
-
-    monkeypatch.setattr(steps, "measure", measure)
-    row = frozen.measure("ResNet50", 96, 16, rounds=1)
-    assert [each[:2] for each in asked] == [
+def test_a_row_of_the_frozen_table():
+    number, asked = processes(2.0**30, 2.0**29, 4.0, 3.0)
+    row = frozen.measure(small, 8, 16, rounds=1, fits=1, number=number)
+    assert [arguments[:2] for arguments in asked] == [
         [option, kind]
         for option in ("--memory", "--first")
         for kind in ("frozen", "fused")
     ]
+    assert list(row["ms"]) == ["frozen", "fused", "without"]
+    times = {"frozen": [[0.3]], "fused": [[0.12]], "without": [[0.1]]}
+    row |= {"model": "ResNet50", "size": 96, **steps.summary(times)}
     assert frozen.table([row]).splitlines()[-1] == (
         "| ResNet50, 96×96, batch 16 | 4.0 | 3.0 | 0.75 | 300 | 120 | 100 "
         "| 0.10 (0.10 to 0.10) | 1024 | 512 | 0.50 |"
     )
-    taken = []
-    monkeypatch.setattr(frozen, "peak", lambda *each: taken.append(each) or 7)
-    models.main(asked[1])
-    assert taken == [("fused", "ResNet50", 96, 16)]
+    a = models.parsed(["--memory", "fused", "--application", "ResNet50"])
+    assert (a.memory, a.application) == ("fused", "ResNet50")
 
 
-def test_the_peak_of_memory_is_that_of_a_step(monkeypatch):
-    inputs = keras.Input((4, 4, 3))
-    wide = keras.layers.Dense(2**15, "relu")(keras.layers.Flatten()(inputs))
-    model = keras.Model(inputs, keras.layers.Dense(10, "softmax")(wide))
-    model.compile("sgd", "sparse_categorical_crossentropy")
-    monkeypatch.setattr(applications, "build", lambda *_: model)
-    assert frozen.peak("fused", "any", 4, 512) > 512 * 2**15 * 4
+def test_the_peak_of_memory_is_that_of_a_step():
+    def application(weights, input_shape, classes):
+        inputs = keras.Input(input_shape)
+        wide = keras.layers.Dense(2**15, "relu")(keras.layers.Flatten()(inputs))
+        norm = keras.layers.BatchNormalization()(inputs)
+        head = keras.layers.Flatten()(norm)
+        outputs = keras.layers.Concatenate()([wide, head])
+        return keras.Model(inputs, keras.layers.Dense(classes, "softmax")(outputs))
+
+    assert frozen.peak("frozen", application, 4, 512) > 512 * 2**15 * 4
 
 
-def a_model(monkeypatch):
+def a_model():
     """A row of the table of models, of numbers that nobody measured."""
-    processes(monkeypatch, 4.0, 3.0)
     rounds = {"Keras": [[0.3]], "keras_bn": [[0.2]], "without": [[0.1]]}
-    monkeypatch.setattr(steps, "measure", lambda *_, **__: steps.summary(rounds))
-    return models.measure("ResNet50", 96, 16, rounds=1)
+    number, _ = processes(4.0, 3.0)
+    where = {"model": "ResNet50", "size": 96, "batch": 16}
+    seconds = first.measure("ResNet50", 96, 16, rounds=1, number=number)
+    return {**where, "first": seconds, **steps.summary(rounds)}
 
 
-def test_a_row_of_the_models_table(monkeypatch):
-    head, _, row = models.table([a_model(monkeypatch)]).splitlines()
+def test_a_row_of_the_models_table():
+    head, _, row = models.table([a_model()]).splitlines()
     assert row == (
         "| ResNet50, 96×96, batch 16 | 4.0 | 3.0 | 0.75 | 300 | 200 | 100 "
         "| 0.50 (0.50 to 0.50) |"
@@ -373,8 +355,8 @@ def test_a_row_of_the_models_table(monkeypatch):
     assert head.count("|") == row.count("|")
 
 
-def test_what_users_run_is_the_first_table_of_the_report(monkeypatch):
-    whole = a_model(monkeypatch)
+def test_what_users_run_is_the_first_table_of_the_report():
+    whole = a_model()
     ms = {name: {"median": 1.0} for name in ("Keras", "keras_bn")}
     chain = {"shape": SHAPE, "axis": -1, "ms": ms, "ratio": 1.0, "known_ratio": 1.25}
     bytes_ = {"Keras": 2**21, "keras_bn": 2**20, "ratio": 0.5}
@@ -406,36 +388,45 @@ def test_a_layer_beside_the_backends_own(shape, axis):
     )
 
 
-def test_each_backend_has_a_process(monkeypatch):
-    """Those that are not installed are left out; the ratios stand in one table."""
-    seen = []
-
-    def run(command, env, **_):
-        seen.append((command[0], env["KERAS_BACKEND"]))
-        ms = {verify.PEER: 6.0, verify.OURS: 2.0}
-        if env["KERAS_BACKEND"] == "jax":
-            ms[backends.OWN] = 1.0
-        row = {"backend": env["KERAS_BACKEND"], "rows": {"8×4": ms}}
-        held = {"ours": 1e-15, "Keras": 2e-7}
-        missing = env["KERAS_BACKEND"] == "jax"
-        row["errors"] = {"float64": None if missing else held}
-        return subprocess.CompletedProcess(command, 0, f"a notice\n{json.dumps(row)}\n")
-
-    monkeypatch.setattr(backends.subprocess, "run", run)
-    monkeypatch.setattr(
-        backends.importlib.util, "find_spec", lambda name: name == "tensorflow" or None
-    )
-    results = backends.measure({"jax": "there/python"})
-    assert seen == [(sys.executable, "tensorflow"), ("there/python", "jax")]
+def test_the_tables_of_all_backends():
+    """The ratios stand in one table; what a backend has not is empty."""
+    ms = {verify.PEER: 6.0, verify.OURS: 2.0}
+    errors = {"ours": 1e-15, "Keras": 2e-7}
+    results = [
+        {
+            "backend": "tensorflow",
+            "rows": {"8×4": ms},
+            "errors": {"float64": errors},
+        },
+        {
+            "backend": "jax",
+            "rows": {"8×4": {**ms, backends.OWN: 1.0}},
+            "errors": {"float64": None},
+        },
+    ]
     assert backends.table(results).splitlines()[-1] == "| 8×4 | 3.00 |  | 3.00 | 2.00 |"
     last = backends.error_table(results).splitlines()[-1]
     assert last == "| float64 | 1e-15 | 2e-07 |  |  |"
 
 
+def test_a_backend_has_a_process_of_its_own(tmp_path):
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\necho a notice\necho "[\\"$KERAS_BACKEND $*\\"]"\n')
+    python.chmod(0o755)
+    assert backends.measure(dict.fromkeys(backends.NAMES, str(python)), 2.0) == [
+        [f"{name} -m benchmarks.backends --here --seconds 2.0"]
+        for name in backends.NAMES
+    ]
+
+
 @pytest.mark.parametrize("jit", [False, True])
-def test_memory_is_ours_by_keras(jit, monkeypatch):
-    seen = processes(monkeypatch, 200.0, 150.0)
-    assert memory.measure(jit) == {"Keras": 200.0, "keras_bn": 150.0, "ratio": 0.75}
+def test_memory_is_ours_by_keras(jit):
+    number, seen = processes(200.0, 150.0)
+    assert memory.measure(jit, number) == {
+        "Keras": 200.0,
+        "keras_bn": 150.0,
+        "ratio": 0.75,
+    }
     how = ["--jit"] if jit else []
     assert seen == [["--kind", "Keras", *how], ["--kind", "keras_bn", *how]]
 
@@ -455,3 +446,14 @@ def test_triton_comes_before_tensorflow(tmp_path):
         check=True,
     )
     assert result.stdout == "False\n"
+
+
+def test_where_the_fused_op_begins_to_pay():
+    rows = [(1, 2.0, 3.0), (2, 2.0, 1.0), (4, 2.0, 3.0), (8, 2.0, 1.0), (16, 2.0, 1.0)]
+    assert crossover.crossover(rows) == 8
+    assert crossover.crossover(rows[:3]) is None
+
+
+def test_each_kernel_of_the_crossover_takes_its_step():
+    for kernel in ("plain", "fused"):
+        crossover.step(kernel, SHAPE)()
