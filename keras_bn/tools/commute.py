@@ -147,7 +147,9 @@ def through(node, affine, axes, *, before):
         raise UnfoldableError("is not linear")
     rule = _TABLE.get(type(layer))
     if rule is None:
-        raise UnfoldableError(f"is a {type(layer).__name__}, which `fold` cannot pass")
+        raise UnfoldableError(
+            f"is of type {type(layer).__name__}, which `fold` does not go through"
+        )
     if node.arguments.kwargs.get("training"):
         raise UnfoldableError("is called with `training`")
     source, target = input_of(node), node.outputs[0]

@@ -100,8 +100,11 @@ def fold(model: keras.Model) -> keras.Model:
     the weights of the layer before it, if that is linear and nothing else takes its
     output; otherwise, where that is exact, into the linear layer after it. Linear are
     Dense, EinsumDense, convolutions, their transposes, depthwise and separable
-    convolutions, and other batch normalizations. The arithmetic is in float64; the
-    weights keep their dtype. `plan_fold` says which normalizations stay, and why.
+    convolutions, and other batch normalizations. Between the two may be layers that a
+    scale and a shift go through: dropout, noise, pooling, cropping, nearest upsampling,
+    `Identity`, linear activations, `Flatten`, `Reshape` and `Permute`. The arithmetic
+    is in float64; the weights keep their dtype. `plan_fold` says which normalizations
+    stay, and why.
 
     Args:
         model: a built model, which does not change.
@@ -301,8 +304,8 @@ class FoldPlan:
             raise UnfoldableError(f"{name} {reason}") from None
         if self._fusing:
             raise UnfoldableError(
-                f"{name} is a {type(layer).__name__}, and only a linear layer directly "
-                "before it can take it in"
+                f"{name} is of type {type(layer).__name__}, and only a linear layer "
+                "directly before it can take it in"
             )
         return moved
 

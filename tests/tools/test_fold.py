@@ -271,7 +271,7 @@ class Doubling(layers.Dense):
         ),
         (
             lambda x: OURS(name="bn")(Doubling(4, name="d")(x)),
-            "'d' before it is a Doubling, which `fold` cannot pass",
+            "'d' before it is of type Doubling, which `fold`",
         ),
         (
             lambda x: OURS(axis=1, name="bn")(layers.Dense(4, name="d")(x)),
