@@ -3,7 +3,7 @@
 import numpy as np
 
 from keras_bn.diagnosis.findings import TYPICAL_MEAN_DRIFT, TYPICAL_STDDEV_RATIO
-from keras_bn.diagnosis.plots import HEALTHY
+from keras_bn.diagnosis.plots import HEALTHY, QUIET, scale_ratios
 
 # With more layers than this, a color shows the depth, and there is no legend.
 _NAMED = 10
@@ -55,18 +55,15 @@ def draw(rows):
         1 / TYPICAL_STDDEV_RATIO, TYPICAL_STDDEV_RATIO, color=HEALTHY, alpha=0.1, lw=0
     )
     ratio.axhline(1, color="#888", lw=0.8)
-    ratio.set_yscale("log", base=2)
-    ratio.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    limit = _largest(line.get_ydata() for line in ratio.get_lines())
+    scale_ratios(ratio.yaxis, limit)
+    ratio.set_ylim(1 / (1.08 * limit), 1.08 * limit)
     for axis, title, label in (
         (mean, "Moving mean, off the data's by", "standard deviations of the data"),
-        (ratio, "Moving standard deviation / the data's", "ratio"),
-        (
-            gap,
-            "Output gap: training, inference",
-            "RMS difference / spread of the output",
-        ),
+        (ratio, "Moving std / the data's", "ratio"),
+        (gap, "Output gap", "training − inference, RMS / spread"),
     ):
-        axis.set_title(title)
+        axis.set_title(title, loc="left", fontsize=12)
         axis.set_ylabel(label)
         axis.set_xlabel("epochs done")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -75,7 +72,11 @@ def draw(rows):
     for axis in (mean, gap):
         axis.set_ylim(bottom=0)
     if len(layers) <= _NAMED:
-        figure.legend(*mean.get_legend_handles_labels(), loc="outside right center")
+        legend = figure.legend(
+            *mean.get_legend_handles_labels(), loc="outside right center"
+        )
+        for name in legend.get_texts():
+            name.set_parse_math(False)
     else:
         from matplotlib.cm import ScalarMappable
 
@@ -87,9 +88,17 @@ def draw(rows):
         "Solid: the median channel of a layer, healthy in the green band. Dotted: the "
         "worst channel.",
         fontsize=10,
-        color="#555",
+        color=QUIET,
     )
     return figure
+
+
+def _largest(lines):
+    """The limit of an axis for lines of ratios: from 2 to 16."""
+    values = np.concatenate([np.asarray(line, "float64") for line in lines])
+    with np.errstate(divide="ignore", invalid="ignore"):
+        logs = np.abs(np.log2(values))
+    return 2 ** float(np.clip(logs[np.isfinite(logs)].max(initial=0.0), 1.0, 4.0))
 
 
 def _stddev(logs):

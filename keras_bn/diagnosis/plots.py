@@ -1,17 +1,19 @@
 """The figure of a diagnosis, with the layers from top to bottom."""
 
-import textwrap
-
 import numpy as np
 
 from keras_bn.diagnosis.findings import WORST_MEAN_DRIFT, WORST_STDDEV_RATIO
 from keras_bn.diagnosis.rules import SEVERITIES
 
-COLORS = {"error": "#c1272d", "warning": "#e07b00", "note": "#2f6690"}
-HEALTHY = "#3a7d44"
-# Points beyond are drawn at the edge, so that one channel doesn't squeeze the others.
+# As on the pages.
+COLORS = {"error": "#c1272d", "warning": "#b65c00", "note": "#2f6690"}
+HEALTHY, QUIET = "#2f7a3a", "#5f6b76"
+# What is beyond is drawn at the edge, so that one channel doesn't squeeze the others.
 _MEAN_LIMIT = 4.0
 _RATIO_LIMIT = 16.0
+_GAP_LIMIT = 2.0
+# The height of a row in inches, and with many rows.
+_ROW, _LOW_ROW, _MANY = 0.45, 0.28, 20
 
 
 def draw(record, findings):
@@ -27,26 +29,28 @@ def draw(record, findings):
     from matplotlib.figure import Figure
 
     depth = len(record.layers)
-    figure = Figure(figsize=(14, 2.6 + 0.45 * max(depth, 3)), layout="constrained")
+    height = 2.6 + (_ROW if depth <= _MANY else _LOW_ROW) * max(depth, 3)
+    figure = Figure(figsize=(14, height), layout="constrained")
     mean, ratio, gap, words = figure.subplots(
-        1, 4, sharey=True, width_ratios=(3, 3, 2.2, 2.6)
+        1, 4, sharey=True, width_ratios=(3, 3, 2.2, 3)
     )
-    figure.suptitle(_title(record, findings), x=0.01, ha="left", weight="bold")
+    figure.suptitle(
+        _title(record, findings), x=0.01, ha="left", weight="bold", parse_math=False
+    )
     colors = [_color(layer.layer, findings) for layer in record.layers]
     _means(mean, record.layers, colors)
     _ratios(ratio, record.layers, colors)
     _gaps(gap, record, colors)
     _words(words, record, findings)
-    mean.set_yticks(
-        range(depth + 1), [*(_name(x.layer) for x in record.layers), "output"]
-    )
+    names = [*(_name(layer.layer) for layer in record.layers), "output"]
+    mean.set_yticks(range(depth + 1), names, parse_math=False)
     mean.set_ylim(depth + 0.6, -0.6)
     mean.set_ylabel("layers, in the order the data passes them")
     figure.supxlabel(
         "Each dot is a channel (an arrowhead: off the scale), each black bar the "
         "median of a layer. In the green band a channel counts as healthy.",
         fontsize=10,
-        color="#555",
+        color=QUIET,
     )
     return figure
 
@@ -68,7 +72,7 @@ def _title(record, findings):
 
 
 def _means(axis, layers, colors):
-    axis.set_title("Moving mean, off the data's by")
+    _head(axis, "Moving mean, off the data's by")
     axis.axvspan(-WORST_MEAN_DRIFT, WORST_MEAN_DRIFT, color=HEALTHY, alpha=0.08)
     drifts = [layer.mean_drift for layer in layers]
     limit = mean_limit(drifts)
@@ -80,23 +84,15 @@ def _means(axis, layers, colors):
 
 
 def _ratios(axis, layers, colors):
-    axis.set_title("Moving standard deviation / the data's")
+    _head(axis, "Moving std / the data's")
     axis.axvspan(1 / WORST_STDDEV_RATIO, WORST_STDDEV_RATIO, color=HEALTHY, alpha=0.08)
     with np.errstate(divide="ignore", invalid="ignore"):
         logs = [np.log2(layer.stddev_ratio) for layer in layers]
     limit = 2 ** ratio_limit(logs)
-    axis.set_xscale("log", base=2)
     for row, (log, color) in enumerate(zip(logs, colors, strict=True)):
         _dots(axis, row, 2**log, color, 1 / limit, limit, 1.0)
     axis.set_xlim(1 / (1.08 * limit), 1.08 * limit)
-    ticks = [
-        t
-        for t in (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 8, 16)
-        if 1 / limit <= t <= limit
-    ]
-    labels = [f"1/{round(1 / t)}" if t < 1 else f"{t:g}" for t in ticks]
-    axis.set_xticks(ticks, labels)
-    axis.minorticks_off()
+    scale_ratios(axis.xaxis, limit)
     axis.set_xlabel("too small  ←  ratio  →  too large")
     _tidy(axis)
 
@@ -111,11 +107,12 @@ def _dots(axis, row, values, color, low, high, agreed):
         text = f"{lost} of {values.size} not finite"
         axis.annotate(
             text,
-            (high, row),
+            (high, row - 0.2),
             ha="right",
             va="bottom",
             color=COLORS["error"],
             fontsize=8,
+            bbox={"facecolor": "white", "alpha": 0.8, "pad": 1, "linewidth": 0},
         )
     if not finite.size:
         return
@@ -133,21 +130,26 @@ def _dots(axis, row, values, color, low, high, agreed):
 
 
 def _gaps(axis, record, colors):
-    axis.set_title("Output gap: training, inference")
+    _head(axis, "Output gap")
     gaps = [*(layer.gap for layer in record.layers), record.gap]
-    widths = [gap if np.isfinite(gap) else 0.0 for gap in gaps]
-    axis.barh(range(len(gaps)), widths, height=0.55, color=[*colors, "#444"], alpha=0.8)
-    widest = max(widths) or 1.0
-    for row, gap in enumerate(gaps):
+    colors = [*colors, "#444"]
+    finite = [gap if np.isfinite(gap) else 0.0 for gap in gaps]
+    limit = float(np.clip(max(finite), 1.0, _GAP_LIMIT))
+    widths = np.minimum(finite, limit)
+    axis.barh(range(len(gaps)), widths, height=0.55, color=colors, alpha=0.8)
+    for row, (gap, width) in enumerate(zip(gaps, widths, strict=True)):
         text = f" {gap:.2f}" if np.isfinite(gap) else " not finite"
-        axis.text(widths[row], row, text, va="center", fontsize=9)
-    axis.set_xlim(0, max(1.0, 1.25 * widest))
-    axis.set_xlabel("RMS difference / spread of the output")
+        if gap > limit:  # the bar ends in an arrowhead
+            axis.plot(limit, row, ">", color=colors[row], ms=11, clip_on=False)
+            text = f"  {text}"
+        axis.text(width, row, text, va="center", fontsize=9)
+    axis.set_xlim(0, 1.3 * limit)
+    axis.set_xlabel("training − inference, RMS / spread")
     _tidy(axis)
 
 
 def _words(axis, record, findings):
-    axis.set_title("Findings", loc="left")
+    _head(axis, "Findings")
     axis.set_axis_off()
     rows = [*(layer.layer for layer in record.layers), record.model]
     for row, name in enumerate(rows):
@@ -155,8 +157,16 @@ def _words(axis, record, findings):
         if row < len(record.layers) and not mine:
             axis.text(0, row, "healthy", va="center", color=HEALTHY)
         elif mine:
-            text = textwrap.fill(", ".join(f.kind for f in mine), 34)
-            axis.text(0, row, text, va="center", color=_color(name, findings))
+            kinds = list(dict.fromkeys(f.kind for f in mine))
+            text = kinds[0] if len(kinds) == 1 else f"{kinds[0]}, {kinds[1]}"
+            if len(kinds) > 2:
+                text += f" + {len(kinds) - 2}"
+            color = _color(name, findings)
+            axis.text(0, row, text, va="center", color=color, fontsize=9)
+
+
+def _head(axis, title):
+    axis.set_title(title, loc="left", fontsize=12)
 
 
 def _color(layer, findings):
@@ -174,13 +184,30 @@ def ratio_limit(logs):
     return _limit(logs, np.log2(3.0), np.log2(_RATIO_LIMIT))
 
 
+def scale_ratios(axis, limit):
+    """Make an axis of ratios logarithmic, with ticks that can be read as such.
+
+    Args:
+        axis: an `Axis` of matplotlib.
+        limit: the largest ratio on it, 2 or more; the smallest is 1 over it.
+    """
+    from matplotlib.ticker import NullLocator
+
+    ticks = [2.0**k for k in range(-10, 11) if 1 / limit <= 2.0**k <= limit]
+    labels = [f"1/{round(1 / t)}" if t < 1 else f"{t:g}" for t in ticks]
+    scale = axis.axes.set_xscale if axis.axis_name == "x" else axis.axes.set_yscale
+    scale("log", base=2)
+    axis.set_ticks(ticks, labels)
+    axis.set_minor_locator(NullLocator())
+
+
 def _limit(values, least, most):
     finite = np.concatenate([np.ravel(v)[np.isfinite(np.ravel(v))] for v in values])
     return float(np.clip(np.abs(finite).max(initial=0.0), least, most))
 
 
 def _name(path):
-    return path if len(path) <= 28 else "…" + path[-27:]
+    return path if len(path) <= 34 else "…" + path[-33:]
 
 
 def _tidy(axis):

@@ -91,6 +91,25 @@ class Report(Displayed):
             "not_looked_for": self.not_looked_for,
         }
 
+    def to_dataframe(self) -> Any:
+        """The layers as a `pandas.DataFrame`, which needs pandas.
+
+        Returns:
+            A row for each layer, by its path, with the numbers of `to_dict` and the
+            kinds of its findings.
+
+        Raises:
+            ModuleNotFoundError: without pandas.
+        """
+        import pandas
+
+        frame = pandas.json_normalize(self.to_dict()["layers"], sep="_")
+        kinds = [
+            ", ".join(f.kind for f in self.findings if f.layer == path)
+            for path in frame["layer"]
+        ]
+        return frame.assign(findings=kinds).set_index("layer")
+
     def to_html(self, int8: Section | None = None) -> str:
         """The report as one page of HTML that loads nothing.
 

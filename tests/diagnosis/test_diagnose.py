@@ -1,11 +1,13 @@
 """diagnose: models made sick on purpose, one for each finding, and healthy ones."""
 
 import dataclasses
+import itertools
 import json
 
 import keras
 import numpy as np
 import pytest
+from conftest import require
 from keras import layers
 from support.backend import array
 
@@ -359,6 +361,69 @@ def test_the_figure_shows_every_layer_and_finding(tmp_path):
     texts = {t.get_text() for axis in figure.axes for t in axis.texts}
     assert any("non-finite-statistics" in text for text in texts)
     assert "bn" in [t.get_text() for t in figure.axes[0].get_yticklabels()]
+
+
+def drawn(report):
+    """The figure of a report, laid out."""
+    pytest.importorskip("matplotlib")
+    figure = report.plot()
+    figure.draw_without_rendering()
+    return figure
+
+
+def test_an_outlier_does_not_flatten_the_bars_of_the_others():
+    report = keras_bn.diagnose(made(), data())
+    (layer,) = report.record.layers
+    others = [dataclasses.replace(layer, layer=f"bn_{k}", gap=0.5) for k in range(3)]
+    far = dataclasses.replace(layer, layer="far", gap=1e6)
+    record = dataclasses.replace(report.record, layers=[*others, far], gap=0.5)
+    gaps = drawn(dataclasses.replace(report, record=record)).axes[2]
+    shares = [bar.get_width() / gaps.get_xlim()[1] for bar in gaps.patches]
+    assert min(shares) > 0.1
+    assert max(shares) <= 1
+    assert "1000000.00" in " ".join(text.get_text() for text in gaps.texts)
+
+
+def test_titles_and_labels_of_the_figure_stand_apart():
+    figure = drawn(keras_bn.diagnose(made(mend=False), data()))
+    titles = [
+        child
+        for axis in figure.axes
+        for child in axis.get_children()
+        if getattr(child, "get_text", str)() == axis.get_title(loc="left") != ""
+    ]
+    labels = [axis.xaxis.label for axis in figure.axes[:3]]
+    assert (len(titles), len(labels)) == (4, 3)
+    for parts in titles, labels:
+        boxes = [part.get_window_extent() for part in parts]
+        for first, second in itertools.pairwise(boxes):
+            assert first.x1 < second.x0
+    ratio = figure.axes[1]
+    ticks = [text.get_text() for text in ratio.get_xticklabels()]
+    assert {"1/2", "1", "2"} <= set(ticks)
+
+
+def test_a_name_with_dollar_signs_is_drawn_as_it_is():
+    report = keras_bn.diagnose(made(), data())
+    (layer,) = report.record.layers
+    record = dataclasses.replace(
+        report.record, model="$a_$", layers=[dataclasses.replace(layer, layer="$x^_$")]
+    )
+    figure = drawn(dataclasses.replace(report, record=record))
+    assert "$x^_$" in [t.get_text() for t in figure.axes[0].get_yticklabels()]
+    logger = keras_bn.StatisticsLogger(data())
+    logger.rows = [keras_bn.DriftRow(0, n, *[0.5] * 5) for n in ("$x^_$", "model")]
+    logger.plot().draw_without_rendering()
+
+
+def test_as_a_table_for_pandas():
+    require("pandas")
+    report = keras_bn.diagnose(made(use_bias=True), data())
+    frame = report.to_dataframe()
+    assert list(frame.index) == ["bn"]
+    assert frame.loc["bn", "findings"] == "redundant-bias"
+    assert frame.loc["bn", "mean_drift_worst"] == report.layer("bn").drift.worst_mean
+    assert keras_bn.diagnose(made()).to_dataframe().loc["bn", "channels"] > 1
 
 
 @pytest.mark.parametrize(

@@ -66,7 +66,13 @@ def diagnosed(model: keras.Model, x: np.ndarray, y: np.ndarray) -> None:
     layers: list[keras_bn.Int8Layer] = int8.layers
     report.write_html("report.html", int8)
     report.plot("report.png")
-    print(report.to_dict(), int8.error, layers, report.to_html(int8=int8))
+    print(
+        report.to_dict(),
+        report.to_dataframe(),
+        int8.error,
+        layers,
+        report.to_html(int8=int8),
+    )
     testing.assert_healthy(model, x)
     keras_bn.testing.assert_healthy(model, fail_on="error")
 
