@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 import sys
-import zlib
 
 # PyTorch may bring triton, whose import after TensorFlow ends the process: before it.
 if "tensorflow" not in sys.modules:
@@ -126,16 +125,6 @@ def browser(tmp_path):
         return result.stdout
 
     return run
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
-    """The default run takes a third of what is exhaustive."""
-    for item in items:
-        # By the name, so that every process of a run takes the same.
-        third = zlib.crc32(item.name.encode()) % 3
-        if third and item.get_closest_marker("exhaustive"):
-            item.add_marker("slow")
 
 
 def pytest_terminal_summary(terminalreporter):

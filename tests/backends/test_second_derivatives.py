@@ -10,12 +10,13 @@ import oracle
 import pytest
 from support import backend
 from support.backend import tensor
+from support.marks import slow
 from support.steps import MODES, array, in_mode, relative_error, set_parameters
 
 import keras_bn
 
 EXTRA = ["functions run eagerly"] if backend.NAME == "tensorflow" else []
-CASES = [((5, 3), -1, False), ((2, 3, 2, 2), 1, False), ((4, 2, 3), -1, True)]
+CASES = [slow((5, 3), -1, False), ((2, 3, 2, 2), 1, False), slow((4, 2, 3), -1, True)]
 
 
 def draw(shape, axis, masked, seed=0):
@@ -72,7 +73,6 @@ def oracle_gradients(d, axes, epsilon):
     ]
 
 
-@pytest.mark.exhaustive
 @pytest.mark.parametrize("mode", [*MODES, *EXTRA])
 @pytest.mark.parametrize(("shape", "axis", "masked"), CASES)
 def test_second_derivatives(shape, axis, masked, mode):

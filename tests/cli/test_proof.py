@@ -8,6 +8,7 @@ import oracle
 import pytest
 from keras import ops
 from support.backend import NAME, array, but_on
+from support.marks import mostly_slow
 
 import keras_bn
 from keras_bn.backends import backend, modes
@@ -224,8 +225,9 @@ BROKEN = [
 ]
 
 
-@pytest.mark.exhaustive
-@pytest.mark.parametrize("mode", sorted({"eager", modes.USUAL}))
+@pytest.mark.parametrize(
+    "mode", mostly_slow(sorted({"eager", modes.USUAL}), [modes.USUAL])
+)
 @pytest.mark.parametrize(("broken", "dtype", "quantities"), BROKEN)
 def test_a_wrong_layer_fails_where_it_is_wrong(
     broken, dtype, quantities, mode, monkeypatch

@@ -332,7 +332,6 @@ def collectives(function, *arguments):
     )
 
 
-@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("arguments", "bytes_sent"),
     [
@@ -346,7 +345,7 @@ def collectives(function, *arguments):
         ({"renorm": True}, lambda r, c: [40 * c]),
     ],
 )
-@pytest.mark.parametrize("name", ["mirrored 2", "mirrored 4"])
+@pytest.mark.parametrize("name", ["mirrored 2", slow("mirrored 4")])
 def test_one_collective_for_each_direction(name, arguments, bytes_sent):
     """Their sizes stand in docs/distributed.md."""
     strategy = strategy_of(name)

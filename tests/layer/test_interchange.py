@@ -15,6 +15,7 @@ from support.forms import (
     model_of,
     randomize,
 )
+from support.marks import slow
 
 import keras_bn
 
@@ -46,8 +47,7 @@ def by_file(source, target, path):
     target.load_weights(path / "of_the_source.weights.h5")
 
 
-@pytest.mark.exhaustive
-@pytest.mark.parametrize("transfer", [by_set_weights, by_file])
+@pytest.mark.parametrize("transfer", [slow(by_set_weights), by_file])
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("form", SHARED)
 def test_weights_load(form, way, transfer, tmp_path):
@@ -84,7 +84,7 @@ def test_weights_of_a_whole_trained_model_load(way, tmp_path):
         assert_same_bits(got.numpy(), want.numpy())
 
 
-@pytest.mark.parametrize("transfer", [by_set_weights, by_file])
+@pytest.mark.parametrize("transfer", [slow(by_set_weights), by_file])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_float32_weights_round_to_the_nearest_in_keras_half(dtype, transfer, tmp_path):
     ours = model_of(dtype)

@@ -11,6 +11,7 @@ import pytest
 from support import backend
 from support.backend import COMPILED, KERAS_IS_A_JUDGE, tensor
 from support.cases import groups
+from support.marks import mostly_slow
 from support.steps import MODES, Step, array, in_mode, relative_error, set_parameters
 
 import keras_bn
@@ -52,9 +53,8 @@ CLIPPINGS = [
 ]
 
 
-@pytest.mark.exhaustive
 @beside_keras
-@pytest.mark.parametrize("clipping", CLIPPINGS, ids=str)
+@pytest.mark.parametrize("clipping", mostly_slow(CLIPPINGS, CLIPPINGS[1:2]), ids=str)
 @pytest.mark.parametrize(
     ("mode", "scale", "center"),
     [
@@ -370,9 +370,8 @@ def test_freeze_statistics():
 # Ghost batches
 
 
-@pytest.mark.exhaustive
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("n", [1, 3, 4, 7, 8, 11, 16])
+@pytest.mark.parametrize("n", mostly_slow([1, 3, 4, 7, 8, 11, 16], [1, 7]))
 @pytest.mark.parametrize(
     ("rest", "axis"), [((3,), -1), ((5, 3), -1), ((3, 2, 2), 1), ((2, 3), [1, 2])]
 )
@@ -543,10 +542,10 @@ def combinations():
             "unbiased": unbiased,
             "virtual_batch_size": ghost,
         }
-        yield pytest.param(arguments, id=name_of(arguments))
+        marks = [] if debias and unbiased else pytest.mark.slow
+        yield pytest.param(arguments, id=name_of(arguments), marks=marks)
 
 
-@pytest.mark.exhaustive
 @pytest.mark.parametrize("arguments", combinations())
 def test_every_combination(arguments, tmp_path):
     """Eager = graph = XLA; config and file round trips, resumed in the middle."""

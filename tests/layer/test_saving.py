@@ -92,8 +92,7 @@ def through_file(model, path, suffix):
     return keras.saving.load_model(path)
 
 
-@pytest.mark.exhaustive
-@pytest.mark.parametrize("suffix", [".keras", ".weights.h5", ".h5"])
+@pytest.mark.parametrize("suffix", [".keras", slow(".weights.h5"), slow(".h5")])
 @pytest.mark.parametrize("form", FORMS)
 def test_file_keeps_the_layer(form, suffix, tmp_path):
     model = model_of(form)

@@ -11,3 +11,8 @@ def slow(*values):
 def mostly_slow(values, fast):
     """All values, but only those of `fast` in the default run."""
     return [value if value in fast else slow(value) for value in values]
+
+
+def mostly_slow_cases(cases, fast):
+    """The same for cases of several values each."""
+    return [case if case in fast else slow(*case) for case in cases]

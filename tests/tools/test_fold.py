@@ -6,6 +6,7 @@ import pytest
 from conftest import require
 from keras import layers
 from support.backend import KERAS_IS_A_JUDGE, array, tf
+from support.marks import slow
 from support.zoo import GRAPHS, Subclassed, inputs_of, randomized
 
 import keras_bn
@@ -58,9 +59,8 @@ VECTOR, LINE = (6,), (9, 6)
 IMAGE, VOLUME = (9, 8, 6), (5, 6, 4, 4)
 
 
-@pytest.mark.exhaustive
-@pytest.mark.parametrize("bn", [OURS, KERAS])
-@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("bn", [OURS, slow(KERAS)])
+@pytest.mark.parametrize("bias", [True, slow(False)])
 @pytest.mark.parametrize(
     ("shape", "make"),
     [

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from keras import layers
 from support.backend import NAME, but_on, descend
-from support.marks import slow
+from support.marks import mostly_slow, slow
 from support.zoo import (
     Subclassed,
     convolutional,
@@ -352,8 +352,7 @@ def by_thawing_the_base(model, folder):
     return model
 
 
-@pytest.mark.exhaustive
-@pytest.mark.parametrize("affine", [True, "gamma", "beta"])
+@pytest.mark.parametrize("affine", mostly_slow([True, "gamma", "beta"], ["gamma"]))
 @pytest.mark.parametrize(
     "way",
     [

@@ -9,7 +9,7 @@ import pytest
 from keras import layers, ops
 from support import backend
 from support.backend import array, descend, tf
-from support.marks import mostly_slow
+from support.marks import mostly_slow, mostly_slow_cases, slow
 from support.zoo import GRAPHS, convolutional, inputs_of, randomized
 
 import keras_bn
@@ -318,12 +318,14 @@ OPTIMIZERS = {
 }
 
 
-@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("kind", "in_place"),
     [
-        *((kind, False) for kind in OPTIMIZERS),
-        *((kind, True) for kind in ("schedule", "scaled")),
+        *mostly_slow_cases(
+            [(kind, False) for kind in OPTIMIZERS],
+            [("schedule", False), ("averages", False), ("scaled", False)],
+        ),
+        *(slow(kind, True) for kind in ("schedule", "scaled")),
         pytest.param(
             "averages", True, marks=backend.but_on("jax", "Keras fits these once only")
         ),

@@ -4,6 +4,7 @@ import keras
 import numpy as np
 import pytest
 from support.backend import array, training_step
+from support.marks import slow
 
 import keras_bn
 
@@ -41,11 +42,15 @@ def moved(x, axis):
     return np.moveaxis(x, 1, axis)
 
 
-@pytest.mark.exhaustive
-@pytest.mark.parametrize("axis", [1, -1])
+@pytest.mark.parametrize("axis", [1, slow(-1)])
 @pytest.mark.parametrize(
     "options",
-    [{}, {"affine": False}, {"momentum": None}, {"momentum": 0.3, "eps": 1e-2}],
+    [
+        {},
+        slow({"affine": False}),
+        {"momentum": None},
+        slow({"momentum": 0.3, "eps": 1e-2}),
+    ],
 )
 @pytest.mark.parametrize(
     "name", ["BatchNorm1d", "sequence", "BatchNorm2d", "BatchNorm3d"]
