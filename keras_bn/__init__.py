@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from keras_bn.tools.freeze_after import FreezeAfter
     from keras_bn.tools.pytorch import from_torch, to_torch
     from keras_bn.tools.recalibrate import Recalibrate, recalibrate
+    from keras_bn.tools.replace import replace
 
 __all__ = [
     "BatchNormalization",
@@ -74,6 +75,7 @@ __all__ = [
     "quantize_aware",
     "recalibrate",
     "renorm_ramp",
+    "replace",
     "to_keras",
     "to_torch",
     "unfreeze",
@@ -115,6 +117,7 @@ _MODULES = {
     "quantize_aware": "int8.aware",
     "recalibrate": "tools.recalibrate",
     "renorm_ramp": "layer.renorm",
+    "replace": "tools.replace",
     "testing": "testing",
     "to_keras": "tools.convert",
     "to_torch": "tools.pytorch",
