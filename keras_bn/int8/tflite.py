@@ -106,6 +106,8 @@ def convert(function, inputs, samples=None, per_channel=True):
     """
     import tensorflow as tf
 
+    from keras_bn.backends.tensorflow import private
+
     specs = [tf.TensorSpec(shape, dtype, name) for name, shape, dtype in inputs]
     traced = tf.function(function, input_signature=specs, autograph=False)
     with _alone():
@@ -118,7 +120,7 @@ def convert(function, inputs, samples=None, per_channel=True):
         converter.optimizations = [tf.lite.Optimize.DEFAULT]
         converter.inference_input_type = tf.int8
         converter.inference_output_type = tf.int8
-        converter._experimental_disable_per_channel = not per_channel
+        private.set_per_channel(converter, per_channel)
         if samples is not None:
             converter.representative_dataset = samples
             builtin = tf.lite.OpsSet.TFLITE_BUILTINS_INT8
@@ -168,6 +170,8 @@ class Interpreter:
 
     def operations(self):
         """The operations of the file, in order, as a list of `Operation`."""
+        from keras_bn.backends.tensorflow import private
+
         details = {each["index"]: each for each in self._details()}
         return [
             Operation(
@@ -180,7 +184,7 @@ class Interpreter:
                     if i >= 0
                 ),
             )
-            for each in self._interpreter._get_ops_details()
+            for each in private.operations(self._interpreter)
         ]
 
     def outputs(self):

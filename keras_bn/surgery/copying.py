@@ -142,14 +142,9 @@ class _Copier:
         if kind is types.FunctionType:
             return self._function(value)
         if hasattr(value, "python_function"):  # of `tf.function`
-            return kind(
-                self(value.python_function),
-                value._name,
-                input_signature=value.input_signature,
-                autograph=value._autograph,
-                jit_compile=value._jit_compile,
-                reduce_retracing=value._reduce_retracing,
-            )
+            from keras_bn.backends.tensorflow.private import copy_function
+
+            return copy_function(value, self(value.python_function))
         return self._object(value)
 
     def _is_inside(self, tensor):

@@ -80,10 +80,10 @@ def bypass(view, layers):
             users[:] = [node for node in users if id(node.operation) not in gone]
         replace(graph, instead)
         graph._nodes, graph._nodes_by_depth, graph._operations, by_depth = map_graph(
-            graph._inputs, graph._outputs
+            graph.inputs, graph.outputs
         )
         graph._operations_by_depth = by_depth
-        graph.output_names = [t._keras_history.operation.name for t in graph._outputs]
+        graph.output_names = [t._keras_history.operation.name for t in graph.outputs]
     for holder in view.holders:
         replace(holder, gone)
     promises.bypassed(view.holders, layers)

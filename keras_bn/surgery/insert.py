@@ -50,7 +50,7 @@ def _insert(graph, tensor, layers, consumers):
 def _redraw(holder, graph, layers):
     """Note the new layers in a model and in its graph."""
     graph._nodes, graph._nodes_by_depth, graph._operations, by_depth = map_graph(
-        graph._inputs, graph._outputs
+        graph.inputs, graph.outputs
     )
     graph._operations_by_depth = by_depth
     note_nodes(graph)

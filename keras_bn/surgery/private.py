@@ -153,17 +153,18 @@ NAMES: tuple[Private, ...] = (
     ),
 )
 
-# PyTorch's modules name their parameters themselves.
+# PyTorch's modules list their parameters themselves.
+ON_PYTORCH = (
+    Private(
+        "Layer._torch_params",
+        "copy",
+        "the parameters that a module of PyTorch has, once it has been asked",
+        "`torch_params`, which gives it some by asking",
+    ),
+    Private("Layer._track_variables", "copy", "makes them those of the layer"),
+)
 if keras.backend.backend() == "torch":
-    NAMES += (
-        Private(
-            "Layer._torch_params",
-            "copy",
-            "the parameters that a module of PyTorch has, once it has been asked",
-            "`torch_params`, which gives it some by asking",
-        ),
-        Private("Layer._track_variables", "copy", "makes them those of the layer"),
-    )
+    NAMES += ON_PYTORCH
 
 
 def require(tool: str, *groups: str) -> None:

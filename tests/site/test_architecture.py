@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import keras_bn
+from keras_bn.surgery import private
 
 PACKAGE = Path(keras_bn.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -91,7 +92,99 @@ def test_a_backend_is_named_in_its_own_folder_only(path):
     assert named(source) - own <= {ABOUT.get(path)}
 
 
+# The one room that touches Keras's inside, and the files of what is private elsewhere.
+SURGERY = PACKAGE / "surgery"
+PRIVATE = {PACKAGE / "backends" / b / "private.py" for b in ("tensorflow", "torch")}
+# What stands outside of them, with its reason: five at most.
+OUTSIDE = {
+    (PACKAGE / "tools" / "pytorch.py", "_BatchNorm"): (
+        "the base class of all that PyTorch calls a batch normalization"
+    ),
+    (PACKAGE / "tools" / "pytorch.py", "_forward_hooks"): (
+        "a module of PyTorch cannot be asked for its hooks"
+    ),
+    (PACKAGE / "tools" / "pytorch.py", "_forward_pre_hooks"): "the same",
+}
+# What Python documents: of named tuples, and of `os`.
+PYTHONS = {"_asdict", "_fields", "_make", "_replace", "_exit"}
+ON_SELF = ("self", "cls")
+BY_NAME = ("getattr", "hasattr", "setattr", "delattr")
+
+
+def is_private(name):
+    return name[:1] == "_" != name and name[:2] != "__" and name not in PYTHONS
+
+
+def is_attribute_of(node, names):
+    """Whether a node of the syntax tree is an attribute of a variable of these."""
+    of_a_name = isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)
+    return of_a_name and node.value.id in names
+
+
+def defined(source):
+    """The private names that a module defines: functions, attributes, variables."""
+    names = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.add(node.id)
+        elif isinstance(node, ast.arg):
+            names.add(node.arg)
+        elif is_attribute_of(node, ON_SELF) and isinstance(node.ctx, ast.Store):
+            names.add(node.attr)
+    return names
+
+
+OWN = {name for path in FILES for name in defined(path.read_text())}
+
+
+def private_names(source):
+    """The private names of foreign objects that a module uses.
+
+    An attribute of `self` is foreign if nothing in the package defines it: a class of
+    Keras's does then. That of another object is, if this module does not define it.
+    """
+    here = defined(source)
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Attribute) and is_private(node.attr):
+            own = OWN if is_attribute_of(node, ON_SELF) else set()
+            if node.attr not in own | here:
+                yield node.attr
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in BY_NAME:
+            name = node.args[1]
+            if isinstance(name, ast.Constant) and is_private(name.value):
+                yield name.value
+    for name in imports(source):
+        inside = name.startswith(("keras.src", "tensorflow.python", "tensorflow.lite"))
+        own = name.startswith("keras_bn.")
+        if inside or (not own and any(map(is_private, name.split(".")))):
+            yield name
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_private_names_stay_in_their_room(path):
+    names = set(private_names(path.read_text()))
+    if path in PRIVATE:
+        return
+    if SURGERY in path.parents:
+        known = {p.name.rpartition(".")[2] for p in private.NAMES + private.ON_PYTORCH}
+        assert names <= known, "say in surgery/private.py what it is, and who needs it"
+        return
+    assert names == {name for file, name in OUTSIDE if file == path}
+
+
+def test_the_exceptions_are_few():
+    assert len(OUTSIDE) <= 5
+
+
 def test_these_guards_can_fail():
+    assert list(private_names("layer._layers")) == ["_layers"]
+    assert list(private_names("getattr(layer, '_layers')")) == ["_layers"]
+    assert list(private_names("self._keras_had_it")) == ["_keras_had_it"]
+    assert list(private_names("from keras.src import ops")) == ["keras.src.ops"]
+    assert list(private_names("import torch._dynamo")) == ["torch._dynamo"]
+    assert not list(private_names("def f(self):\n    self._a = other._a"))
     assert list(
         upward(
             "moments",

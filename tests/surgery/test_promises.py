@@ -102,6 +102,6 @@ def test_a_layer_that_was_not_inserted_is_an_error():
 
 def test_an_output_that_is_cut_off_is_an_error():
     model, other = chain(), chain()
-    model._outputs[:] = other.outputs
+    model.outputs[:] = other.outputs
     with pytest.raises(BrokenPromiseError, match="The calls in 'chain' are not those"):
         exchange([(model.get_layer("bn"), layers.ReLU())], ModelView(model).holders)

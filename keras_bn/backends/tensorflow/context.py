@@ -5,12 +5,9 @@ from contextlib import AbstractContextManager
 
 import tensorflow as tf
 
-# TensorFlow has no public name for "is this graph compiled by XLA".
-from tensorflow.python.ops import control_flow_util
-
 from keras_bn.backends.contract import Normalizing
 from keras_bn.backends.plan import ONCE_UP_TO, Plan, by_size, elements, fused_fits
-from keras_bn.backends.tensorflow import synced
+from keras_bn.backends.tensorflow import private, synced
 from keras_bn.moments import Tensor
 
 
@@ -49,7 +46,7 @@ def in_xla() -> bool:
     if tf.executing_eagerly():
         return False
     graph = tf.compat.v1.get_default_graph()
-    return control_flow_util.GraphOrParentsInXlaContext(graph)
+    return private.in_xla(graph)
 
 
 def on_gpu() -> bool:

@@ -4,10 +4,8 @@ import itertools
 import weakref
 
 import tensorflow as tf
-from tensorflow.python.eager import record
 
-# TensorFlow has no public way to forget the gradient of a graph that is gone.
-from tensorflow.python.framework.ops import gradient_registry
+from keras_bn.backends.tensorflow import private
 
 # What each graph has in the registry, its backward pass included.
 _names: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
@@ -35,8 +33,8 @@ def with_gradients(outputs, inputs, vjp):
     Returns:
         Tensors equal to the outputs.
     """
-    if tf.executing_eagerly():
-        return tf.custom_gradient(lambda *_: (outputs, vjp))(*inputs)
+    if tf.executing_eagerly() or private.record is None:
+        return _by_custom_gradient(outputs, inputs, vjp)
     graph, flat = tf.compat.v1.get_default_graph(), tf.nest.flatten(outputs)
     names = _names.setdefault(graph, [])
     name = f"CustomGradient-keras_bn-{next(_numbers)}"
@@ -48,14 +46,28 @@ def with_gradients(outputs, inputs, vjp):
     # A tape asks for the gradient by what is recorded, a graph by the registry.
     tf.RegisterGradient(name)(lambda op, *upstreams: backward(*upstreams))
     names.append(name)
-    with record.stop_recording(), graph.gradient_override_map({"IdentityN": name}):
+    override = graph.gradient_override_map({"IdentityN": name})
+    with private.record.stop_recording(), override:
         held = tf.identity_n([*flat, *inputs])
     held = held[: len(flat)]
-    record.record_operation(name, held, [*flat, *inputs], backward)
+    private.record.record_operation(name, held, [*flat, *inputs], backward)
     return tf.nest.pack_sequence_as(outputs, held)
+
+
+def _by_custom_gradient(outputs, inputs, vjp):
+    """The same, by TensorFlow's public name; the variables that it finds have no part.
+
+    It looks for them in all that the outputs come from, layers before this one too.
+    """
+
+    def backward(*upstreams, variables=()):
+        gradients = vjp(*upstreams)
+        return (gradients, [None] * len(variables)) if variables else gradients
+
+    return tf.custom_gradient(lambda *_: (outputs, backward))(*inputs)
 
 
 def forget(graph):
     """Take the gradients of a graph out of the registry, which keeps it in memory."""
     for name in _names.pop(graph, ()):
-        gradient_registry._registry.pop(name, None)
+        private.forget_gradient(name)

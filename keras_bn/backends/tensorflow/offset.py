@@ -1,9 +1,9 @@
 """An offset per channel, and its gradient."""
 
 import tensorflow as tf
-from tensorflow.python.eager import record
 
 from keras_bn.backends import layout
+from keras_bn.backends.tensorflow import private
 from keras_bn.backends.tensorflow.context import in_xla, on_gpu
 from keras_bn.moments import Tensor
 
@@ -17,7 +17,7 @@ def add_offset(x: Tensor, offset: Tensor, axis: int) -> Tensor:
     (`benchmarks/NOTES.md`). It does not if the one takes another tensor than the other.
     """
     image = len(x.shape) == 4 and axis == 3
-    if not image or in_xla() or on_gpu():
+    if not image or private.record is None or in_xla() or on_gpu():
         return layout.add_offset(x, offset, axis)
 
     def backward(upstream):
@@ -25,7 +25,7 @@ def add_offset(x: Tensor, offset: Tensor, axis: int) -> Tensor:
         return upstream, tf.raw_ops.BiasAddGrad(out_backprop=rows)
 
     # For a tape alone: a gradient without one is that of an addition, as right as this.
-    with record.stop_recording():
+    with private.record.stop_recording():
         y = x + offset
-    record.record_operation("add_offset", [y], [x, offset], backward)
+    private.record.record_operation("add_offset", [y], [x, offset], backward)
     return y

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 from torch.distributed.nn import functional
-from torch.nn.parallel import DistributedDataParallel
 
 from keras_bn.backends import averages
+from keras_bn.backends.torch import private
 from keras_bn.moments import Tensor
 
 
@@ -23,7 +23,7 @@ def in_step() -> bool:
     Then every process runs it. In a group of processes alone, some may do other things,
     and an exchange would wait for them for ever.
     """
-    return active() and _module() is not None
+    return active() and private.active_module() is not None
 
 
 def total(*values):
@@ -46,11 +46,6 @@ def average_updates(
     return averages.average_updates(old, new, updated, total)
 
 
-def _module():
-    # PyTorch has no public name for "which module runs its forward pass here".
-    return DistributedDataParallel._get_active_ddp_module()
-
-
 def _group():
-    module = _module()
+    module = private.active_module()
     return dist.group.WORLD if module is None else module.process_group

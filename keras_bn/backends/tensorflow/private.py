@@ -1,0 +1,65 @@
+"""Every private name of TensorFlow that is used, each once, and what goes without it.
+
+The layer works without any of them: by `tf.custom_gradient`, and by the formulas where
+it cannot be known whether a graph is compiled by XLA.
+"""
+
+import importlib
+from typing import Any
+
+import tensorflow as tf
+
+
+def _imported(path) -> Any:
+    try:
+        return importlib.import_module(path)
+    except ImportError:
+        return None
+
+
+# `stop_recording()` and `record_operation(...)`: what a tape sees of an op. Public is
+# `tf.custom_gradient`, which searches the graph for variables.
+record = _imported("tensorflow.python.eager.record")
+# `gradient_registry`: the gradients of graphs, which it keeps in memory for good.
+_framework_ops = _imported("tensorflow.python.framework.ops")
+# `GraphOrParentsInXlaContext(graph)`: no public name says what XLA compiles.
+_control_flow = _imported("tensorflow.python.ops.control_flow_util")
+
+
+def in_xla(graph) -> bool:
+    """Whether XLA compiles a graph; True if that cannot be known."""
+    ask = getattr(_control_flow, "GraphOrParentsInXlaContext", None)
+    return True if ask is None else ask(graph)
+
+
+def forget_gradient(name: str) -> None:
+    """Take a gradient out of the registry, which has no public way to do so."""
+    registry = getattr(_framework_ops, "gradient_registry", None)
+    getattr(registry, "_registry", {}).pop(name, None)
+
+
+def copy_function(function: Any, python_function: Any) -> Any:
+    """A `tf.function` with the options of another, which has no public names for them.
+
+    Args:
+        function: the result of `tf.function`.
+        python_function: what the new one compiles.
+    """
+    return type(function)(
+        python_function,
+        function._name,
+        input_signature=function.input_signature,
+        autograph=function._autograph,
+        jit_compile=function._jit_compile,
+        reduce_retracing=function._reduce_retracing,
+    )
+
+
+def set_per_channel(converter: tf.lite.TFLiteConverter, value: bool) -> None:
+    """Whether each output channel of a kernel gets a scale of its own in the file."""
+    converter._experimental_disable_per_channel = not value
+
+
+def operations(interpreter: Any) -> list[dict[str, Any]]:
+    """The operations of a TFLite file: `op_name`, `inputs` and `outputs` of each."""
+    return interpreter._get_ops_details()
