@@ -2,11 +2,20 @@
 
 from keras_bn.cli.models import channels, open_model, save
 from keras_bn.cli.output import show
+from keras_bn.surgery.classes import made_by_classes
+from keras_bn.surgery.view import ModelView
 
 
 def run(arguments):
     model, layers, _, notes = open_model(arguments)
     notes = [*notes, *save(arguments, model, native=arguments.to == "keras")]
+    kinds = set(made_by_classes(ModelView(model)).values())
+    if kinds and arguments.to == "keras_bn":
+        notes.append(
+            f"{arguments.output} names no layers of {' and '.join(sorted(kinds))}, "
+            "which makes its own: `keras_bn.load_model` loads it with those of "
+            "keras_bn, `keras.saving.load_model` with those that the class makes."
+        )
     rows = [[path, str(channels(layer))] for path, layer in layers.items()]
     results = {"converted": list(layers), "to": arguments.to}
     closing = f"{len(rows)} converted to {arguments.to}: {arguments.output}"

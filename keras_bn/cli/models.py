@@ -5,11 +5,15 @@ from typing import NamedTuple
 
 import h5py
 import keras
+import numpy as np
 
 from keras_bn.cli import output
 from keras_bn.cli.errors import UsageError, noted, refused, sentence
+from keras_bn.layer import BatchNormalization
+from keras_bn.layer.stored import options_beside
 from keras_bn.loading.load import holds_ours, load_model
 from keras_bn.surgery.norms import normalizations
+from keras_bn.surgery.view import ModelView
 from keras_bn.tools.convert import to_keras
 
 # Parts of Keras's message if it doesn't know a class or function of a file.
@@ -83,9 +87,40 @@ def save(arguments, model, native=False, file=None):
     if native:
         with refused(ValueError, TypeError), noted() as notes:
             model = to_keras(model)
+
+    def write(path):
+        model.save(path)
+        _check_written(path, model)
+
     with noted():
-        output.write(arguments, file or arguments.output, model.save)
+        output.write(arguments, file or arguments.output, write)
     return notes
+
+
+def _check_written(path, model):
+    """Refuse a file that cannot be loaded again, or gives another model.
+
+    Raises:
+        ValueError: saying what is wrong with it.
+    """
+    try:
+        again = load_model(path)
+    except ValueError as error:
+        reason = sentence(error).removeprefix(f"{path} can't be loaded: ")
+        raise ValueError(f"it could not be loaded again: {reason}") from error
+    written, loaded = model.get_weights(), again.get_weights()
+    if len(written) != len(loaded) or not all(
+        np.array_equal(a, b, equal_nan=a.dtype.kind == "f")
+        for a, b in zip(written, loaded, strict=True)
+    ):
+        raise ValueError("it gives other weights when it is loaded again")
+    layers = ModelView(again).of_type(BatchNormalization)
+    for name, layer in ModelView(model).of_type(BatchNormalization).items():
+        options = options_beside(layer)
+        if name in layers and options_beside(layers[name]) != options:
+            raise ValueError(
+                f"it does not keep {', '.join(options)} of '{name}'; a .keras file does"
+            )
 
 
 def channels(layer):

@@ -17,6 +17,7 @@ from keras_bn.int8.samples import batch_of, in_order
 from keras_bn.passes.observe import batches
 from keras_bn.surgery.arrays import axes as axes_of
 from keras_bn.surgery.calls import check_graph
+from keras_bn.surgery.classes import as_graphs
 from keras_bn.surgery.exchange import (
     bypass,
     detach,
@@ -29,7 +30,7 @@ from keras_bn.surgery.insert import insert
 from keras_bn.surgery.norms import is_frozen, is_normalization
 from keras_bn.surgery.private import require
 from keras_bn.surgery.view import ModelView
-from keras_bn.tools.convert import from_keras
+from keras_bn.tools.convert import convert as convert_layers
 from keras_bn.tools.fold import FoldPlan
 from keras_bn.tools.fuse import separate
 from keras_bn.tools.linear import is_linear, linear
@@ -140,7 +141,7 @@ def quantize_aware(
             f"'{model.name}' is from `quantize_aware` already. Train it, then write it "
             "by `keras_bn.export_int8`; for other bits, start from the model before."
         )
-    copy = from_keras(model, compiled=compiled)
+    copy = convert_layers(model, compiled=compiled)
     view = ModelView(copy)
     separate(view)  # what `freeze(model, fuse=True)` has fused is rounded here
     _check_optimizers(copy)
@@ -149,6 +150,7 @@ def quantize_aware(
         view = ModelView(copy)
         insert(view, _places(view, activation_bits))
     view = ModelView(copy)
+    as_graphs(view)
     sample = _set_ranges(view, data, steps, batch_size)
     # Whether a file can be made shows now, and not after training.
     if activation_bits == 8:

@@ -9,7 +9,7 @@ from keras import ops
 from keras_bn.backends import backend
 from keras_bn.layer import arguments, fusion, moving, renorm, step, traces
 from keras_bn.layer.arguments import Shape
-from keras_bn.layer.stored import ValidStatistics
+from keras_bn.layer.stored import StoredOptions, ValidStatistics
 from keras_bn.moments import Moments, Tensor, at_least_float32, to_tensor
 
 # An initializer, regularizer or constraint: itself, its name or its config.
@@ -17,7 +17,7 @@ Named = Callable[..., Tensor] | str | dict[str, Any]
 
 
 @keras.saving.register_keras_serializable(package="keras_bn")
-class BatchNormalization(ValidStatistics):
+class BatchNormalization(StoredOptions, ValidStatistics):
     """Drop-in replacement for `keras.layers.BatchNormalization`.
 
     Same arguments, weights and numbers. In training, each channel is normalized with

@@ -1,7 +1,9 @@
-"""Refusing stored statistics that are invalid."""
+"""What is stored beside the weights of a layer, and refusing invalid statistics."""
 
 import contextlib
 import contextvars
+import json
+import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -13,6 +15,44 @@ _allowed = contextvars.ContextVar("invalid_statistics_allowed", default=False)
 # The statistics of a layer that must not be negative, and the others.
 _VARIANCES = ("moving_variance", "moving_stddev", "renorm_stddev")
 _MEANS = ("moving_mean", "renorm_mean")
+
+
+# Options of ours that Keras's layer has not and that can be set on a built layer, with
+# the value that means "not used".
+_OPTIONS = {
+    "virtual_batch_size": None,
+    "unbiased": False,
+    "freeze_statistics": False,
+    "freeze_affine": False,
+}
+_ASSET = "keras_bn.json"
+
+
+class StoredOptions(keras.layers.Layer):
+    """A layer that stores its options beside its weights, in a `.keras` file.
+
+    A model whose class makes its own layers has no options of theirs in its config.
+    `keras_bn.load_model` reads them from here; for Keras's own layer they are nothing.
+    """
+
+    def save_assets(self, folder: str) -> None:
+        if options := options_beside(self):
+            file = pathlib.Path(folder, _ASSET)
+            file.write_text(json.dumps(options), encoding="utf-8")
+
+    def load_assets(self, folder: str | None) -> None:
+        file = None if folder is None else pathlib.Path(folder, _ASSET)
+        if file is None or not file.exists():
+            return
+        options = json.loads(file.read_text(encoding="utf-8"))
+        for name in _OPTIONS.keys() & options.keys():
+            setattr(self, name, options[name])
+
+
+def options_beside(layer: keras.layers.Layer) -> dict[str, Any]:
+    """The options of a layer that are stored beside its weights, where used."""
+    options = {name: getattr(layer, name) for name in _OPTIONS}
+    return {n: value for n, value in options.items() if value != _OPTIONS[n]}
 
 
 class ValidStatistics(keras.layers.Layer):

@@ -21,7 +21,7 @@ from keras_bn.pages.plain import sentence
 from keras_bn.surgery.graph import walk
 from keras_bn.surgery.norms import is_keras
 from keras_bn.surgery.private import require
-from keras_bn.tools.convert import from_keras
+from keras_bn.tools.convert import convert
 
 _HDF5 = b"\x89HDF\r\n\x1a\n"
 
@@ -46,6 +46,9 @@ def load_model(path: str | os.PathLike[str], **kwargs: Any) -> keras.Model:
     also loads files that Keras 3 cannot: those of Keras 2 say `axis: [3]`, and those of
     a model compiled on PyTorch name an optimizer that only trains there. Keras's safe
     mode is on by default: it refuses a file that would run code of its own.
+
+    A model whose class makes its own layers gets ours too, with the options that its
+    `.keras` file has of them, such as `freeze_statistics`.
 
     If moving statistics are lost (NaN, infinite, a negative variance), it warns and
     names the layers; `keras_bn.recalibrate` fixes the model.
@@ -93,8 +96,8 @@ def load_model(path: str | os.PathLike[str], **kwargs: Any) -> keras.Model:
             if type(layer) is SyncBatchNormalization:
                 layer.__class__ = BatchNormalization
         # A layer that a user's class makes itself is in no config.
-        if any(is_keras(layer) for _, layer in walk(model)):
-            model = from_keras(model)
+        if _is_keras_in(model):
+            model = convert(model)
     _warn_of_lost(model)
     return model
 
@@ -229,7 +232,7 @@ def _exchange_in_archive(source, target, custom, safe):
         names = dict.fromkeys(old.namelist())
         metadata = json.loads(old.read(_METADATA)) if _METADATA in names else {}
         config = _checked(source, json.loads(old.read(_CONFIG)), safe)
-        new.writestr(_CONFIG, json.dumps(modern(config, custom)))
+        new.writestr(_CONFIG, json.dumps(_converted(modern(config, custom))))
         new.writestr(_METADATA, json.dumps(metadata))
         for name in names:
             if name in _READ[1:] or (name.startswith(_ASSETS) and name[-1] != "/"):
@@ -240,6 +243,38 @@ def _exchange_in_archive(source, target, custom, safe):
                     shutil.copyfileobj(content, place)
         version = metadata.get("keras_version") if isinstance(metadata, dict) else None
         return str(version or "3")
+
+
+@keras.saving.register_keras_serializable(package="keras_bn")
+class _Converted(keras.Model):
+    """Stands in a config for a model whose normalizations become ours.
+
+    They do so before Keras loads weights and assets: a class that makes its own layers
+    makes Keras's, and these would not read the options of ours.
+    """
+
+    @classmethod
+    def from_config(cls, config, custom_objects=None):
+        model = keras.saving.deserialize_keras_object(config["model"])
+        return convert(model) if _is_keras_in(model) else model
+
+
+def _converted(config):
+    """The config of a model, within that of its conversion."""
+    inner = {key: part for key, part in config.items() if key != "compile_config"}
+    outer = {
+        "module": _Converted.__module__,
+        "class_name": _Converted.__name__,
+        "registered_name": f"keras_bn>{_Converted.__name__}",
+        "config": {"model": inner},
+    }
+    if "compile_config" in config:
+        outer["compile_config"] = config["compile_config"]
+    return outer
+
+
+def _is_keras_in(model):
+    return any(is_keras(layer) for _, layer in walk(model))
 
 
 def _check_size(path, item):

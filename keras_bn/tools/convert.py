@@ -9,6 +9,7 @@ import keras
 from keras_bn.layer import BatchNormalization
 from keras_bn.layer.arguments import AFFINE
 from keras_bn.layer.traces import renew
+from keras_bn.surgery.classes import warn_of_classes
 from keras_bn.surgery.copying import copy_model
 from keras_bn.surgery.exchange import (
     exchange,
@@ -76,6 +77,11 @@ def from_keras(
         ValueError: for a subclass of Keras's BatchNormalization with its own `call`;
             the message gives its path, and nothing changes.
 
+    Warns:
+        UserWarning: for a model whose class makes its own layers and has none of them
+            in its config: `keras_bn.load_model` alone loads a file of it with our
+            layers.
+
     Example:
 
     >>> import keras
@@ -88,6 +94,13 @@ def from_keras(
     True
     """
     require("keras_bn.from_keras", "layers", "graph", "copy")
+    new = convert(model, in_place, compiled)
+    warn_of_classes(ModelView(new), stacklevel=2)
+    return new
+
+
+def convert(model, in_place=False, compiled=True):
+    """As `from_keras`, without a warning of what saving the result would lose."""
     return _convert(model, is_keras, BatchNormalization, in_place, compiled)
 
 

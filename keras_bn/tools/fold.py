@@ -5,6 +5,7 @@ from typing import NamedTuple
 import keras
 
 from keras_bn.pages.display import Content, Displayed
+from keras_bn.surgery.classes import as_graphs
 from keras_bn.surgery.copying import copy_model
 from keras_bn.surgery.exchange import bypass, exchange
 from keras_bn.surgery.graph import graph_of, input_of, scope
@@ -110,8 +111,10 @@ def fold(model: keras.Model) -> keras.Model:
         model: a built model, which does not change.
 
     Returns:
-        A new model of the same class with the outputs of the given one in inference.
-        It is not compiled, and not meant for training.
+        A new model with the outputs of the given one in inference. It is not compiled,
+        and not meant for training. Where a class makes its own layers in its
+        constructor, the result is a plain Functional or Sequential model instead, for
+        its graph is no longer that of the class.
 
     Raises:
         TypeError: if `model` is not a Keras model.
@@ -203,6 +206,8 @@ class FoldPlan:
                 edit.write(layer)
         exchange(pairs, view.holders)
         bypass(view, [of(layer) for layer in self.folded.values()])
+        if self.folded:
+            as_graphs(view)
         return copy
 
     def _place(self, node):

@@ -7,6 +7,7 @@ import keras
 
 from keras_bn.layer import BatchNormalization
 from keras_bn.surgery import norms
+from keras_bn.surgery.classes import warn_of_classes
 from keras_bn.surgery.private import require
 from keras_bn.surgery.view import ModelView
 from keras_bn.tools.fold import Fold, FoldPlan
@@ -41,7 +42,8 @@ def freeze(
     again. Your own `tf.function` does not change: trace it again.
 
     Layers of Keras in the model do not change, for they have no such option; a warning
-    names them.
+    names them. Another warning names classes that make their own layers: a file of such
+    a model loads frozen by `keras_bn.load_model` alone.
 
     With `fuse`, a frozen normalization and the linear layer before it are computed as
     one in training and in inference, where `plan_fold` says that one can go into the
@@ -105,6 +107,7 @@ def freeze(
             layer.freeze_affine = True
         if id(layer) in ids:
             layer.set_fused(True)
+    warn_of_classes(view, stacklevel=2)
     return plan.folds if plan else _changed(before, _frozen(layers))
 
 

@@ -9,6 +9,7 @@ import keras
 import numpy as np
 import pytest
 from keras import layers
+from support import classes
 from support.backend import NAME, but_on, only
 from support.command_line import refused, run
 from support.zoo import convolutional, inputs_of, masked, randomized, several
@@ -409,3 +410,54 @@ def test_help(command, capsys):
         run(command, "--help")
     assert raised.value.code == 0
     assert "model" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["fold", "convert", "recalibrate"])
+@pytest.mark.parametrize("make", [classes.Net, classes.task, classes.with_a_block])
+def test_a_class_that_makes_its_own_layers(make, command, tmp_path, capsys):
+    model = randomized(make())
+    model.save(tmp_path / "in.keras")
+    out = tmp_path / "out.keras"
+    x = np.random.default_rng(0).normal(size=(64, 6, 3)).astype("float32")
+    np.savez(tmp_path / "data.npz", x=x)
+    data = ["--data", tmp_path / "data.npz"] if command == "recalibrate" else []
+    assert run(command, tmp_path / "in.keras", out, *data) == 0
+    printed = capsys.readouterr().out
+    loaded = keras_bn.load_model(out)
+    if command == "convert":
+        assert "which makes its own: `keras_bn.load_model` loads it" in printed
+    if command != "recalibrate":
+        np.testing.assert_allclose(loaded(x), model(x), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(
+            keras.saving.load_model(out)(x), model(x), rtol=1e-4, atol=1e-5
+        )
+
+
+@pytest.mark.parametrize("suffix", [".keras", ".h5"])
+def test_a_file_that_does_not_load_again_is_not_written(
+    suffix, tmp_path, capsys, monkeypatch
+):
+    """A class whose config does not say how it was made; and one that was frozen."""
+
+    class Forgetful(classes.Net):
+        def get_config(self):
+            return {}
+
+    path, out = tmp_path / "in.keras", tmp_path / f"out{suffix}"
+    with keras.saving.custom_object_scope({"Forgetful": Forgetful}):
+        model = randomized(keras_bn.from_keras(Forgetful(units=4)))
+        keras_bn.freeze(model)
+        model.save(path)
+        if suffix == ".h5":
+            message = refused(capsys, "convert", path, out)
+            assert "does not keep freeze_statistics of 'bn'" in message
+        else:
+            assert run("convert", path, out) == 0
+            out.unlink()
+            monkeypatch.setattr(
+                Forgetful, "get_config", lambda self: {"units": self.units + 1}
+            )
+            message = refused(capsys, "convert", path, out)
+            assert "could not be loaded again" in message
+        assert not out.exists()
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["in.keras"]

@@ -1,0 +1,110 @@
+"""Models and layers of a class that makes its own layers, and says so in its config.
+
+Keras saves such a model as its class and the arguments of its constructor. What loads
+the file makes the layers of the class again: the graph is that of the class, and the
+normalizations are those that the class makes.
+"""
+
+import warnings
+
+import keras
+
+from keras_bn.layer import BatchNormalization
+from keras_bn.surgery.graph import children, functional_class
+
+
+def as_graphs(view):
+    """Let the graphs in a model stand for themselves, where a class makes others.
+
+    Such a model becomes a plain Functional or Sequential one, whose config holds its
+    layers and calls. It loses what else its class had, such as a training step.
+
+    Args:
+        view: the `ModelView` of a model whose graphs were changed.
+    """
+    for _, layer in view.layers:
+        for plain in (keras.Sequential, functional_class()):
+            if isinstance(layer, plain) and type(layer).call is plain.call:
+                if type(layer) is not plain and not _is_like(layer, plain):
+                    layer.__class__ = plain
+                break
+
+
+def _is_like(model, plain):
+    """Whether the config of a model holds its graph, as that of its base class."""
+    kind = type(model)
+    if kind.get_config is not plain.get_config:
+        return False
+    if plain is keras.Sequential:
+        return kind.__init__ is plain.__init__
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return "output_layers" in model.get_config()
+        except Exception:  # the arguments of its constructor are no config
+            return False
+
+
+def made_by_classes(view):
+    """The normalizations of ours in a model that its file will not name.
+
+    Args:
+        view: the `ModelView` of a model.
+
+    Returns:
+        A dict of the names of the classes that make them, by path. It is empty for a
+        model that cannot be saved with its config.
+    """
+    own = {
+        path: type(layer).__name__
+        for path, layer in view.layers
+        if not type(layer).__module__.startswith(("keras.", "keras_bn."))
+        and children(layer)
+    }
+    layers = view.of_type(BatchNormalization)
+    if not own or not layers:
+        return {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            names = set(_names(keras.saving.serialize_keras_object(view.model)))
+        except Exception:  # a class without a config, or with one that fails
+            return {}
+    root = view.model.name
+    makers = {
+        path: [own[p] for p in own if p == root or path.startswith(f"{p}/")]
+        for path, layer in layers.items()
+        if layer.name not in names
+    }
+    return {path: kinds[-1] for path, kinds in makers.items() if kinds}
+
+
+def warn_of_classes(view, stacklevel):
+    """Warn of classes that make the normalizations of a model anew when it is loaded.
+
+    Args:
+        view: the `ModelView` of a model.
+        stacklevel: as of `warnings.warn`, for the caller of this function.
+    """
+    if kinds := sorted(set(made_by_classes(view).values())):
+        warnings.warn(
+            f"{' and '.join(kinds)} in '{view.model.name}' makes its own layers, and "
+            "its config names none of them. `keras_bn.load_model(path)` loads a .keras "
+            "file of this model with the layers of keras_bn and what is frozen in "
+            "them; `keras.saving.load_model`, `clone_model` and pickle make what the "
+            "class makes.",
+            stacklevel=stacklevel + 1,
+        )
+
+
+def _names(config):
+    """The names of the normalizations of ours in a config."""
+    if isinstance(config, list | tuple):
+        for part in config:
+            yield from _names(part)
+    elif isinstance(config, dict):
+        if "BatchNormalization" in str(config.get("class_name")):
+            inner = config.get("config")
+            yield inner.get("name") if isinstance(inner, dict) else None
+        for part in config.values():
+            yield from _names(part)

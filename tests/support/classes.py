@@ -1,0 +1,130 @@
+"""Models and layers of classes that make their own layers, as KerasHub's are."""
+
+import keras
+from keras import layers
+
+register = keras.saving.register_keras_serializable("support")
+
+
+@register
+class Net(keras.Model):
+    """A graph that the constructor makes."""
+
+    def __init__(self, units=4, **kwargs):
+        inputs = keras.Input((6, 3))
+        x = layers.Dense(units, use_bias=False, name="first")(inputs)
+        x = layers.BatchNormalization(name="bn")(x)
+        x = layers.ReLU(name="relu")(x)
+        outputs = layers.Dense(2, name="last")(x)
+        super().__init__(inputs, outputs, **kwargs)
+        self.units = units
+
+    def get_config(self):
+        return {"units": self.units, "name": self.name}
+
+
+@register
+class Dicts(keras.Model):
+    """Tensors in dicts, and layers among the attributes, without names."""
+
+    def __init__(self, units=4, **kwargs):
+        self.dense = layers.Dense(units)
+        self.norms = [layers.BatchNormalization(momentum=0.5) for _ in range(2)]
+        inputs = {"x": keras.Input((6, 3), name="x")}
+        x = self.norms[0](self.dense(inputs["x"]))
+        y = self.norms[1](layers.Conv1D(3, 3, padding="same")(x))
+        super().__init__(inputs=inputs, outputs={"x": x, "y": y}, **kwargs)
+        self.units = units
+
+    def get_config(self):
+        return {"units": self.units}
+
+
+@register
+class Task(keras.Model):
+    """A graph around such a model, which its config holds."""
+
+    def __init__(self, base, **kwargs):
+        inputs = base.input
+        outputs = layers.Dense(2)(layers.BatchNormalization()(base(inputs)))
+        super().__init__(inputs, outputs, **kwargs)
+        self.base = base
+
+    def get_config(self):
+        return {"base": keras.saving.serialize_keras_object(self.base)}
+
+    @classmethod
+    def from_config(cls, config):
+        return cls(keras.saving.deserialize_keras_object(config["base"]))
+
+
+@register
+class Stack(keras.Sequential):
+    def __init__(self, units=4, **kwargs):
+        parts = [layers.Dense(units), layers.BatchNormalization(), layers.ReLU()]
+        super().__init__([keras.Input((6, 3)), *parts, layers.Dense(2)], **kwargs)
+        self.units = units
+
+    def get_config(self):
+        return {"units": self.units}
+
+    @classmethod
+    def from_config(cls, config):
+        return cls(config["units"])
+
+
+@register
+class Block(layers.Layer):
+    """A layer with others in it, in a plain graph."""
+
+    def __init__(self, units=4, **kwargs):
+        super().__init__(**kwargs)
+        self.dense = layers.Dense(units)
+        self.norm = layers.BatchNormalization()
+
+    def build(self, shape):
+        self.dense.build(shape)
+        self.norm.build(self.dense.compute_output_shape(shape))
+
+    def call(self, x):
+        return self.norm(self.dense(x))
+
+    def get_config(self):
+        return {**super().get_config(), "units": self.dense.units}
+
+
+@register
+class Calling(keras.Model):
+    """A model with a `call`."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.block, self.head = Block(), layers.Dense(2)
+
+    def build(self, shape):
+        self.block.build(shape)
+        self.head.build((*shape[:-1], 4))
+
+    def call(self, x):
+        return self.head(self.block(x))
+
+
+def with_a_block():
+    inputs = keras.Input((6, 3))
+    x = layers.BatchNormalization(name="in_config")(Block()(inputs))
+    return keras.Model(inputs, layers.Dense(2)(x))
+
+
+def calling():
+    model = Calling()
+    model.build((None, 6, 3))
+    return model
+
+
+def task():
+    return Task(Net())
+
+
+# Of graphs alone, and all.
+GRAPHS = [Net, Dicts, task, Stack]
+ALL = [*GRAPHS, with_a_block, calling]

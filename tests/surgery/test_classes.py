@@ -1,0 +1,198 @@
+"""Classes that make their own layers: what is folded, saved and loaded of them."""
+
+import warnings
+import zipfile
+
+import keras
+import numpy as np
+import pytest
+from keras import layers
+from support import classes
+from support.backend import only
+from support.zoo import randomized
+
+import keras_bn
+from keras_bn.surgery.norms import is_normalization, is_ours
+from keras_bn.surgery.view import ModelView
+
+REMEDY = r"`keras_bn.load_model\(path\)` loads"
+
+
+def data():
+    return np.random.default_rng(0).normal(size=(8, 6, 3)).astype("float32")
+
+
+def outputs(model, x=None):
+    x = data() if x is None else x
+    named = isinstance(model.input, dict) if hasattr(model, "input") else False
+    return keras.tree.flatten(model({"x": x} if named else x, training=False))
+
+
+def assert_same(model, other):
+    for got, want in zip(outputs(model), outputs(other), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+
+
+def norms(model):
+    return list(ModelView(model).normalizations.values())
+
+
+def converted(make):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return keras_bn.from_keras(randomized(make()))
+
+
+@pytest.mark.parametrize("make", classes.GRAPHS)
+@pytest.mark.parametrize("ours", [True, False])
+def test_the_file_of_a_folded_model_loads(make, ours, tmp_path):
+    model = converted(make) if ours else randomized(make())
+    before = len(norms(model))
+    folded = keras_bn.fold(model)
+    assert_same(folded, model)
+    assert type(folded).__module__.startswith("keras.")
+    assert len(norms(folded)) < before == len(norms(model))
+    folded.save(tmp_path / "folded.keras")
+    for load in keras.saving.load_model, keras_bn.load_model:
+        again = load(tmp_path / "folded.keras")
+        assert_same(again, model)
+        assert len(norms(again)) == len(norms(folded))
+
+
+def test_a_class_that_takes_its_graph_stays_and_so_does_one_without_change():
+    class Training(keras.Model):
+        def train_step(self, data):
+            return {"loss": 0.0}
+
+    inputs = keras.Input((6, 3))
+    x = layers.BatchNormalization()(layers.Dense(3)(inputs))
+    assert type(keras_bn.fold(Training(inputs, x))) is Training
+    alone = Training(inputs, layers.ReLU()(layers.BatchNormalization()(inputs)))
+    assert type(keras_bn.fold(alone)) is Training
+
+
+@only("tensorflow", "quantize_aware runs there")
+@pytest.mark.parametrize("make", [classes.Net, classes.Stack])
+def test_the_file_of_an_aware_model_loads(make, tmp_path):
+    model = converted(make)
+    aware = keras_bn.quantize_aware(model, data())
+    aware.save(tmp_path / "aware.keras")
+    for load in keras.saving.load_model, keras_bn.load_model:
+        assert_same(load(tmp_path / "aware.keras"), aware)
+
+
+def options(layer):
+    names = "freeze_statistics", "freeze_affine", "virtual_batch_size", "unbiased"
+    return [getattr(layer, name) for name in names]
+
+
+CHANGES = {
+    "frozen": lambda model: keras_bn.freeze(model),
+    "frozen affine": lambda model: keras_bn.freeze(model, affine=True),
+    "gamma": lambda model: setattr(norms(model)[0], "freeze_affine", "gamma"),
+    "groups": lambda model: setattr(norms(model)[-1], "virtual_batch_size", 4),
+    "unbiased": lambda model: [setattr(la, "unbiased", True) for la in norms(model)],
+}
+
+
+@pytest.mark.parametrize("make", classes.ALL)
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.filterwarnings(f"ignore:.*{REMEDY}")
+def test_options_come_back_with_load_model(make, change, tmp_path):
+    model = converted(make)
+    CHANGES[change](model)
+    path = tmp_path / "model.keras"
+    model.save(path)
+    loaded = keras_bn.load_model(path)
+    assert type(loaded) is type(model)
+    assert all(map(is_ours, norms(loaded)))
+    assert [*map(options, norms(loaded))] == [*map(options, norms(model))]
+    flags = [[v.trainable for v in m.variables] for m in (loaded, model)]
+    assert flags[0] == flags[1]
+    assert_same(loaded, model)
+    # Keras's own reader makes what the class makes, with the same weights.
+    theirs = keras.saving.load_model(path)
+    assert not all(map(is_ours, norms(theirs)))
+    assert_same(theirs, model)
+    # A copy is a copy of the objects.
+    copy = keras_bn.from_keras(model)
+    assert [*map(options, norms(copy))] == [*map(options, norms(model))]
+
+
+@pytest.mark.parametrize("make", classes.ALL)
+def test_training_goes_on_frozen(make, tmp_path):
+    model = converted(make)
+    with pytest.warns(UserWarning, match=REMEDY):
+        keras_bn.freeze(model)
+    named = make is classes.Dicts
+    x = {"x": data()} if named else data()
+    y = {"x": np.ones((8, 6, 4)), "y": np.ones((8, 6, 3))} if named else data()[..., :2]
+    model.compile("adam", "mse")
+    model.fit(x, y, verbose=0)
+    model.save(tmp_path / "model.keras")
+    loaded = keras_bn.load_model(tmp_path / "model.keras")
+    assert int(loaded.optimizer.iterations.numpy()) == 1
+    before = [la.moving_mean.numpy() for la in norms(loaded)]
+    for each in model, loaded:
+        each.fit(x, y, verbose=0)
+    for layer, mean in zip(norms(loaded), before, strict=True):
+        np.testing.assert_array_equal(layer.moving_mean, mean)
+    assert_same(loaded, model)
+
+
+@pytest.mark.parametrize("make", classes.ALL)
+def test_files_of_default_layers_are_those_of_keras(make, tmp_path):
+    model = randomized(make())
+    with pytest.warns(UserWarning, match=REMEDY):
+        ours = keras_bn.from_keras(model)
+    entries = []
+    for name, each in ("theirs", model), ("ours", ours):
+        each.save(tmp_path / f"{name}.keras")
+        with zipfile.ZipFile(tmp_path / f"{name}.keras") as archive:
+            entries.append(archive.namelist())
+        each.save_weights(tmp_path / f"{name}.weights.h5")
+    assert entries[0] == entries[1]
+    # Weights go both ways, also those of a frozen layer.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        keras_bn.freeze(ours)
+    ours.save_weights(tmp_path / "ours.weights.h5")
+    for into, name in (make(), "ours"), (converted(make), "theirs"):
+        into.load_weights(tmp_path / f"{name}.weights.h5")
+        assert_same(into, model)
+
+
+def test_who_is_warned(recwarn):
+    """Neither who loads with us, nor whose config names its layers."""
+    plain = keras.Sequential([keras.Input((3,)), layers.BatchNormalization()])
+    keras_bn.freeze(keras_bn.from_keras(plain))
+
+    class Training(keras.Model):
+        def train_step(self, data):
+            return {"loss": 0.0}
+
+    inputs = keras.Input((3,))
+    trained = Training(inputs, layers.BatchNormalization()(inputs))
+    keras_bn.freeze(keras_bn.from_keras(trained))
+    keras_bn.fold(classes.Net())
+    keras_bn.to_keras(converted(classes.Net))
+    assert not [w for w in recwarn if "makes its own" in str(w.message)]
+
+
+def test_the_warning_names_the_class_and_the_caller():
+    for run in keras_bn.from_keras, lambda m: keras_bn.freeze(converted(type(m))):
+        with pytest.warns(UserWarning, match="^Net in 'net.*' makes its own") as caught:
+            run(classes.Net())
+        files = [w.filename for w in caught if "makes its own" in str(w.message)]
+        assert set(files) == {__file__}
+
+
+def test_a_file_of_keras_s_own_layers_loads_with_ours(tmp_path):
+    """With `virtual_batch_size` and more in no asset: as ever."""
+    model = randomized(classes.Dicts())
+    model.save(tmp_path / "model.keras")
+    loaded = keras_bn.load_model(tmp_path / "model.keras")
+    assert type(loaded) is classes.Dicts
+    assert all(is_normalization(la) and is_ours(la) for la in norms(loaded))
+    assert loaded.norms[0] is norms(loaded)[0]
+    assert_same(loaded, model)
