@@ -13,7 +13,6 @@ if "tensorflow" not in sys.modules:
         import triton  # noqa: F401
 
 import keras
-import numpy as np
 import pytest
 from support import graphs
 
@@ -32,22 +31,6 @@ elif BACKEND == "jax":
 
     # Without it JAX computes float64 in float32.
     jax.config.update("jax_enable_x64", True)
-else:
-
-    def _of_tensors(compare):
-        """A comparison that takes what a layer gives, though it has gradients."""
-
-        def run(got, want, *args, **kwargs):
-            got, want = (
-                keras.ops.convert_to_numpy(v) if keras.ops.is_tensor(v) else v
-                for v in (got, want)
-            )
-            return compare(got, want, *args, **kwargs)
-
-        return run
-
-    for _name in ("assert_allclose", "assert_array_equal"):
-        setattr(np.testing, _name, _of_tensors(getattr(np.testing, _name)))
 
 
 def in_ci():

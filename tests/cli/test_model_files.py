@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from keras import layers
 from support import classes
-from support.backend import NAME, but_on, only
+from support.backend import NAME, array, but_on, only
 from support.command_line import refused, run
 from support.zoo import convolutional, inputs_of, masked, randomized, several
 
@@ -233,7 +233,7 @@ def test_a_frozen_model_goes_to_keras_with_a_note(tmp_path, capsys):
     assert not any(la.trainable for _, la in walk(loaded) if is_keras(la))
     x = inputs_of(model)
     rounding = 0 if NAME == "tensorflow" else 1e-6
-    np.testing.assert_allclose(loaded(x), model(x), rounding, rounding)
+    np.testing.assert_allclose(array(loaded(x)), array(model(x)), rounding, rounding)
 
 
 def test_models_with_integer_input_are_compared(tmp_path, capsys):

@@ -155,7 +155,7 @@ def test_training_as_a_tensor(mode):
     for training in (False, True, False, True, True):
         got = run(tensor(x), tensor(training))
         np.testing.assert_allclose(
-            got, plain(x, training=training), rtol=1e-5, atol=1e-6
+            array(got), array(plain(x, training=training)), rtol=1e-5, atol=1e-6
         )
         for ours, want in zip(statistics(layer), statistics(plain), strict=True):
             np.testing.assert_allclose(ours, want, rtol=1e-6)

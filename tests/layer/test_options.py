@@ -92,10 +92,12 @@ def test_renorm_is_keras(clipping, mode, scale, center):
         theirs_now, ours_now = (run(tensor(x), upstream) for run in runs)
         got, want = ([y, *gradients] for y, gradients in (ours_now, theirs_now))
         for a, b in zip(want, got, strict=True):
-            np.testing.assert_allclose(b, a, rtol=1e-9 * slack, atol=1e-11 * slack)
+            np.testing.assert_allclose(
+                array(b), array(a), rtol=1e-9 * slack, atol=1e-11 * slack
+            )
         for name, value in state(theirs).items():
             np.testing.assert_allclose(state(ours)[name], value, rtol=1e-11 * slack)
-    np.testing.assert_allclose(ours(x), theirs(x), rtol=1e-10 * slack)
+    np.testing.assert_allclose(array(ours(x)), array(theirs(x)), rtol=1e-10 * slack)
 
 
 @beside_keras
@@ -113,11 +115,11 @@ def test_renorm_weights_are_interchangeable(tmp_path):
     theirs.save_weights(tmp_path / "theirs.weights.h5")
     ours.load_weights(tmp_path / "theirs.weights.h5")
     for a, b in zip(ours.get_weights(), theirs.get_weights(), strict=True):
-        np.testing.assert_array_equal(a, b)
+        np.testing.assert_array_equal(array(a), array(b))
     ours(x, training=True)
     ours.save_weights(tmp_path / "ours.weights.h5")
     theirs.load_weights(tmp_path / "ours.weights.h5")
-    np.testing.assert_allclose(ours(x), theirs(x), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(array(ours(x)), array(theirs(x)), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("shape", [(16, 3), (4, 5, 5, 3)])
@@ -198,7 +200,7 @@ def test_resuming_in_the_middle_of_the_ramp_is_not_stopping(tmp_path):
     for x in data[12:]:
         second.train_on_batch(x, x[:, :1])
     for a, b in zip(second.get_weights(), whole.get_weights(), strict=True):
-        np.testing.assert_array_equal(a, b)
+        np.testing.assert_array_equal(array(a), array(b))
 
 
 def test_no_retrace_while_the_ramp_moves():
@@ -237,7 +239,7 @@ def test_unbiased_follows_pytorch():
     ours = keras_bn.BatchNormalization(unbiased=True, momentum=0.9, epsilon=1e-5)
     for x in batches(100, (8, 3), dtype="float32"):
         y = theirs(torch.tensor(x)).detach().numpy()
-        np.testing.assert_allclose(ours(x, training=True), y, atol=2e-6)
+        np.testing.assert_allclose(array(ours(x, training=True)), array(y), atol=2e-6)
     np.testing.assert_allclose(
         ours.moving_mean.numpy(), theirs.running_mean.numpy(), rtol=1e-6
     )
@@ -272,7 +274,7 @@ def test_unbiased_uses_the_count_of_the_mask(masked):
     )
     one = np.ones(3)
     want = oracle.forward(x, one, 0 * one, (2,), layer.epsilon, mask)
-    np.testing.assert_allclose(y, want, rtol=1e-10, atol=1e-12)
+    np.testing.assert_allclose(array(y), array(want), rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("debias", [False, True])
@@ -301,7 +303,7 @@ def test_debias_is_the_weighted_mean_of_the_batches(momentum):
         for name, statistic in (("mean", np.mean), ("variance", np.var)):
             want = np.average([statistic(s, axis=0) for s in seen], 0, weights)
             got = array(getattr(layer, f"moving_{name}"))
-            np.testing.assert_allclose(got, want, rtol=1e-9 if t > 1 else 1e-14)
+            np.testing.assert_allclose(got, array(want), rtol=1e-9 if t > 1 else 1e-14)
     np.testing.assert_array_equal(layer.updates, np.full((2, 3), 30))
 
 
@@ -319,7 +321,7 @@ def test_evaluation_is_right_after_one_step_with_debias():
     x = next(batches(1, dtype="float32"))
     layer = keras_bn.BatchNormalization(debias=True)
     y = layer(x, training=True)
-    np.testing.assert_allclose(layer(x), y, atol=1e-5)
+    np.testing.assert_allclose(array(layer(x)), array(y), atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -355,10 +357,12 @@ def test_freeze_statistics():
         lambda x: layer(x, training=True), layer.variables, "eager"
     )
     y, (dx, d_gamma, d_beta) = step(tensor(x), tensor(upstream))
-    np.testing.assert_array_equal(y, layer(x, training=False))
+    np.testing.assert_array_equal(array(y), array(layer(x, training=False)))
     normalized = (x - before["moving_mean"]) / np.sqrt(1 + layer.epsilon)
-    np.testing.assert_allclose(d_gamma, (upstream * normalized).sum(0), rtol=1e-12)
-    np.testing.assert_allclose(d_beta, upstream.sum(0), rtol=1e-12)
+    np.testing.assert_allclose(
+        array(d_gamma), (upstream * normalized).sum(0), rtol=1e-12
+    )
+    np.testing.assert_allclose(array(d_beta), upstream.sum(0), rtol=1e-12)
     np.testing.assert_allclose(dx, upstream / np.sqrt(1 + layer.epsilon), rtol=1e-12)
     for name, value in state(layer).items():
         np.testing.assert_array_equal(value, before[name])
@@ -397,10 +401,10 @@ def test_ghost_batches_are_separate_calls(n, rest, axis, mode):
         statistics = mean, variance
     for name in ("y", "dx"):
         want = np.concatenate([part[name] for part in parts])
-        np.testing.assert_allclose(got[name], want, rtol=1e-10, atol=1e-11)
+        np.testing.assert_allclose(got[name], array(want), rtol=1e-10, atol=1e-11)
     for name in ("d_gamma", "d_beta"):
         want = np.sum([part[name] for part in parts], axis=0)
-        np.testing.assert_allclose(got[name], want, rtol=1e-10, atol=1e-11)
+        np.testing.assert_allclose(got[name], array(want), rtol=1e-10, atol=1e-11)
     np.testing.assert_allclose(got["moving_mean"], statistics[0], rtol=1e-12)
     np.testing.assert_allclose(got["moving_variance"], statistics[1], rtol=1e-12)
 
@@ -431,7 +435,7 @@ def test_groups_in_closed_form_are_one_update_each(rule):
         old = moving.update(old, keras_bn.Moments(*group), rule)
     for got, want in zip(at_once, old, strict=True):
         if want is not None:
-            np.testing.assert_allclose(got, want, rtol=1e-12)
+            np.testing.assert_allclose(got, array(want), rtol=1e-12)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -449,7 +453,7 @@ def test_ghost_batches_with_masks(mode):
     for group in groups(9, 3)[1:]:
         part = x[group], mask[group]
         want = oracle.forward(part[0], one, zero, (2,), 1e-3, part[1])
-        np.testing.assert_allclose(got["y"][group], want, rtol=1e-10, atol=1e-11)
+        np.testing.assert_allclose(got["y"][group], array(want), rtol=1e-10, atol=1e-11)
         dx, _, _ = oracle.backward(part[0], one, (2,), 1e-3, upstream[group], part[1])
         np.testing.assert_allclose(got["dx"][group], dx, rtol=1e-9, atol=1e-10)
         _, m, v = oracle.moments(part[0], (2,), part[1])
@@ -468,7 +472,7 @@ def test_inference_never_looks_at_the_groups():
     ghost = keras_bn.BatchNormalization(virtual_batch_size=4)
     plain = keras_bn.BatchNormalization()
     for x in batches(3, (5, 3), dtype="float32"):
-        np.testing.assert_array_equal(ghost(x), plain(x))
+        np.testing.assert_array_equal(array(ghost(x)), array(plain(x)))
 
 
 # Together
@@ -562,7 +566,7 @@ def test_every_combination(arguments, tmp_path):
         )
     for run in runs[1:]:
         for a, b in zip(runs[0], run, strict=True):
-            np.testing.assert_allclose(b, a, rtol=1e-9, atol=1e-10)
+            np.testing.assert_allclose(array(b), array(a), rtol=1e-9, atol=1e-10)
 
     inputs = keras.Input((3,), dtype="float64")
     layer = keras_bn.BatchNormalization(dtype="float64", **arguments)
@@ -574,11 +578,13 @@ def test_every_combination(arguments, tmp_path):
     again = loaded.layers[-1]
     assert again.get_config() == layer.get_config()
     for x in data[4:]:
-        np.testing.assert_array_equal(model(x, training=True), loaded(x, training=True))
+        np.testing.assert_array_equal(
+            array(model(x, training=True)), array(loaded(x, training=True))
+        )
     for a, b in zip(model.get_weights(), loaded.get_weights(), strict=True):
-        np.testing.assert_array_equal(a, b)
+        np.testing.assert_array_equal(array(a), array(b))
     for got, want in zip(state(layer).values(), runs[0][len(data) :], strict=True):
-        np.testing.assert_allclose(got, want, rtol=1e-12)
+        np.testing.assert_allclose(got, array(want), rtol=1e-12)
 
 
 @pytest.mark.parametrize("arguments", [{"renorm": True}, {"virtual_batch_size": 3}])

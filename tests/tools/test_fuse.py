@@ -467,7 +467,10 @@ def test_what_is_assigned_to_a_variable_counts():
     for variable in model.variables:
         variable.assign(rng.uniform(0.5, 2.0, variable.shape))
         np.testing.assert_allclose(
-            model.predict(ROWS, verbose=0), model(ROWS, training=False), 1e-5, 1e-5
+            model.predict(ROWS, verbose=0),
+            array(model(ROWS, training=False)),
+            1e-5,
+            1e-5,
         )
 
 

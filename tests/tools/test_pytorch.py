@@ -85,7 +85,7 @@ def test_training_goes_on_as_in_pytorch(name, options, axis):
     module.eval()
     x = batches(shape, 1)[0]
     expected = moved(module(torch.tensor(x)).detach().numpy(), axis)
-    np.testing.assert_allclose(layer(moved(x, axis)), expected, atol=1e-9)
+    np.testing.assert_allclose(array(layer(moved(x, axis))), expected, atol=1e-9)
 
 
 def _gradients(layer, x, weight, learned):
@@ -140,7 +140,7 @@ def test_pytorch_has_both_parameters_or_none(missing):
     assert not fixed.requires_grad
     x = np.random.default_rng(0).normal(size=(4, 3)).astype("float32")
     np.testing.assert_allclose(
-        layer(x), module(torch.tensor(x)).detach().numpy(), atol=1e-5
+        array(layer(x)), module(torch.tensor(x)).detach().numpy(), atol=1e-5
     )
 
 
@@ -302,7 +302,7 @@ def test_a_module_without_a_forward_of_its_own_is_converted(kind):
     layer = keras_bn.from_torch(module, rank=rank)
     x = batches((2, 3, 4, 4))[0].astype("float32")
     want = module(torch.tensor(x)).detach().numpy()
-    np.testing.assert_allclose(layer(x), want, atol=1e-5)
+    np.testing.assert_allclose(array(layer(x)), want, atol=1e-5)
 
 
 class ActivatedLayer(keras_bn.BatchNormalization):
