@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
+import keras
+
 from keras_bn.backends.plan import Plan
 from keras_bn.moments import Moments, Tensor
 
@@ -157,6 +159,30 @@ class Backend(Protocol):
         """Whether unused results of computing with `x` cost nothing.
 
         They do not where `x` belongs to a graph that is compiled before it runs.
+        """
+        ...
+
+    def traced(
+        self, function: Callable[..., Any], variables: Sequence[keras.Variable]
+    ) -> Callable[..., Any]:
+        """`function(batch, given)`, compiled when it is first called.
+
+        One compilation serves batches of all sizes, if the backend can.
+
+        Args:
+            function: of `batch` and `given`, nests of tensors in which None may stand
+                for one. It gives a list of tensors.
+            variables: all that it reads or assigns.
+
+        Returns:
+            The compiled function; it raises for what cannot be compiled.
+        """
+        ...
+
+    def current_trace(self) -> object:
+        """What is being traced here and now, as a value to compare.
+
+        It is equal within one graph, and to nothing outside of it.
         """
         ...
 

@@ -1,30 +1,25 @@
 """Reading a model's batch normalizations, and measuring them on data, into records.
 
 Each batch goes through the model twice: once in inference, once with only the
-normalizations in training. Copies of the layers do the work, so nothing in the model
-changes.
+normalizations in training. What comes of activations, outputs and losses is reduced to
+a few numbers where it is computed. Doubles of the layers do the work, so nothing in the
+model changes.
 """
 
 import inspect
-from dataclasses import dataclass, field
 from typing import Any
 
 import keras
 import numpy as np
+from keras import ops
 
 from keras_bn.diagnosis.records import LayerRecord, MeasuredLayer, ModelRecord
 from keras_bn.layer.arguments import align_mask
-from keras_bn.moments import Moments, merged
-from keras_bn.passes.observe import (
-    NoDataError,
-    Watch,
-    batches,
-    check_call,
-    observed,
-    pooled,
-    state_kept,
-)
-from keras_bn.surgery.arrays import axes, float64, is_initial, moving
+from keras_bn.moments import Moments, at_least_float32, merged
+from keras_bn.passes.compiled import Pass, Pool, moments_of
+from keras_bn.passes.data import check_call
+from keras_bn.passes.recorder import state_kept, with_values
+from keras_bn.surgery.arrays import float64, is_initial, moving
 from keras_bn.surgery.graph import input_of
 from keras_bn.surgery.norms import is_frozen, is_keras, is_normalization, normalizations
 from keras_bn.surgery.view import ModelView
@@ -33,31 +28,16 @@ from keras_bn.tools.linear import is_activated, is_linear, linear
 _INFERENCE, _TRAINING, _PROBE = "inference", "training", "probe"
 
 
-def collect(model, data, *, steps=None, batch_size=None, verbose="auto"):
+def collect(model, data, **options):
     """Run data through a model, and record the inputs of its normalizations.
 
     Args:
-        model, data, steps, batch_size, verbose: as in `diagnose`.
+        model, data, **options: as `steps`, `batch_size` and `verbose` in `diagnose`.
 
     Returns:
         A `ModelRecord`.
     """
-    check_call(model)
-    layers = check_any(model)
-    with _Run(model, layers) as run:
-        run.over(data, steps=steps, batch_size=batch_size, verbose=verbose)
-    held = {each.layer: each for each in _held(model, layers)}
-    return ModelRecord(
-        model=model.name,
-        steps=_steps(model),
-        layers=[_with_data(held[path], seen) for path, seen in run.seen.items()],
-        samples=run.samples,
-        batches=run.batches,
-        not_called=tuple(path for path in layers if path not in run.seen),
-        gap=run.gap.value,
-        loss=run.loss.values,
-        accuracy=run.accuracy.values,
-    )
+    return Collector(model).collect(data, **options)
 
 
 def read(model):
@@ -87,12 +67,11 @@ class _Gap:
         self._squares = 0.0
         self._training = Moments(0.0, np.zeros(()), np.zeros(()))
 
-    def add(self, inference, training):
-        """Add two arrays of the elements that count."""
-        if training.size:
-            self._squares += float(np.square(training - inference).sum())
-            new = Moments(float(training.size), training.mean(), training.var())
-            self._training = merged(self._training, new, np)
+    def add(self, squares, training):
+        """Add the sum of squares, and the `Moments` of the outputs in training."""
+        if training.count:
+            self._squares += float(squares)
+            self._training = merged(self._training, training, np)
 
     @property
     def value(self):
@@ -121,80 +100,184 @@ class _Pair:
         return float(inference), float(training)
 
 
-@dataclass
-class _Seen:
-    """What was collected from the calls of one layer."""
+class Collector(Pass):
+    """Runs data through a model in both modes, and records what comes of it.
 
-    data: Moments | None = None
-    elements: list[float] = field(default_factory=list)
-    gap: _Gap = field(default_factory=_Gap)
-    modes: set = field(default_factory=set)
+    It can be used again after the model's weights have changed.
 
+    Args:
+        model: as in `diagnose`.
+    """
 
-class _Run(Watch):
-    """Runs a model over data in both modes, with copies of its normalizations."""
+    labelled = True
 
-    def __init__(self, model, layers):
-        super().__init__(model, layers, self._answer)
+    def __init__(self, model):
+        check_call(model)
+        self.layers = check_any(model)
+        super().__init__(model, self.layers)
         self._mode = _INFERENCE
+        # By path, with which values of `training` the model calls a layer.
+        self._trainings: dict[str, set] = {}
         self._outputs: dict[str, list] = {}
-        self.samples = self.batches = 0
-        self.seen: dict[str, _Seen] = {}
-        self.gap, self.loss, self.accuracy = _Gap(), _Pair(), _Pair()
+        self._flags = _flags(self.layers)
 
-    def over(self, data, **options):
-        data = data if isinstance(data, tuple) else (data,)
-        for x, y, sample_weight in batches(*data, **options):
-            if not self.batches:
-                with state_kept(self._model):
-                    self._forward(x, _PROBE, training=True)
-            self._step(x, y, sample_weight)
-        if not self.samples:
-            raise NoDataError
+    def is_current(self):
+        """Whether the model's normalizations are still those of this object."""
+        return self._flags == _flags(normalizations(self.model))
 
-    def _step(self, x, y, sample_weight):
-        samples = keras.tree.flatten(x)[0].shape[0]
-        self.samples += samples
-        self.batches += 1
+    def collect(self, data, *, steps=None, batch_size=None, verbose="auto"):
+        """Run data through the model; see `collect`."""
+        self._pool, self._elements = Pool(), {}
+        self._gaps = {path: _Gap() for path in self.layers}
+        self._gap, self._loss, self._accuracy = _Gap(), _Pair(), _Pair()
+        options = {"steps": steps, "batch_size": batch_size, "verbose": verbose}
+        with self:
+            self.over(data, "diagnosing", **options)
+        held = {record.layer: record for record in _held(self.model, self.layers)}
+        moments = self._pool.moments()
+        order = [*self._trainings, *(p for p in moments if p not in self._trainings)]
+        return ModelRecord(
+            model=self.model.name,
+            steps=_steps(self.model),
+            layers=[
+                self._with_data(held[path], moments[path])
+                for path in order
+                if path in moments
+            ],
+            samples=self.samples,
+            batches=self.batches,
+            invalid=self.invalid,
+            first_invalid=self.first_invalid,
+            not_called=tuple(path for path in self.layers if path not in moments),
+            gap=self._gap.value,
+            loss=self._loss.values,
+            accuracy=self._accuracy.values,
+        )
+
+    def run(self, batch, given=()):
+        if not self._trainings:
+            self._probe(batch)
+        return super().run(batch, given)
+
+    def _probe(self, batch):
+        """Find out once which layers the model calls with `training=True`."""
+        # Eagerly: it has to see values, and Keras makes the metrics of a loss now.
+        with state_kept(self.model):
+            self.eagerly(self._probe_step, *self.tensors(batch))
+
+    def _probe_step(self, batch, given):
+        self._mode = _PROBE
+        outputs = self.forward(batch[0], training=True)
+        if batch[1] is not None:
+            _loss(self.model, batch[0], batch[1], outputs, batch[2])
+
+    def step(self, batch, given):
+        x, y, sample_weight = batch
         self._outputs = {}
-        outputs, losses, accuracies = [], [], []
-        for mode in _INFERENCE, _TRAINING:
-            outputs.append(self._forward(x, mode))
-            if y is not None:
-                losses.append(_loss(self._model, x, y, outputs[-1], sample_weight))
-                accuracies.append(_accuracy(y, outputs[-1]))
-        for first, second in zip(*map(keras.tree.flatten, outputs), strict=True):
-            self.gap.add(float64(first).ravel(), float64(second).ravel())
-        for pair, values in ((self.loss, losses), (self.accuracy, accuracies)):
-            if values and None not in values:
-                pair.add(values, samples)
+        outputs = {}
+        for self._mode in _INFERENCE, _TRAINING:
+            outputs[self._mode] = self.forward(x)
+            if y is None:
+                continue
+            loss = _loss(self.model, x, y, outputs[self._mode], sample_weight)
+            if loss is not None:
+                self.note("loss", self._mode, loss)
+            hits = _hits(y, outputs[self._mode])
+            if hits is not None:
+                self.note("accuracy", self._mode, *hits)
+        for pair in zip(*map(keras.tree.flatten, outputs.values()), strict=True):
+            before, after = (_wide(value) for value in pair)
+            squares = ops.sum(ops.square(after - before))
+            self.note("output", None, squares, *_moments(after, None))
 
-    def _forward(self, x, mode, training=False):
-        self._mode = mode
-        return self.run(x, training=training)
-
-    def _answer(self, path, twin, inputs, training=None, mask=None):
-        seen = self.seen.setdefault(path, _Seen())
+    def record(self, path, double, inputs, training=None, mask=None):
         if self._mode == _PROBE:
-            seen.modes.add(bool(training))
-            return twin.call(inputs, training=False, mask=mask)
+            self._trainings.setdefault(path, set()).add(bool(training))
+            return double.call(inputs, training=False, mask=mask)
         if self._mode == _INFERENCE:
-            y = twin.call(inputs, training=False, mask=mask)
+            y = double.call(inputs, training=False, mask=mask)
             self._outputs.setdefault(path, []).append(y)
             return y
-        _, moments = observed(path, twin, inputs, mask)
-        samples = inputs.shape[0]
-        group = twin.virtual_batch_size or samples
-        seen.elements.append(
-            float(moments.count.max()) * min(1.0, group / max(samples, 1))
-        )
-        seen.data = pooled(seen.data, moments)
-        trains = seen.modes != {False}
-        with state_kept(twin):
-            y = twin.call(inputs, training=trains, mask=mask)
+        y, moments = double.normalize_batch(inputs, mask)
+        self.note("moments", path, *moments)
+        trains = self._trainings.get(path) != {False}
+        plain = not (double.renorm or double.virtual_batch_size or is_frozen(double))
+        if not (plain and trains):
+            with with_values(double):
+                y = double.call(inputs, training=trains, mask=mask)
         before = self._outputs[path].pop(0)
-        seen.gap.add(*(_counted(z, mask, twin) for z in (before, y)))
+        difference = _wide(y) - _wide(before)
+        if mask is not None:
+            mask = align_mask(mask, y, double._axes)
+            difference = ops.where(mask, difference, 0.0)
+        self.note("gap", path, ops.sum(ops.square(difference)))
+        if not (plain and trains):
+            self.note("spread", path, *_moments(_wide(y), mask))
         return y
+
+    def take(self, notes, batch, samples):
+        self._pool.add(moments_of(notes))
+        values: dict = {"loss": {}, "accuracy": {}}
+        calls: dict = {"gap": {}, "spread": {}, "moments": {}}
+        for kind, path, arrays in notes:
+            if kind == "output":
+                self._gap.add(arrays[0], _wide_moments(*arrays[1:]))
+            elif kind in values:
+                values[kind][path] = arrays
+            else:
+                calls[kind].setdefault(path, []).append(arrays)
+        for path, parts in calls["moments"].items():
+            spreads = calls["spread"].get(path)
+            for i, moments in enumerate(parts):
+                self._note_elements(path, moments[0], samples)
+                if spreads is None:
+                    training = self._of_output(path, Moments(*moments))
+                else:
+                    training = _wide_moments(*spreads[i])
+                self._gaps[path].add(calls["gap"][path][i][0], training)
+        if len(values["loss"]) == 2:
+            self._loss.add([float(v[0]) for v in values["loss"].values()], samples)
+        if len(values["accuracy"]) == 2:
+            hits, known = zip(*values["accuracy"].values(), strict=True)
+            if all(known):
+                self._accuracy.add([float(h) / samples for h in hits], samples)
+
+    def _note_elements(self, path, count, samples):
+        """How many elements the statistics of a batch in training rest on."""
+        group = self.doubles[path].virtual_batch_size or samples
+        share = min(1.0, group / max(samples, 1))
+        self._elements.setdefault(path, []).append(float(np.max(count)) * share)
+
+    def _of_output(self, path, moments):
+        """The `Moments` of all of a layer's output, from those of its input."""
+        double = self.doubles[path]
+        count, _, variance = (np.asarray(part, "float64") for part in moments)
+        count = np.broadcast_to(count, variance.shape)
+        variance = variance / (variance + double.epsilon)
+        if double.gamma is not None:
+            variance = variance * float64(double.gamma) ** 2
+        mean = np.zeros(()) if double.beta is None else float64(double.beta)
+        mean = np.broadcast_to(mean, variance.shape)
+        total = count.sum()
+        if not total:
+            return Moments(0.0, np.zeros(()), np.zeros(()))
+        share = count / total
+        centre = (share * mean).sum()
+        spread = (share * (variance + (mean - centre) ** 2)).sum()
+        return Moments(total, centre, spread)
+
+    def _with_data(self, record, moments):
+        """The record of a layer with what its calls have shown."""
+        inference_mode = self._trainings.get(record.layer) == {False}
+        shown = {**vars(record), "inference_mode": inference_mode}
+        if inference_mode:
+            shown["bias_of"] = None
+        return MeasuredLayer(
+            **shown,
+            data=moments,
+            elements=float(np.median(self._elements[record.layer])),
+            gap=self._gaps[record.layer].value,
+        )
 
 
 def _held(model, layers):
@@ -222,19 +305,12 @@ def _held(model, layers):
     return records
 
 
-def _with_data(record, seen):
-    """The record of a layer with what its calls have shown."""
-    count, mean, variance = seen.data
-    inference_mode = seen.modes == {False}
-    shown = {**vars(record), "inference_mode": inference_mode}
-    if inference_mode:
-        shown["bias_of"] = None
-    return MeasuredLayer(
-        **shown,
-        data=Moments(np.broadcast_to(count, record.moving_mean.shape), mean, variance),
-        elements=float(np.median(seen.elements)),
-        gap=seen.gap.value,
-    )
+def _flags(layers):
+    """What of the layers is fixed in a trace."""
+    return [
+        (path, id(layer), is_frozen(layer), getattr(layer, "_fused", False))
+        for path, layer in layers.items()
+    ]
 
 
 def _idle_biases(model):
@@ -269,13 +345,29 @@ def _steps(model):
     return int(float64(optimizer.iterations)) or None
 
 
-def _counted(values, mask, layer):
-    """The elements that count under a mask, as a flat array."""
-    values = float64(values)
+def _wide(values):
+    """A tensor in a float dtype in which to add up."""
+    dtype = keras.backend.standardize_dtype(values.dtype)
+    return ops.cast(values, at_least_float32(dtype) if "float" in dtype else "float32")
+
+
+def _moments(values, mask):
+    """Count, mean and variance of all elements of a tensor that count."""
     if mask is None:
-        return values.ravel()
-    mask = align_mask(mask, values, tuple(sorted(a % values.ndim for a in axes(layer))))
-    return values[np.broadcast_to(keras.ops.convert_to_numpy(mask), values.shape)]
+        count = ops.cast(ops.size(values), values.dtype)
+    else:
+        counts = ops.cast(mask, values.dtype) + ops.zeros_like(values)
+        count, values = ops.sum(counts), ops.where(mask, values, 0.0)
+    n = ops.maximum(count, 1)
+    mean = ops.sum(values) / n
+    centred = values - mean
+    if mask is not None:
+        centred = ops.where(mask, centred, 0.0)
+    return count, mean, ops.sum(ops.square(centred)) / n
+
+
+def _wide_moments(*parts):
+    return Moments(*(np.asarray(part, "float64") for part in parts))
 
 
 def _loss(model, x, y, outputs, sample_weight):
@@ -285,30 +377,34 @@ def _loss(model, x, y, outputs, sample_weight):
     own = type(model).compute_loss is not keras.Model.compute_loss
     if model.loss is None and not model.losses and not own:
         return None
-    # A loss of the user's gets tensors, as in `fit`.
-    x, y, sample_weight = keras.tree.map_structure(
-        lambda v: v if v is None else keras.ops.convert_to_tensor(v),
-        (x, y, sample_weight),
-    )
     arguments = {"x": x, "y": y, "y_pred": outputs, "sample_weight": sample_weight}
     if "training" in inspect.signature(model.compute_loss).parameters:
         arguments["training"] = False
     # Keras divides losses by the number of replicas, a loss of 1 as well.
     unit = keras.losses.MeanAbsoluteError()(np.ones((1, 1)), np.zeros((1, 1)))
-    return float(float64(model.compute_loss(**arguments)) / float64(unit))
+    return model.compute_loss(**arguments) / unit
 
 
-def _accuracy(y, outputs):
-    """The share of samples with the right class; None if there are no classes."""
+def _hits(y, outputs):
+    """How many samples get the right class, and whether the labels are classes.
+
+    None if the outputs, or the labels by their shape, are not classes.
+    """
     if len(keras.tree.flatten(outputs)) > 1 or len(keras.tree.flatten(y)) > 1:
         return None
-    y, outputs = float64(y), float64(outputs)
-    if outputs.ndim != 2 or outputs.shape[1] < 2 or np.any(y % 1):
+    (y,), (outputs,) = keras.tree.flatten(y), keras.tree.flatten(outputs)
+    if len(outputs.shape) != 2 or outputs.shape[1] < 2:
         return None
-    if y.shape == outputs.shape:
-        if np.any(y.sum(1) != 1) or np.any(y < 0):
-            return None
-        y = y.argmax(1)
-    if y.size != len(outputs):
+    y = _wide(y)
+    known = ops.all(ops.equal(y, ops.floor(y)))
+    if len(y.shape) == 2 and y.shape[1] == outputs.shape[1]:
+        one = ops.equal(ops.sum(y, axis=1), 1.0)
+        known = ops.logical_and(known, ops.logical_and(ops.all(one), ops.all(y >= 0)))
+        labels = ops.argmax(y, axis=1)
+    elif len(y.shape) == 1 or (len(y.shape) == 2 and y.shape[1] == 1):
+        labels = ops.cast(ops.reshape(y, (-1,)), "int32")
+    else:
         return None
-    return float(np.mean(y.ravel() == outputs.argmax(1)))
+    classes = ops.argmax(outputs, axis=1)
+    right = ops.equal(ops.cast(labels, "int32"), ops.cast(classes, "int32"))
+    return ops.sum(ops.cast(right, "int32")), known

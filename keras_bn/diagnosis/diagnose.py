@@ -12,7 +12,7 @@ from keras_bn.diagnosis.findings import findings
 from keras_bn.diagnosis.records import Origin, Source
 from keras_bn.diagnosis.report import Comparison, Fixed, Report
 from keras_bn.diagnosis.rules import ERROR, WARNING, ignored_kinds
-from keras_bn.passes.observe import Verbose, check_end
+from keras_bn.passes.data import Verbose, check_end
 from keras_bn.surgery.arrays import rolled_back
 from keras_bn.surgery.norms import normalizations, warn_of_others
 from keras_bn.surgery.private import require

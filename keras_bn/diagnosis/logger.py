@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 
 import keras
 
-from keras_bn.diagnosis.collect import check_any, collect
+from keras_bn.diagnosis.collect import Collector, check_any
 from keras_bn.diagnosis.events import Events
 from keras_bn.pages.files import check_writable, write_whole
-from keras_bn.passes.observe import DataCallback, Logs, NoDataError
+from keras_bn.passes.data import DataCallback, Logs, NoDataError
 from keras_bn.surgery.norms import warn_of_others
 
 
@@ -48,7 +48,8 @@ class StatisticsLogger(DataCallback):
     inference. The change since the last epoch would be cheaper but says less: it is
     zero both for statistics that have arrived and for those that nothing updates.
 
-    It costs two eager passes over `data`: a few hundred samples are enough. Nothing in
+    It costs two passes over `data`, at the speed of `predict`: a few hundred samples
+    are enough. Nothing in
     the model changes. Beside `keras_bn.Recalibrate`, it records the drift that remains.
 
     It does not end a training: where no data is left, or the file can no longer be
@@ -109,6 +110,7 @@ class StatisticsLogger(DataCallback):
         self.rows: list[DriftRow] = []
         self._options = {"steps": steps, "batch_size": batch_size, "verbose": 0}
         self._events: Events | None = None
+        self._collector: Collector | None = None
 
     def on_train_begin(self, logs: Logs = None) -> None:
         self._check(self._options["steps"])
@@ -123,7 +125,7 @@ class StatisticsLogger(DataCallback):
                 self.rows = _read(self.filename)
         if self.log_dir is not None:
             self._events = Events(self.log_dir)
-        self._begun = False
+        self._begun, self._collector = False, None
 
     def on_epoch_begin(self, epoch: int, logs: Logs = None) -> None:
         if not self._begun:
@@ -136,6 +138,7 @@ class StatisticsLogger(DataCallback):
         self._record(epoch + 1)
 
     def on_train_end(self, logs: Logs = None) -> None:
+        self._collector = None
         if self._events is not None:
             self._events.close()
             self._events = None
@@ -163,7 +166,10 @@ class StatisticsLogger(DataCallback):
 
     def _record(self, epoch):
         try:
-            record = collect(self._target, self._data, **self._options)
+            # Made anew if a layer has been frozen or replaced: this is traced.
+            if self._collector is None or not self._collector.is_current():
+                self._collector = Collector(self._target)
+            record = self._collector.collect(self._data, **self._options)
         except NoDataError:
             self._warn_once(
                 "ended",

@@ -109,6 +109,8 @@ class ModelRecord:
         layers: a `LayerRecord` of each normalization, in calling order; with data, a
             `MeasuredLayer` of each that the data reaches.
         samples, batches: of the data; 0 without data.
+        invalid: how many further samples were left out because they are not finite.
+        first_invalid: the first of them, counted from 0; None if there is none.
         not_called: the paths of those that the data never reaches.
         gap: as of a layer, for the outputs of the model; None without data.
         loss, accuracy: pairs of the value in inference and in training; None if the
@@ -120,6 +122,8 @@ class ModelRecord:
     layers: Sequence[LayerRecord]
     samples: int = 0
     batches: int = 0
+    invalid: int = 0
+    first_invalid: int | None = None
     not_called: tuple[str, ...] = ()
     gap: float | None = None
     loss: tuple[float, float] | None = None

@@ -14,7 +14,7 @@ from keras_bn.int8.layers import (
     FakeQuantizer,
 )
 from keras_bn.int8.samples import batch_of, in_order
-from keras_bn.passes.observe import batches
+from keras_bn.passes.data import batches
 from keras_bn.surgery.arrays import axes as axes_of
 from keras_bn.surgery.calls import check_graph
 from keras_bn.surgery.classes import as_graphs

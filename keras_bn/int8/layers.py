@@ -25,7 +25,6 @@ from keras import ops
 from keras_bn.backends.layout import broadcast
 from keras_bn.int8 import fake
 from keras_bn.layer.step import State, scale_and_offset
-from keras_bn.passes.observe import is_watched
 from keras_bn.surgery.arrays import axes as axes_of
 from keras_bn.tools.linear import linear
 
@@ -186,8 +185,6 @@ class FakeQuantizedLinear(_Wrapper):
         if self.baked is not None:
             return self._linear(x, self.baked.kernel(last), self.baked.bias)
         kernel = ops.convert_to_tensor(getattr(self.layer, last))
-        if norm is not None and is_watched(norm):
-            return norm(self._linear(x, kernel, self.layer.bias), training=training)
         if norm is None:
             return self._linear(x, self._rounded(last, kernel), self.layer.bias)
         scale, bias = self._scale_and_bias()
@@ -204,6 +201,13 @@ class FakeQuantizedLinear(_Wrapper):
         error = self._linear(x, rounded - folded, None)
         ratio = _along(ops.stop_gradient(ratio), error, norm)
         return norm(plain, training=training, mask=mask) + error * ratio
+
+    def call_unfolded(self, inputs, training=None, mask=None):
+        """The output by a call of the normalization; passes over data need it."""
+        x = inputs if self.between is None else self._depthwise(inputs, training)
+        kernel = getattr(self.layer, self.linear.last)
+        plain = self._linear(x, ops.convert_to_tensor(kernel), self.layer.bias)
+        return self.normalization(plain, training=training)
 
     def _scale_and_bias(self):
         """The scale of the kernel, and the bias, with the normalization folded in."""
@@ -315,8 +319,8 @@ class FakeQuantizedNormalization(_Wrapper):
     def call(self, inputs, training=None, mask=None):
         norm = self.normalization
         trains = training and norm.trainable and not norm.freeze_statistics
-        if trains or is_watched(norm):
-            return norm(inputs, training=training, mask=mask)
+        if trains:
+            return self.call_unfolded(inputs, training, mask)
         scale, offset = _scale_and_offset(norm)
         channels = inputs.shape[-1]
         x = inputs
@@ -331,6 +335,10 @@ class FakeQuantizedNormalization(_Wrapper):
         )
         y = y + offset
         return y if len(inputs.shape) == 4 else ops.reshape(y, ops.shape(inputs))
+
+    def call_unfolded(self, inputs, training=None, mask=None):
+        """The output by a call of the normalization; passes over data need it."""
+        return self.normalization(inputs, training=training, mask=mask)
 
     def compute_output_shape(self, input_shape):
         return input_shape

@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 
-from keras_bn.passes.observe import batches
+from keras_bn.passes.data import batches
 from keras_bn.surgery.calls import as_list
 from keras_bn.surgery.graph import graph_of
 

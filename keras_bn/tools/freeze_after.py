@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from keras_bn.passes.observe import Logs
+from keras_bn.passes.data import Logs
 from keras_bn.surgery.arrays import float64
 from keras_bn.surgery.private import require
 from keras_bn.tools.freeze import freeze

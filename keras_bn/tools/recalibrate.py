@@ -1,23 +1,23 @@
 """Replacing the moving statistics of a model by those of a data set."""
 
 import warnings
+from collections import Counter
 from typing import Any, Literal
 
 import keras
 import numpy as np
 
 from keras_bn.moments import Moments, corrected, merged
-from keras_bn.passes.observe import (
+from keras_bn.passes.compiled import Pass, Pool, moments_of
+from keras_bn.passes.data import (
     DataCallback,
     Logs,
     NoDataError,
     Verbose,
-    Watch,
-    batches,
     check_call,
-    observed,
-    pooled,
 )
+from keras_bn.passes.progress import Progress
+from keras_bn.passes.recorder import with_values
 from keras_bn.surgery.arrays import float64, moving, rolled_back
 from keras_bn.surgery.norms import is_frozen, normalizations, warn_of_others
 from keras_bn.surgery.private import require
@@ -130,27 +130,31 @@ def replace_statistics(
     Returns:
         As `recalibrate`.
     """
-    options = {"steps": steps, "batch_size": batch_size, "labels": []}
+    options = {"steps": steps, "batch_size": batch_size}
     with _Collector(model, layers) as collector:
         if exact:
-            found = collector.in_order(data, prior, verbose, **options)
+            moments = collector.in_order(data, prior, verbose, **options)
         else:
-            found = collector.at_once(data, verbose=verbose, **options)
-    if not collector.samples:
-        raise NoDataError
-    _warn_of_few(found, prior)
-    _warn_of_skew(model, options["labels"])
+            moments = collector.at_once(data, verbose=verbose, **options)
+    if empty := [path for path, part in moments.items() if not part.count.any()]:
+        raise ValueError(
+            f"No element of the data counts for {', '.join(empty)}: all are masked or "
+            "not finite, so there are no statistics."
+        )
+    _warn_of_few(moments, prior)
+    _warn_of_invalid(collector)
+    _warn_of_skew(model, collector.labels)
     warn_of_others(model, stacklevel=4)
-    if missing := [path for path in layers if path not in found]:
+    if missing := [path for path in layers if path not in moments]:
         warnings.warn(f"Not called, so not changed: {', '.join(missing)}", stacklevel=3)
     _assign(
         assignment
-        for path, moments in found.items()
+        for path, part in moments.items()
         for assignment in _assignments(
-            layers[path], _with_prior(layers[path], moments, prior, collector.samples)
+            layers[path], _with_prior(layers[path], part, prior, collector.samples)
         )
     )
-    return found
+    return moments
 
 
 def _layers(model, include_frozen):
@@ -177,58 +181,101 @@ def _present(model):
     )
 
 
-class _Collector(Watch):
+class _Collector(Pass):
     """Runs a model with batch statistics in some of its layers, and collects them.
 
-    Args:
-        model: the model.
-        layers: the layers, by path.
+    Attributes:
+        labels: how often each label of the data came, by label; None if unknown.
     """
 
-    def __init__(self, model, layers):
-        super().__init__(model, layers, self._answer)
-        self._finished: set[str] = set()
-        self._found: dict[str, Moments] = {}
-        self.samples = 0
+    def at_once(self, data, **options):
+        """The moments of all layers by path, in one pass."""
+        return self._collected(data, "recalibrating", **options)
 
-    def at_once(self, data, steps, batch_size, verbose, labels=None):
-        """The moments of all layers by path, in one pass; appends to `labels`."""
-        self._found, self.samples = {}, 0
-        how = {"steps": steps, "batch_size": batch_size, "verbose": verbose}
-        for x, y, _ in batches(data, **how):
-            self.samples += keras.tree.flatten(x)[0].shape[0]
-            if labels is not None and y is not None:
-                labels.append(y)
-            self.run(x)
-        return self._found
-
-    def in_order(self, data, prior, verbose, steps, batch_size, labels):
+    def in_order(self, data, prior, verbose, steps, batch_size):
         """The moments of each layer when those before it are recalibrated."""
-        found: dict[str, Moments] = {}
-        how = {"batch_size": batch_size, "verbose": 0}
+        options = {"batch_size": batch_size, "verbose": 0}
+        # Whether a layer is finished, and its statistics then. As arguments, so that
+        # one trace serves all passes.
+        given = {path: (False, *moving(la)) for path, la in self.doubles.items()}
+        first = self._collected(data, "", steps=1, given=given, **options)
         # Those that only later batches reach are appended when a pass has shown them.
-        order = list(self.at_once(data, steps=1, **how))
-        bar = keras.utils.Progbar(
-            len(order), unit_name="layer", verbose=1 if verbose == "auto" else verbose
-        )
-        for path in order:
-            seen = self.at_once(data, steps, labels=labels, **how)
-            order += [each for each in seen if each not in order]
-            found[path] = seen[path]
-            labels = None  # each pass shows them again
-            twin = self.twins[path]
-            moments = _with_prior(twin, found[path], prior, self.samples)
-            _assign(_assignments(twin, moments))
-            self._finished.add(path)
-            bar.add(1)
-        return found
+        order, pooled = list(first), {}
+        progress = Progress("recalibrating", len(order), verbose)
+        for number, path in enumerate(order, 1):
+            moments = self._collected(data, "", steps=steps, given=given, **options)
+            order += [other for other in moments if other not in order]
+            pooled[path] = moments[path]
+            double = self.doubles[path]
+            whole = _with_prior(double, pooled[path], prior, self.samples)
+            new = {v.name: value for v, value in _assignments(double, whole)}
+            given[path] = True, new["moving_mean"], new["moving_variance"]
+            progress.update(number)
+        progress.close(len(pooled))
+        return pooled
 
-    def _answer(self, path, twin, inputs, training=None, mask=None):
-        if path in self._finished:
-            return twin.call(inputs, training=False, mask=mask)
-        outputs, moments = observed(path, twin, inputs, mask)
-        self._found[path] = pooled(self._found.get(path), moments)
-        return outputs
+    def _collected(self, data, label, given=(), **options):
+        self._pool, self.labels = Pool(), _Labels(self.model)
+        # Only what `fit` would take for the input: a tuple is several inputs.
+        self.over((data,), label, given, **options)
+        return self._pool.moments()
+
+    def step(self, batch, given):
+        self._given = given
+        self.forward(batch[0])
+
+    def record(self, path, double, inputs, training=None, mask=None):
+        outputs, moments = double.normalize_batch(inputs, mask)
+        self.note("moments", path, *moments)
+        if not self._given:
+            return outputs
+        finished, *statistics = self._given[path]
+        of_batch = moments.mean, moments.variance
+        variables = double.moving_mean, double.moving_variance
+        new = [
+            keras.ops.where(finished, keras.ops.cast(known, present.dtype), present)
+            for known, present in zip(statistics, of_batch, strict=True)
+        ]
+        with with_values(double, zip(variables, new, strict=True)):
+            return double.call(inputs, training=False, mask=mask)
+
+    def take(self, notes, batch, samples):
+        self._pool.add(moments_of(notes))
+        self.labels.add(batch[1])
+
+
+class _Labels:
+    """How often each class comes in the labels of the data.
+
+    Args:
+        model: the model that tells the classes apart.
+    """
+
+    def __init__(self, model):
+        shape: Any = getattr(model, "output_shape", None)
+        plain = isinstance(shape, tuple) and len(shape) == 2
+        self.classes = shape[-1] if plain else None
+        self._counts: Counter = Counter()
+
+    def add(self, y):
+        """Add the labels of a batch; None for none."""
+        if self.classes is None or y is None or isinstance(y, list | tuple | dict):
+            return
+        y = np.asarray(keras.ops.convert_to_numpy(y))
+        if y.ndim == 2 and y.shape[-1] == self.classes > 1:
+            y = y.argmax(-1)
+        if y.ndim > 2 or not np.issubdtype(y.dtype, np.integer):
+            self.classes = None
+            return
+        labels, counts = np.unique(y, return_counts=True)
+        self._counts.update(dict(zip(labels.tolist(), counts.tolist(), strict=True)))
+
+    @property
+    def effective(self):
+        """The effective number of classes: that of a uniform one of this entropy."""
+        counts = np.array(list(self._counts.values()), "float64")
+        share = counts / counts.sum()
+        return float(np.exp(-(share * np.log(share)).sum())) if counts.size else None
 
 
 def _with_prior(layer, moments, prior, samples):
@@ -281,19 +328,28 @@ def _warn_of_few(found, prior):
         )
 
 
+def _warn_of_invalid(run):
+    """Warn of samples and batches that were left out."""
+    if run.invalid:
+        warnings.warn(
+            f"{run.invalid} of {run.invalid + run.samples} samples in the data are not "
+            f"finite and were left out; the first is sample {run.first_invalid}.",
+            stacklevel=4,
+        )
+    if run.partial:
+        path, count = run.partial.most_common(1)[0]
+        warnings.warn(
+            f"The input of '{path}' was not finite in {count} of {run.batches} "
+            "batches, though the data was. Those channels were left out there.",
+            stacklevel=4,
+        )
+
+
 def _warn_of_skew(model, labels):
     """Warn if the labels in the data leave out classes of the model."""
-    shape = getattr(model, "output_shape", None)
-    if not labels or not isinstance(shape, tuple) or len(shape) != 2:
+    classes, effective = labels.classes, labels.effective
+    if classes is None or classes < 2 or effective is None:
         return
-    classes = shape[-1]
-    labels = np.concatenate([np.asarray(y) for y in labels])
-    if labels.ndim == 2 and labels.shape[-1] == classes > 1:
-        labels = labels.argmax(-1)
-    if labels.ndim > 2 or not np.issubdtype(labels.dtype, np.integer) or classes < 2:
-        return
-    share = np.unique(labels, return_counts=True)[1] / labels.size
-    effective = np.exp(-(share * np.log(share)).sum())
     if effective < classes / 2:
         warnings.warn(
             f"The labels in the data are those of {effective:.1f} classes in effect, "

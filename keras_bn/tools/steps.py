@@ -4,7 +4,7 @@ from typing import Any
 
 import keras
 
-from keras_bn.passes.observe import Logs
+from keras_bn.passes.data import Logs
 
 
 class StepCallback(keras.callbacks.Callback):

@@ -210,18 +210,40 @@ def test_options_of_the_layer():
         np.testing.assert_allclose(variance, x.var(0), rtol=1e-4)
 
 
-def test_a_bad_batch_costs_its_channel_that_batch_only():
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("batch_size", [25, 1])
+def test_a_sample_that_is_not_finite_is_left_out_and_named(batch_size, exact):
     x = data()
-    x[3, 1] = np.nan
-    model = chain(OURS(name="bn"))
-    found = recalibrate(model, x, batch_size=25)
-    np.testing.assert_array_equal(found["bn"].count, [100, 75, 100, 100])
-    mean, _ = statistics(model)["bn"]
-    expected = np.where([0, 1, 0, 0], x[25:].mean(0), x.mean(0))
-    np.testing.assert_allclose(mean, expected, rtol=1e-5)
+    x[[27, 60], [1, 2]] = np.nan, np.inf
+    model = chain(OURS(name="bn"), layers.Dense(4), OURS(name="next"))
+    with pytest.warns(UserWarning, match="2 of 100 samples .* first is sample 27"):
+        found = recalibrate(model, x, batch_size=batch_size, exact=exact)
+    np.testing.assert_array_equal(found["bn"].count, 98)
+    np.testing.assert_array_equal(found["next"].count, 98)
+    expected = np.delete(x, [27, 60], axis=0)
+    np.testing.assert_allclose(found["bn"].mean, expected.mean(0), rtol=1e-5)
+
+
+def test_data_of_which_nothing_is_finite_is_refused():
+    x = data()
     x[:, 2] = np.inf
-    recalibrate(model, x)
-    assert statistics(model)["bn"][0][2] == mean[2]
+    model = chain(OURS(name="bn"))
+    before = statistics(model)["bn"]
+    with pytest.raises(ValueError, match="None of the 100 samples in the data is fin"):
+        recalibrate(model, x)
+    np.testing.assert_array_equal(statistics(model)["bn"], before)
+
+
+def test_a_layer_whose_input_overflows():
+    model = chain(layers.Rescaling([1.0, 1e17, 1.0, 1.0]), OURS(name="bn"))
+    x = data()
+    x[30, 1] = 1e22
+    with pytest.warns(UserWarning, match="input of 'bn' .* in 1 of 4 batches"):
+        found = recalibrate(model, x, batch_size=25)
+    np.testing.assert_array_equal(found["bn"].count, [100, 75, 100, 100])
+    model = chain(layers.Rescaling(1e17), OURS(name="bn"))
+    with pytest.raises(ValueError, match="No element of the data counts for bn"):
+        recalibrate(model, np.full((40, 4), 1e22))
 
 
 class Batches(keras.utils.PyDataset):
@@ -311,9 +333,9 @@ class FailureError(Exception):
 
 @pytest.mark.parametrize("exact", [False, True])
 @pytest.mark.parametrize("error", [FailureError, KeyboardInterrupt])
-def test_if_anything_goes_wrong_the_model_is_as_it_was(error, exact, monkeypatch):
+def test_if_anything_goes_wrong_the_model_is_as_it_was(error, exact):
     class Breaking(keras.utils.PyDataset):
-        reads = 0
+        reads = 1
 
         def __len__(self):
             return 3
@@ -321,29 +343,14 @@ def test_if_anything_goes_wrong_the_model_is_as_it_was(error, exact, monkeypatch
         def __getitem__(self, i):
             Breaking.reads += 1
             if Breaking.reads > 3 + 3 * exact:
-                raise FailureError
+                raise error
             return sequences(10)
 
     model = noisy()
     before = everything(model)
-    if error is KeyboardInterrupt:
-        broken, calls = OURS.normalize_batch, []
-
-        def interrupted(self, *arguments):
-            calls.append(self)
-            if len(calls) > 4:
-                raise KeyboardInterrupt
-            return broken(self, *arguments)
-
-        monkeypatch.setattr(OURS, "normalize_batch", interrupted)
-        source = sequences()
-    else:
-        source = Breaking()
-        Breaking.reads = 1
-    batch_size = 10 if error is KeyboardInterrupt else None
     reported = (tf.errors.UnknownError,) if backend.NAME == "tensorflow" else ()
     with pytest.raises((error, *reported)):
-        recalibrate(model, source, exact=exact, batch_size=batch_size)
+        recalibrate(model, Breaking(), exact=exact)
     after = everything(model)
     for path, value in before.items():
         np.testing.assert_array_equal(value, after[path])
@@ -363,7 +370,7 @@ def test_an_interrupted_assignment_is_taken_back(monkeypatch):
         return assign(self, value)
 
     monkeypatch.setattr(type(last), "assign", interrupted)
-    monkeypatch.setattr("keras_bn.passes.observe.state_kept", lambda m: Nothing())
+    monkeypatch.setattr("keras_bn.passes.compiled.state_kept", lambda m: Nothing())
     with pytest.raises(KeyboardInterrupt):
         recalibrate(model, data())
     for path, value in before.items():
@@ -435,11 +442,13 @@ def test_warnings():
 def test_progress_is_shown(capfd):
     model = chain(OURS(), layers.ReLU(), OURS())
     keras_bn.recalibrate(model, data(), batch_size=25, verbose=1)
-    assert "4/4" in capfd.readouterr().out
+    assert "recalibrating 4/4" in capfd.readouterr().err
     keras_bn.recalibrate(model, data(), exact=True, verbose=1)
-    assert "2/2" in capfd.readouterr().out
+    assert "recalibrating 2/2" in capfd.readouterr().err
+    keras_bn.diagnose(model, data(), batch_size=25, verbose=1)
+    assert "diagnosing 4/4" in capfd.readouterr().err
     recalibrate(model, data())
-    assert capfd.readouterr().out == ""
+    assert capfd.readouterr() == ("", "")
 
 
 class Spy(keras.callbacks.Callback):

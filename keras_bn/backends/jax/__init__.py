@@ -7,9 +7,11 @@ from keras_bn.backends.jax.context import (
     average_updates,
     compiled,
     cond,
+    current_trace,
     make_plan,
     prunes,
     recording,
     replicated,
+    traced,
 )
 from keras_bn.backends.layout import add_offset, assert_mask_shape

@@ -11,6 +11,8 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
+import jax.extend
+import keras
 from keras import ops
 
 from keras_bn.backends.contract import Normalizing
@@ -53,6 +55,32 @@ def average_updates(
 def prunes(x: Tensor) -> bool:
     """Whether unused results cost nothing: not in what is traced."""
     return isinstance(x, jax.core.Tracer)
+
+
+def traced(
+    function: Callable[..., Any], variables: Sequence[keras.Variable]
+) -> Callable[..., Any]:
+    """`function(batch, given)`, jitted for each size of batch; see the contract."""
+
+    @jax.jit
+    def pure(values, batch, given):
+        with keras.StatelessScope(zip(variables, values, strict=True)) as scope:
+            result = function(batch, given)
+        new = {i: scope.get_current_value(v) for i, v in enumerate(variables)}
+        return result, {i: v for i, v in new.items() if v is not values[i]}
+
+    def run(batch, given):
+        result, new = pure([v.value for v in variables], batch, given)
+        for i, value in new.items():
+            variables[i].assign(value)
+        return result
+
+    return run
+
+
+def current_trace() -> object:
+    """What is being traced, as a value to compare."""
+    return jax.extend.core.get_opaque_trace_state(convention="flax")
 
 
 def recording(loops: bool) -> AbstractContextManager[Any]:

@@ -7,8 +7,13 @@ from keras_bn.backends.tensorflow.batch import (
     forward,
     standardize,
 )
-from keras_bn.backends.tensorflow.compiled import compiled
-from keras_bn.backends.tensorflow.context import make_plan, prunes, recording
+from keras_bn.backends.tensorflow.compiled import compiled, traced
+from keras_bn.backends.tensorflow.context import (
+    current_trace,
+    make_plan,
+    prunes,
+    recording,
+)
 from keras_bn.backends.tensorflow.offset import add_offset
 from keras_bn.backends.tensorflow.synced import active as replicated
 from keras_bn.backends.tensorflow.synced import average_updates, cond

@@ -2,9 +2,10 @@
 
 import functools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import keras
 import tensorflow as tf
 
 from keras_bn.backends.tensorflow import gradients
@@ -69,3 +70,37 @@ def _spec(tensor, rank, axes):
     if len(sizes) == rank:
         sizes = [size if axis in axes else None for axis, size in enumerate(sizes)]
     return tf.TensorSpec(sizes, tensor.dtype)
+
+
+def traced(
+    function: Callable[..., Any], variables: Sequence[keras.Variable]
+) -> Callable[..., Any]:
+    """`function(batch, given)` as one graph for batches of any size; see the contract.
+
+    TensorFlow finds the variables, and relaxes other sizes once they differ.
+    """
+    graph = tf.function(
+        functools.partial(function), autograph=False, reduce_retracing=True
+    )
+    ready = False
+
+    def run(batch, given):
+        nonlocal ready
+        if not ready:
+            specs = tf.nest.map_structure(_of_any_size, batch)
+            graph.get_concrete_function(specs, tf.nest.map_structure(_exactly, given))
+            ready = True
+        return graph(batch, given)
+
+    return run
+
+
+def _of_any_size(value):
+    spec = _exactly(value)
+    if isinstance(spec, tf.TensorSpec) and spec.shape.rank:
+        return tf.TensorSpec([None, *spec.shape[1:]], spec.dtype)
+    return spec
+
+
+def _exactly(value):
+    return value if value is None else tf.type_spec_from_value(value)

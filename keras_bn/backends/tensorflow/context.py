@@ -36,6 +36,11 @@ def prunes(x: Tensor) -> bool:
     return not tf.executing_eagerly()
 
 
+def current_trace() -> object:
+    """The graph that is being traced; None eagerly."""
+    return None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
+
+
 def recording(loops: bool) -> AbstractContextManager[None]:
     """A context for values: called eagerly, TensorFlow has them all."""
     return contextlib.nullcontext()

@@ -6,9 +6,11 @@ from keras_bn.backends.torch.batch import blend, forward, standardize
 from keras_bn.backends.torch.context import (
     compiled,
     cond,
+    current_trace,
     make_plan,
     prunes,
     recording,
+    traced,
 )
 from keras_bn.backends.torch.replicas import average_updates
 from keras_bn.backends.torch.replicas import in_step as replicated

@@ -1,10 +1,11 @@
 """What PyTorch knows of a batch, and how it runs a step."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
+import keras
 import torch
 from keras import ops
 
@@ -39,6 +40,18 @@ def cond(condition: Tensor, first: Callable[[], Any], second: Callable[[], Any])
 def prunes(x: Tensor) -> bool:
     """Whether unused results cost nothing: not on PyTorch, which runs each op."""
     return False
+
+
+def traced(
+    function: Callable[..., Any], variables: Sequence[keras.Variable]
+) -> Callable[..., Any]:
+    """`function`, without gradients; see the contract of the backends."""
+    return torch.no_grad()(function)
+
+
+def current_trace() -> object:
+    """None: every op runs as it comes."""
+    return None
 
 
 def recording(loops: bool) -> AbstractContextManager[None]:
