@@ -6,6 +6,7 @@ default epsilon is 1e-5, and its channels are on axis 1.
 """
 
 import difflib
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -37,8 +38,9 @@ def from_torch(
 
     Args:
         module: `torch.nn.BatchNorm1d`, `2d`, `3d` or `SyncBatchNorm`, or a subclass
-            without its own `forward`; or a state dict, of a whole model if `prefix`
-            says which part.
+            without its own `forward`; a frozen one, as torchvision's
+            `FrozenBatchNorm2d`, which has buffers in place of parameters; or a state
+            dict, of a whole model if `prefix` says which part.
         axis: the channel axis of the layer's inputs; 1 as in PyTorch, or -1 as is
             usual in Keras.
         rank: how many axes the inputs have: 2, 4 or 5 by default, from the module's
@@ -50,7 +52,10 @@ def from_torch(
 
     Returns:
         A built `keras_bn.BatchNormalization`. A parameter with `requires_grad=False`
-        is frozen in the layer (`freeze_affine`).
+        is frozen in the layer (`freeze_affine`). All of the layer is frozen for a
+        frozen module, and for a state dict without `num_batches_tracked` and
+        `momentum`: what does not count batches does not train on them.
+        `keras_bn.unfreeze(layer, affine=True)` lets it train.
 
     Raises:
         TypeError: for anything but such a module or a state dict.
@@ -68,8 +73,14 @@ def from_torch(
     """
     if isinstance(module, Mapping):
         state, name, kind = _part(module, prefix), "a state dict", ""
+        frozen = momentum is None and state.get("num_batches_tracked") is None
         eps = 1e-5 if eps is None else eps
         momentum = 0.1 if momentum is None else momentum
+    elif frozen := _is_frozen(module):
+        state, name, kind = dict(module.state_dict()), type(module).__name__, ""
+        rank = 4 if rank is None else rank
+        eps, momentum = getattr(module, "eps", 1e-5 if eps is None else eps), 0.1
+        _check_frozen(module, eps, rank)
     else:
         kind = _kind(module, eps, momentum)
         state, name = dict(module.state_dict()), type(module).__name__
@@ -84,7 +95,7 @@ def from_torch(
         raise ValueError(f"`rank` must be given for {name}: the rank of the inputs.")
     arrays = {key: _array(value) for key, value in state.items()}
     shape = _shape(rank, axis, len(arrays["running_mean"]))
-    frozen = [ours for ours, theirs in _AFFINE.items() if _fixed(module, theirs)]
+    fixed = [ours for ours, theirs in _AFFINE.items() if _fixed(module, theirs)]
     layer = BatchNormalization(
         axis=axis,
         momentum=None if momentum is None else _other(momentum),
@@ -93,7 +104,8 @@ def from_torch(
         scale="weight" in arrays,
         synchronized=kind == "SyncBatchNorm",
         unbiased=True,
-        freeze_affine=frozen[0] if len(frozen) == 1 else bool(frozen),
+        freeze_statistics=frozen,
+        freeze_affine=frozen or (fixed[0] if len(fixed) == 1 else bool(fixed)),
         dtype="float64" if arrays["running_mean"].dtype == "float64" else None,
     )
     layer.build(shape)
@@ -159,12 +171,17 @@ def to_torch(layer: BatchNormalization) -> Any:
         )
     name = "SyncBatchNorm" if layer.synchronized else f"BatchNorm{suffix[0]}"
     channels = layer.moving_mean.shape[0]
-    module = getattr(torch.nn, name)(
+    kind = getattr(torch.nn, name)
+    # PyTorch has no layer with a bias alone, and older releases none without a bias.
+    missing = layer.scale and not layer.center
+    without = missing and "bias" in inspect.signature(kind).parameters
+    module = kind(
         channels,
         eps=layer.epsilon,
         momentum=None if layer.momentum is None else _other(layer.momentum),
         affine=layer.center or layer.scale,
         dtype=getattr(torch, layer.moving_mean.dtype),
+        **({"bias": False} if without else {}),
     )
     if layer.updates is None:
         batches = getattr(layer, "torch_batches", 0)
@@ -174,8 +191,10 @@ def to_torch(layer: BatchNormalization) -> Any:
     for ours, theirs in _STATISTICS.items():
         state[theirs] = ops.convert_to_numpy(getattr(layer, ours))
     if module.affine:
-        # PyTorch has both or none: fix the missing one at 1 or 0.
+        # A parameter that the layer does not have is fixed at 1 or 0.
         for (ours, theirs), fixed in zip(_AFFINE.items(), (1.0, 0.0), strict=True):
+            if getattr(module, theirs) is None:
+                continue
             variable = getattr(layer, ours)
             present = variable is not None
             state[theirs] = np.full(channels, fixed)
@@ -187,6 +206,41 @@ def to_torch(layer: BatchNormalization) -> Any:
         for key, value in state.items():
             target[key].copy_(torch.as_tensor(np.array(value)))
     return module
+
+
+def _is_frozen(module):
+    """Whether a module has the state of a batch normalization in buffers alone."""
+    if not hasattr(module, "named_buffers") or any(True for _ in module.parameters()):
+        return False
+    names = {name for name, _ in module.named_buffers()} - {"num_batches_tracked"}
+    return names == {*_AFFINE.values(), *_STATISTICS.values()}
+
+
+def _check_frozen(module, eps, rank):
+    """Refuse a module that computes something else than its buffers say."""
+    import torch
+
+    buffers = {n: _array(b).astype("float64") for n, b in module.named_buffers()}
+    channels = len(buffers["running_mean"])
+    shape = (1, channels, *[1] * (rank - 2))
+    mean, variance, gamma, beta = (
+        buffers[name].reshape(shape)
+        for name in (*_STATISTICS.values(), *_AFFINE.values())
+    )
+    spread = np.sqrt(variance + eps)
+    noise = np.random.default_rng(0).normal(size=(2, channels, *[3] * (rank - 2)))
+    x = torch.as_tensor(mean + spread * noise, dtype=module.running_mean.dtype)
+    with torch.no_grad():
+        y = _array(module(x)).astype("float64")
+    expected = (_array(x) - mean) / spread * gamma + beta
+    precision = torch.finfo(x.dtype).eps ** 0.5
+    scale = np.abs(gamma) * (1 + np.abs(mean) / spread) + np.abs(beta)
+    if y.shape != x.shape or np.any(np.abs(y - expected) > precision * (1e-6 + scale)):
+        raise ValueError(
+            f"{type(module).__name__} does not compute (x - running_mean) / "
+            f"sqrt(running_var + {eps:g}) * weight + bias. If its epsilon is another, "
+            "pass `eps`."
+        )
 
 
 def _kind(module, eps, momentum):

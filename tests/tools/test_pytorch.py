@@ -1,5 +1,7 @@
 """from_torch and to_torch: the layer trains on as PyTorch would, and comes back."""
 
+import inspect
+
 import keras
 import numpy as np
 import pytest
@@ -10,6 +12,8 @@ import keras_bn
 
 torch = pytest.importorskip("torch")
 nn = torch.nn
+# From PyTorch 2.13 on, a normalization may be without a bias.
+HAS_BIAS = "bias" in inspect.signature(nn.BatchNorm2d).parameters
 SHAPES = {
     "BatchNorm1d": (8, 3),
     "BatchNorm2d": (4, 3, 5, 6),
@@ -114,6 +118,161 @@ def test_there_and_back_the_state_dict_is_equal(name, options, dtype):
         assert torch.equal(value, after[key]), key
 
 
+@pytest.mark.skipif(not HAS_BIAS, reason="this PyTorch has no such argument")
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("name", SHAPES)
+def test_there_and_back_without_a_bias(name, momentum, frozen):
+    module = getattr(nn, name)(3, bias=False, momentum=momentum)
+    with torch.no_grad():
+        module.weight.uniform_(0.5, 1.5)
+        module.running_mean.normal_()
+    module.weight.requires_grad_(not frozen)
+    layer = keras_bn.from_torch(module, rank=len(SHAPES[name]))
+    assert layer.beta is None
+    again = keras_bn.to_torch(layer)
+    before, after = module.state_dict(), again.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(value, after[key]) for key, value in before.items())
+    assert again.weight.requires_grad is not frozen
+
+
+class FrozenBatchNorm2d(nn.Module):
+    """As torchvision defines it."""
+
+    def __init__(self, num_features, eps=1e-5):
+        super().__init__()
+        self.eps = eps
+        self.register_buffer("weight", torch.ones(num_features))
+        self.register_buffer("bias", torch.zeros(num_features))
+        self.register_buffer("running_mean", torch.zeros(num_features))
+        self.register_buffer("running_var", torch.ones(num_features))
+
+    def forward(self, x):
+        w = self.weight.reshape(1, -1, 1, 1)
+        b = self.bias.reshape(1, -1, 1, 1)
+        rv = self.running_var.reshape(1, -1, 1, 1)
+        rm = self.running_mean.reshape(1, -1, 1, 1)
+        scale = w * (rv + self.eps).rsqrt()
+        bias = b - rm * scale
+        return x * scale + bias
+
+
+class OfDetr(FrozenBatchNorm2d):
+    """Its epsilon stands in its `forward`; as in DETR's code."""
+
+    def __init__(self, num_features):
+        super().__init__(num_features)
+        del self.eps
+
+    def forward(self, x):
+        self.eps = 1e-5
+        try:
+            return super().forward(x)
+        finally:
+            del self.eps
+
+
+class OfDetectron(FrozenBatchNorm2d):
+    """It counts, and computes by `F.batch_norm`; as in detectron2."""
+
+    def __init__(self, num_features):
+        super().__init__(num_features)
+        self.register_buffer("num_batches_tracked", torch.tensor(7))
+
+    def forward(self, x):
+        return nn.functional.batch_norm(
+            x,
+            self.running_mean,
+            self.running_var,
+            self.weight,
+            self.bias,
+            training=False,
+            eps=self.eps,
+        )
+
+
+class OfVideo(FrozenBatchNorm2d):
+    """For inputs of five axes."""
+
+    def forward(self, x):
+        return super().forward(x.flatten(2, 3)).reshape(x.shape)
+
+
+def frozen_module(kind, dtype=torch.float32, **options):
+    torch.manual_seed(0)
+    module = kind(3, **options)
+    module.weight.uniform_(0.5, 1.5)
+    module.bias.normal_()
+    module.running_mean.normal_(3.0)
+    module.running_var.uniform_(0.5, 2.0)
+    return module.to(dtype)
+
+
+@pytest.mark.parametrize("axis", [1, -1])
+@pytest.mark.parametrize(
+    ("kind", "options", "rank"),
+    [
+        (FrozenBatchNorm2d, {}, None),
+        (FrozenBatchNorm2d, {"eps": 0.1}, None),
+        (OfDetr, {}, None),
+        (OfDetectron, {}, None),
+        (OfVideo, {}, 5),
+    ],
+)
+def test_a_frozen_module_gives_a_frozen_layer(kind, options, rank, axis):
+    module = frozen_module(kind, **options)
+    layer = keras_bn.from_torch(module, axis, rank=rank)
+    assert layer.freeze_statistics
+    assert layer.freeze_affine is True
+    assert layer.trainable_variables == []
+    shape = SHAPES["BatchNorm2d" if rank is None else "BatchNorm3d"]
+    x = batches(shape, 1)[0].astype("float32")
+    expected = moved(module(torch.tensor(x)).numpy(), axis)
+    for training in True, False:
+        y = layer(array(moved(x, axis)), training=training)
+        np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_array_equal(layer.moving_mean, module.running_mean)
+
+
+def test_frozen_modules_of_other_precisions():
+    for dtype in torch.float64, torch.float16, torch.bfloat16:
+        layer = keras_bn.from_torch(frozen_module(FrozenBatchNorm2d, dtype))
+        assert layer.freeze_statistics
+
+
+def test_the_state_dict_of_a_frozen_module():
+    net = nn.Sequential(nn.Conv2d(3, 3, 1), frozen_module(FrozenBatchNorm2d))
+    layer = keras_bn.from_torch(net.state_dict(), rank=4, prefix="1.")
+    assert layer.freeze_statistics
+    assert layer.freeze_affine is True
+    trained = keras_bn.from_torch(net.state_dict(), rank=4, prefix="1.", momentum=0.1)
+    assert not trained.freeze_statistics
+    assert not trained.freeze_affine
+    assert keras_bn.unfreeze(layer, affine=True)
+    assert len(layer.trainable_variables) == 2
+
+
+def test_a_frozen_module_that_computes_something_else_is_refused():
+    class Rectified(FrozenBatchNorm2d):
+        def forward(self, x):
+            return super().forward(x).relu()
+
+    class WithoutEpsilon(OfDetr):
+        def forward(self, x):
+            self.eps = 0.3
+            try:
+                return FrozenBatchNorm2d.forward(self, x)
+            finally:
+                del self.eps
+
+    with pytest.raises(ValueError, match="Rectified does not compute"):
+        keras_bn.from_torch(frozen_module(Rectified))
+    with pytest.raises(ValueError, match="pass `eps`"):
+        keras_bn.from_torch(frozen_module(WithoutEpsilon))
+    assert keras_bn.from_torch(frozen_module(WithoutEpsilon), eps=0.3).epsilon == 0.3
+
+
 def test_batches_are_counted_on_with_a_plain_mean():
     layer = keras_bn.from_torch(module_of("BatchNorm1d", momentum=None))
     layer(batches((8, 3))[0], training=True)
@@ -136,8 +295,11 @@ def test_pytorch_has_both_parameters_or_none(missing):
     layer.build((None, 3))
     layer.moving_mean.assign([1.0, 2.0, 3.0])
     module = keras_bn.to_torch(layer).eval()
-    fixed = module.bias if missing == "center" else module.weight
-    assert not fixed.requires_grad
+    if missing == "center" and HAS_BIAS:
+        assert module.bias is None
+    else:
+        fixed = module.bias if missing == "center" else module.weight
+        assert not fixed.requires_grad
     x = np.random.default_rng(0).normal(size=(4, 3)).astype("float32")
     np.testing.assert_allclose(
         array(layer(x)), module(torch.tensor(x)).detach().numpy(), atol=1e-5
