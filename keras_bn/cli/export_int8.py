@@ -1,5 +1,7 @@
 """`keras-bn export-int8`: a file of integers for TFLite, checked against float."""
 
+import contextlib
+
 from keras_bn.cli import output
 from keras_bn.cli.data import read_data
 from keras_bn.cli.errors import noted, refused
@@ -17,7 +19,7 @@ def run(arguments):
     data = None
     if arguments.data is not None:
         data, _ = read_data(arguments.data, model)
-    with refused(Exception), noted() as more:
+    with refused(Exception), noted() as more, _own_words():
         content, report = integer_file(
             model,
             data,
@@ -34,5 +36,47 @@ def run(arguments):
     )
     end = f"{report.size:,} bytes: {arguments.output}" if right else "nothing written"
     lines = [*notes, *more, f"{compared}; {end}"]
+    if not right:
+        lines.append(_advice(arguments))
     show(arguments, report.to_dict(), HEADER, report.rows(), lines)
     return 0 if right else 1
+
+
+# What the messages of `keras_bn.export_int8` name, in the words of the command.
+_WORDS = {
+    "`data`": "`--data FILE.npz`",
+    "`equalize`": "`--equalize`",
+    "`correct_bias`": "`--correct-bias`",
+}
+
+
+@contextlib.contextmanager
+def _own_words():
+    """Name options of the command in errors, in the place of arguments."""
+    try:
+        yield
+    except ValueError as error:
+        message = str(error)
+        for argument, option in _WORDS.items():
+            message = message.replace(argument, option)
+        raise ValueError(message) from error
+
+
+def _advice(arguments):
+    """What to try where the file differs by too much."""
+    options = [
+        option
+        for option, used in (
+            ("--equalize", arguments.equalize),
+            ("--correct-bias", arguments.correct_bias),
+        )
+        if not used
+    ]
+    tries = ["samples in --data that are like those of training, a few hundred"]
+    if options:
+        tries.append(" and ".join(options))
+    return (
+        f"above --tolerance {arguments.tolerance:g}. Try {'; '.join(tries)}; or train "
+        "for int8: keras_bn.quantize_aware. The layers above show where the error "
+        "begins."
+    )

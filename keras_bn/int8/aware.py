@@ -1,5 +1,6 @@
 """A model for training in which all is rounded as in int8."""
 
+import functools
 from typing import Any, TypeVar
 
 import keras
@@ -13,6 +14,7 @@ from keras_bn.int8.layers import (
     FakeQuantizedNormalization,
     FakeQuantizer,
 )
+from keras_bn.int8.measure import not_finite
 from keras_bn.int8.samples import batch_of, in_order
 from keras_bn.passes.data import batches
 from keras_bn.surgery.arrays import axes as axes_of
@@ -43,6 +45,9 @@ _FIXED = {
     "sigmoid": (0.0, 255 / 256),
     "tanh": (-1.0, 127 / 128),
 }
+# The name of an activation that is taken out of a layer ends so, that of its rounding
+# begins so.
+_ACTIVATION, _ROUNDING = "_activation", "int8_"
 # What moves or picks values: the output has the range of the input.
 _SAME_RANGE = frozenset(
     """
@@ -81,7 +86,7 @@ def quantize_aware(
 
     Variables keep their names, values and trainable flags. If the model was compiled,
     so is the copy, with the state of its optimizer. `keras_bn.export_int8(copy, path)`
-    writes the file, whose outputs are those of the copy.
+    writes the file, whose layers compute what those of the copy do.
 
     Args:
         model: a built Functional or Sequential model, which does not change, with
@@ -133,10 +138,10 @@ def quantize_aware(
     tflite.check_aware("keras_bn.quantize_aware")
     _check_bits("weight_bits", weight_bits, 8)
     _check_bits("activation_bits", activation_bits, 16)
-    view = ModelView(model)
-    check_graph(view)
-    check_layers(view)
-    if view.of_type(FakeQuantizer):
+    original = ModelView(model)
+    check_graph(original)
+    check_layers(original)
+    if original.of_type(FakeQuantizer):
         raise ValueError(
             f"'{model.name}' is from `quantize_aware` already. Train it, then write it "
             "by `keras_bn.export_int8`; for other bits, start from the model before."
@@ -154,8 +159,9 @@ def quantize_aware(
     sample = _set_ranges(view, data, steps, batch_size)
     # Whether a file can be made shows now, and not after training.
     if activation_bits == 8:
-        with constant(view):
-            convert(copy, sample)
+        paths = {path for path, _ in original.layers}
+        with constant(view, trained=True):
+            convert(copy, sample, quoted=functools.partial(_quoted, paths))
     return copy
 
 
@@ -248,7 +254,7 @@ def _places(view, bits):
     inputs = [t for t in view.graph.inputs if _is_float(t)]
     names = ["input"] if len(inputs) == 1 else [t.name for t in inputs]
     places = [
-        (tensor, [FakeQuantizer(bits, name=f"int8_{name}")])
+        (tensor, [FakeQuantizer(bits, name=f"{_ROUNDING}{name}")])
         for tensor, name in zip(inputs, names, strict=True)
     ]
     behind: dict[int, list] = {}
@@ -275,18 +281,20 @@ def _behind(node, view, bits):
             activation
         ):
             operation.layer.activation = keras.activations.linear
-            after = layers.Activation(activation, name=f"{name}_activation")
+            after = layers.Activation(activation, name=f"{name}{_ACTIVATION}")
             return [
-                FakeQuantizer(bits, name=f"int8_{name}"),
+                FakeQuantizer(bits, name=f"{_ROUNDING}{name}"),
                 after,
-                FakeQuantizer(bits, fixed=_fixed(after), name=f"int8_{after.name}"),
+                FakeQuantizer(
+                    bits, fixed=_fixed(after), name=f"{_ROUNDING}{after.name}"
+                ),
             ]
     adds = isinstance(operation, layers.Add) or type(operation).__name__ == "Add"
     follower = view.next(node)
     merged = follower is not None and _merges(follower.operation)
     if merged and (adds or isinstance(operation, FakeQuantizedLinear)):
         return []
-    return [FakeQuantizer(bits, fixed=_fixed(operation), name=f"int8_{name}")]
+    return [FakeQuantizer(bits, fixed=_fixed(operation), name=f"{_ROUNDING}{name}")]
 
 
 def _merges(operation):
@@ -305,6 +313,13 @@ def _is_float(tensor):
     return keras.backend.is_float_dtype(tensor.dtype)
 
 
+def _quoted(paths, path):
+    """What an error says for a path: a layer that the user's model has."""
+    if path not in paths and path.endswith(_ACTIVATION):
+        return f"the activation of '{path.removesuffix(_ACTIVATION)}'"
+    return f"'{path}'"
+
+
 def _set_ranges(view, data, steps, batch_size):
     """Set the ranges of activations to those of the data.
 
@@ -321,6 +336,8 @@ def _set_ranges(view, data, steps, batch_size):
         raise ValueError("There is no data: not one batch came.")
     for path, quantizer in quantizers.items():
         if not np.isfinite(quantizer.observed).all() or not quantizer.observed:
-            raise ValueError(f"The values at '{path}' are not finite.")
+            *around, name = path.split("/")
+            layer = "/".join([*around, name.removeprefix(_ROUNDING)])
+            raise ValueError(not_finite(layer))
         quantizer.take_observed()
     return [array[: batch_of(model)] for array in in_order(model, x)]

@@ -31,12 +31,17 @@ def check_layers(view):
 
 
 @contextlib.contextmanager
-def constant(view):
-    """Have the linear layers of a model compute with constants, as a file does."""
+def constant(view, trained=False):
+    """Have the linear layers of a model compute with constants, as a file does.
+
+    Args:
+        view: the `ModelView` of the model.
+        trained: as in `Constants`.
+    """
     layers = view.of_type(FakeQuantizedLinear).values()
     try:
         for layer in layers:
-            layer.baked = Constants(layer)
+            layer.baked = Constants(layer, trained)
         yield
     finally:
         for layer in layers:
@@ -66,7 +71,7 @@ def names_of(model):
     return Names(once(t.name for t in graph.inputs), once(graph.output_names))
 
 
-def convert(model, example, samples=None, per_channel=True):
+def convert(model, example, samples=None, per_channel=True, quoted="'{}'".format):
     """The content of a file, with no operation of floats in it.
 
     Args:
@@ -75,6 +80,7 @@ def convert(model, example, samples=None, per_channel=True):
         samples: a list of batches to measure ranges with; None for a model that has
             them.
         per_channel: as in `integer_file`.
+        quoted: gives what an error says for the path of a layer.
 
     Returns:
         `(bytes, Interpreter)`.
@@ -110,16 +116,23 @@ def convert(model, example, samples=None, per_channel=True):
         )
     except tflite.ConversionError as error:
         at = sorted({index for index in tagged(str(error)) if index in calls})
-        raise _refusal(model, [calls[index].path for index in at], error) from error
+        paths = [quoted(calls[index].path) for index in at]
+        raise _refusal(model, paths, error) from error
+    try:
+        tflite.check_runs(content, dict(zip(names.inputs, example, strict=True)))
+    except tflite.RunError as error:
+        raise ValueError(
+            f"TFLite cannot run the file of '{model.name}': {error}."
+        ) from error
     interpreter = tflite.Interpreter(content)
     operations = interpreter.operations()
     left: dict[str, list[str]] = {}
     for i, operation in enumerate(operations):
         if _computes_in_floats(operation):
-            path = _path_of(operations[i:], calls)
+            path = quoted(_path_of(operations[i:], calls))
             left.setdefault(path, []).append(operation.name)
     if left:
-        parts = [f"{', '.join(names)} of '{path}'" for path, names in left.items()]
+        parts = [f"{', '.join(names)} of {path}" for path, names in left.items()]
         raise _refusal(model, left, f"it leaves {'; '.join(parts)} in floats")
     return content, interpreter
 
@@ -140,7 +153,7 @@ def _path_of(operations, calls):
 
 def _refusal(model, paths, why):
     """The error that says which layers cannot be made integer."""
-    names = ", ".join(f"'{path}'" for path in paths) or "a layer"
+    names = ", ".join(paths) or "a layer"
     lines = [line.strip() for line in str(why).splitlines() if line.strip()]
     errors = [line for line in lines if "error: " in line] or lines
     return ValueError(

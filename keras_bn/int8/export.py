@@ -10,7 +10,7 @@ from keras_bn.int8.convert import check_layers, constant, convert, names_of
 from keras_bn.int8.correct import correct
 from keras_bn.int8.equalize import equalize as equalize_channels
 from keras_bn.int8.layers import FakeQuantizer
-from keras_bn.int8.measure import compare
+from keras_bn.int8.measure import check_finite, compare
 from keras_bn.int8.report import Int8Report
 from keras_bn.int8.samples import example_of, random_samples, samples_of
 from keras_bn.pages import files
@@ -142,6 +142,7 @@ def integer_file(
             "ranges of activations. Give `data`: a few hundred samples as in training."
         )
     samples = samples_of(model, data, steps, batch_size)
+    check_finite(model, samples)
     plan = FoldPlan(view)
     reference = converted = plan.folded_model()
     equalized, scales, corrected = [], {}, []

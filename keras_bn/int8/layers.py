@@ -26,7 +26,7 @@ from keras_bn.backends.layout import broadcast
 from keras_bn.int8 import fake
 from keras_bn.layer.step import State, scale_and_offset
 from keras_bn.surgery.arrays import axes as axes_of
-from keras_bn.tools.linear import linear
+from keras_bn.tools.linear import call_with, linear
 
 # So that the largest weight, rounded, is not a hair outside of the range.
 _ROOM = 1 + 1e-6
@@ -240,31 +240,20 @@ class FakeQuantizedLinear(_Wrapper):
 
     def _linear(self, x, kernel, bias):
         """What the layer computes with other weights; a bias of None is zero."""
-        layer, name = self.layer, self.linear.last
-        inside = bias is not None and layer.bias is not None
-        inside = inside and tuple(bias.shape) == tuple(layer.bias.shape)
+        layer = self.layer
         if self.between is not None:
             y = ops.conv(x, kernel, 1, "valid", layer.data_format)
-            if bias is not None:
-                y = y + self._along_channels(bias, y)
-            return y if layer.activation is None else layer.activation(y)
-        values = {id(v): (v, v.value) for v in layer.variables}
-        values[id(getattr(layer, name))] = getattr(layer, name), kernel
-        if layer.bias is not None:
-            value = bias if inside else ops.zeros_like(layer.bias)
-            values[id(layer.bias)] = layer.bias, ops.convert_to_tensor(value)
-        with keras.StatelessScope(state_mapping=list(values.values())):
-            y = layer.call(x)
-        if bias is None or inside:
-            return y
-        return y + self._along_channels(bias, y)
-
-    def _along_channels(self, bias, y):
-        """A bias in a shape that broadcasts to the output."""
-        if len(bias.shape) > 1:
-            return ops.convert_to_tensor(bias)
-        axis = self.linear.channel_axis(len(y.shape))
-        return broadcast(ops.convert_to_tensor(bias), y.shape, (axis,))
+        else:
+            weights = {self.linear.last: kernel, "bias": None, "use_bias": False}
+            y = call_with(layer, {**weights, "activation": None}, x)
+        if bias is not None:
+            # Added here: one value that a convolution of lines adds stays in floats.
+            bias = ops.convert_to_tensor(bias)
+            if len(bias.shape) == 1:
+                axis = self.linear.channel_axis(len(y.shape))
+                bias = broadcast(bias, y.shape, (axis,))
+            y = y + bias
+        return y if layer.activation is None else layer.activation(y)
 
     def weights_of_inference(self):
         """`(arrays, bias)`: the rounded kernels by name, and the bias or None."""
@@ -350,11 +339,20 @@ class Constants:
     TensorFlow's converter rounds constants to 8 bits by itself, in the same way. Fewer
     bits it has to be told, which it understands for kernels of images only; others get
     the nearest values of 8 bits.
+
+    Args:
+        layer: the `FakeQuantizedLinear`.
+        trained: whether weights that are all zero are others here, as they will be
+            after training: the converter leaves zeros out.
     """
 
-    def __init__(self, layer):
+    def __init__(self, layer, trained=False):
         self._layer = layer
         self._kernels, self.bias = layer.weights_of_inference()
+        if trained:
+            kernels = self._kernels.items()
+            self._kernels = {name: _not_zero(value) for name, value in kernels}
+            self.bias = None if self.bias is None else _not_zero(self.bias)
 
     def kernel(self, name):
         """A kernel, as a constant."""
@@ -371,6 +369,10 @@ class Constants:
         # Depthwise kernels: the converter wants the channels along one axis.
         together = ops.reshape(kernel, (*kernel.shape[:-2], -1))
         return ops.reshape(fake.per_channel(together, limit), kernel.shape)
+
+
+def _not_zero(values):
+    return values if values.any() else np.ones_like(values)
 
 
 def _scale_and_offset(norm):

@@ -80,7 +80,7 @@ def compare(interpreter, original, converted, samples, names):
         _, seen = seen_of(together)
         places = places or _places(interpreter, outputs, seen_of.last, seen_of.calls)
         for i, batch in enumerate(chunk):
-            interpreter.run(dict(zip(inputs, batch, strict=True)))
+            _run(interpreter, dict(zip(inputs, batch, strict=True)), seen_of.calls)
             tensors = interpreter.outputs()
             for name, y in zip(outputs, expected, strict=True):
                 part = np.split(y, len(chunk))[i]
@@ -102,6 +102,46 @@ def compare(interpreter, original, converted, samples, names):
     ]
     layers.sort(key=lambda each: -np.nan_to_num(each.error, nan=np.inf))
     return {name: of_outputs.of(name) for name in outputs}, layers
+
+
+def check_finite(model, samples):
+    """Refuse a model whose values are not finite somewhere: int8 has no range for them.
+
+    Args:
+        model: a Functional or Sequential model.
+        samples: list of batches, each a list of arrays, one for each input.
+
+    Raises:
+        ValueError: naming the layer.
+    """
+    floats = _Floats(model)
+    together = [
+        np.concatenate(arrays) for arrays in zip(*samples[:_CHUNK], strict=True)
+    ]
+    _, values = floats(together)
+    for number, value in sorted(values.items()):
+        if not np.isfinite(value).all():
+            padded = np.isneginf(value).any() and np.isfinite(value).any()
+            hint = " Let the pooling pad: `padding='same'`." if padded else ""
+            raise ValueError(not_finite(floats.calls[number].path) + hint)
+
+
+def not_finite(path):
+    """The sentence that says whose values are not finite."""
+    return f"The values at '{path}' are not finite, so int8 has no range for them."
+
+
+def _run(interpreter, inputs, calls):
+    """Run one batch; an operation that fails is one of a layer."""
+    try:
+        interpreter.run(inputs)
+    except tflite.RunError as error:
+        names = error.operation.outputs if error.operation else ()
+        tags = [i for name in names for i in tagged(name) if i in calls]
+        path = calls[max(tags or calls)].path
+        raise ValueError(
+            f"TFLite cannot run '{path}' in int8 on these samples: {error}"
+        ) from error
 
 
 class _Floats:
@@ -127,19 +167,20 @@ class _Floats:
         )
 
     def _run(self, model, inputs):
-        seen, made = {}, {}
+        seen, numbers = {}, {}
 
         def around(call, compute):
-            outputs = compute()
+            with tflite.scope(tag(call)):  # the name of a layer may be no root scope
+                outputs = compute()
             flat = keras.tree.flatten(outputs)
             dtypes = [keras.backend.standardize_dtype(y.dtype) for y in flat]
             if len(flat) == 1 and keras.backend.is_float_dtype(dtypes[0]):
                 self.calls[call.number], seen[call.number] = call, flat[0]
-                made[id(flat[0])] = call.number
+                numbers[id(flat[0])] = call.number
             return outputs
 
         outputs = run(model, inputs, around)
-        self.last = [made.get(id(y)) for y in outputs]
+        self.last = [numbers.get(id(y)) for y in outputs]
         return outputs, seen
 
 

@@ -6,7 +6,11 @@ is installed, and TensorFlow's otherwise.
 
 import contextlib
 import functools
+import os
 import re
+import signal
+import sys
+import time
 import warnings
 from typing import NamedTuple
 
@@ -18,6 +22,19 @@ from keras_bn.pages.streams import stderr_held_back
 
 class ConversionError(Exception):
     """The converter's own message, if it refuses a model."""
+
+
+class RunError(Exception):
+    """What the interpreter says where an operation fails.
+
+    Args:
+        message: its own message.
+        operation: the `Operation`, or None.
+    """
+
+    def __init__(self, message, operation=None):
+        super().__init__(message)
+        self.operation = operation
 
 
 class Operation(NamedTuple):
@@ -198,10 +215,6 @@ class Interpreter:
             for name, each in self._inputs.items()
         }
 
-    def shape(self, index):
-        """The shape of a tensor."""
-        return self._tensors[index]["shape"]
-
     def run(self, inputs):
         """Run one batch.
 
@@ -211,7 +224,13 @@ class Interpreter:
         for name, detail in self._inputs.items():
             value = quantized(inputs[name], detail)
             self._interpreter.set_tensor(detail["index"], value)
-        self._interpreter.invoke()
+        try:
+            self._interpreter.invoke()
+        except RuntimeError as error:
+            number = re.search(r"Node number (\d+)", str(error))
+            operation = self.operations()[int(number[1])] if number else None
+            message = str(error).replace(".Node", ". Node")
+            raise RunError(message, operation) from error
 
     def value(self, index):
         """A tensor after `run`, as an array of floats."""
@@ -227,6 +246,44 @@ class Interpreter:
     @functools.cached_property
     def _tensors(self):
         return {int(each["index"]): each for each in self._details()}
+
+
+# How long a file may take to run once, in seconds.
+_PATIENCE = 60.0
+
+
+def check_runs(content, inputs):
+    """Run a file once in a process of its own, for it may end the process.
+
+    Only on Linux, where a process is copied in milliseconds.
+
+    Args:
+        content: bytes of the file.
+        inputs: dict of arrays by the name of the input.
+
+    Raises:
+        RunError: if it ends the process.
+    """
+    if sys.platform != "linux":
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of threads, which the copy does not use
+        child = os.fork()
+    if not child:
+        with contextlib.suppress(BaseException):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+            Interpreter(content).run(inputs)
+        os._exit(0)  # what raises is raised again where it is wanted
+    end = time.monotonic() + _PATIENCE
+    while not (state := os.waitpid(child, os.WNOHANG))[0]:
+        if time.monotonic() > end:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            return
+        time.sleep(0.002)
+    if os.WIFSIGNALED(state[1]):
+        name = signal.Signals(os.WTERMSIG(state[1])).name
+        raise RunError(f"it ends the process that runs it by {name}")
 
 
 def quantized(x, detail):

@@ -14,7 +14,7 @@ from keras_bn.backends import backend
 from keras_bn.backends.plan import elements
 from keras_bn.layer import fusion
 from keras_bn.surgery import private
-from keras_bn.tools.linear import is_activated
+from keras_bn.tools.linear import call_with, is_activated
 
 # Scaling a kernel costs as much per element as scaling an output: where the output has
 # fewer than this many times the elements of the kernel, it is scaled itself.
@@ -61,23 +61,13 @@ class Deferring:
             "bias": None if convolution else bias,
             "use_bias": not convolution,
         }
-        y = type(layer).call(_WithWeights(layer, **weights), inputs, **options)
+        y = call_with(layer, weights, inputs, **options)
         return backend.add_offset(y, bias, self.axes[0]) if convolution else y
 
 
 def _reshaped(values, shape):
     """Values per channel in a shape that broadcasts; without an op where they do."""
     return values if len(shape) == 1 else ops.reshape(values, shape)
-
-
-class _WithWeights:
-    """A layer with other values of some attributes."""
-
-    def __init__(self, layer, **others):
-        vars(self).update(others, _layer=layer)
-
-    def __getattr__(self, name):
-        return getattr(self._layer, name)
 
 
 def defer(linear, axes):

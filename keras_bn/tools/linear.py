@@ -496,3 +496,24 @@ def has_input_channels(layer):
 def is_linear(layer):
     """Whether `linear` knows the layer."""
     return is_normalization(layer) or type(layer) in _FAMILIES
+
+
+def call_with(layer, attributes, inputs, **options):
+    """What a layer computes with other values of some attributes, as of its weights.
+
+    Args:
+        layer: a layer, which does not change.
+        attributes: dict of values by name.
+        inputs, **options: the arguments of the call.
+    """
+    return type(layer).call(_With(layer, attributes), inputs, **options)
+
+
+class _With:
+    """A layer with other values of some attributes."""
+
+    def __init__(self, layer, attributes):
+        vars(self).update(attributes, _layer=layer)
+
+    def __getattr__(self, name):
+        return getattr(self._layer, name)

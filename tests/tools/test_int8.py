@@ -2,7 +2,9 @@
 
 import functools
 import math
+import os
 import re
+import sys
 
 import applications
 import keras
@@ -441,6 +443,25 @@ def half():
     )
 
 
+class Pad(layers.Layer):
+    """Pads before pooling, as KerasHub's ResNet v2 does."""
+
+    def __init__(self, value, **kwargs):
+        super().__init__(**kwargs)
+        self.value = value
+
+    def call(self, inputs):
+        width = ((0, 0), (1, 1), (1, 1), (0, 0))
+        return keras.ops.pad(inputs, width, constant_values=self.value)
+
+
+def padded(value):
+    convolution = layers.Conv2D(4, 3, name="conv")
+    pool = layers.MaxPooling2D(3, 2)
+    stack = [convolution, Pad(value, name="pad"), pool, layers.Conv2D(2, 1)]
+    return keras.Sequential([keras.Input((8, 8, 3)), *stack])
+
+
 REFUSED = {
     "elu": (lambda: with_last(layers.ELU(name="last")), "'last' of 'model'.*ELU"),
     "norm": (lambda: with_last(layers.LayerNormalization(name="last")), "'last'"),
@@ -458,10 +479,44 @@ REFUSED = {
         lambda: keras.Sequential([keras.Input((8, 3)), layers.GRU(2, name="last")]),
         "'last'.*While",
     ),
+    "infinite padding": (
+        lambda: padded(-np.inf),
+        "'pad' are not finite.*padding='same'",
+    ),
+    "division by zero": (
+        lambda: with_last(layers.Activation("softsign", name="last")),
+        "TFLite cannot run 'last' in int8.*DIV",
+    ),
     "subclass": (own, "'own' is neither a Functional nor a Sequential"),
     "not built": (lambda: keras.Sequential([layers.Dense(2)], name="m"), "'m' is not"),
     "float16": (half, "'conv' computes in float16"),
 }
+
+
+@pytest.mark.parametrize("name", ["_conv", "-conv", "__", "9", ".conv"])
+def test_any_name_of_a_layer(name, tmp_path):
+    stack = [layers.Conv2D(4, 3, name=name), layers.ReLU(name=f"{name}_relu")]
+    model = keras.Sequential([keras.Input((8, 8, 3)), *stack])
+    report = keras_bn.export_int8(model, tmp_path / "model.tflite", images(8))
+    assert [layer.layer for layer in report.layers] == [name]
+    assert report.error < 0.05
+
+
+def test_padding_with_a_finite_number_is_exported(tmp_path):
+    path = tmp_path / "model.tflite"
+    assert keras_bn.export_int8(padded(-1.0), path, images(8)).error < 0.05
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="there a process is copied")
+def test_a_file_that_ends_the_process_is_refused(monkeypatch, tmp_path):
+    class Aborting(tflite.Interpreter):
+        def run(self, inputs):
+            os.abort()
+
+    monkeypatch.setattr(tflite, "Interpreter", Aborting)
+    with pytest.raises(ValueError, match="ends the process that runs it by SIGABRT"):
+        keras_bn.export_int8(padded(0.0), tmp_path / "model.tflite", images(4))
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -14,7 +14,7 @@ from support.zoo import randomized
 import keras_bn
 from keras_bn.int8 import tflite, weights
 from keras_bn.int8.export import integer_file
-from keras_bn.int8.layers import FakeQuantizedLinear, FakeQuantizer
+from keras_bn.int8.layers import Constants, FakeQuantizedLinear, FakeQuantizer
 from keras_bn.surgery.view import ModelView
 from keras_bn.tools.linear import linear
 
@@ -500,3 +500,55 @@ def test_keras_has_no_rounding_of_activations_either():
     aware = keras_bn.quantize_aware(model, images(24, (6,)))
     with pytest.raises(ValueError, match=r"'int8_input' was made by.*no such layer"):
         keras_bn.to_keras(aware)
+
+
+ONE_CHANNEL = {
+    "conv1d": ((9, 3), lambda: layers.Conv1D(1, 1)),
+    "causal": ((9, 3), lambda: layers.Conv1D(1, 3, padding="causal")),
+    "relu": ((9, 3), lambda: layers.Conv1D(1, 3, activation="relu")),
+    "transposed": ((9, 3), lambda: layers.Conv1DTranspose(1, 3)),
+    "depthwise": ((9, 1), lambda: layers.DepthwiseConv1D(3)),
+    "separable": ((9, 3), lambda: layers.SeparableConv1D(1, 3)),
+    "dense": ((9, 3), lambda: layers.Dense(1)),
+    "conv2d": ((8, 8, 3), lambda: layers.Conv2D(1, 3)),
+}
+
+
+@pytest.mark.parametrize("name", ONE_CHANNEL)
+def test_one_channel_with_a_trained_bias_is_exported(name, tmp_path):
+    shape, make = ONE_CHANNEL[name]
+    model = keras.Sequential([keras.Input(shape), make()])
+    x = images(24, shape)
+    aware = keras_bn.quantize_aware(model, x)
+    aware.compile(keras.optimizers.SGD(0.01), "mse")
+    aware.fit(x, aware.predict(x, verbose=0) + 0.5, verbose=0)
+    assert aware.trainable_variables[-1].numpy().any()
+    report = keras_bn.export_int8(aware, tmp_path / "model.tflite", x)
+    assert report.error < 0.01
+
+
+def test_no_weights_are_zero_while_it_is_checked_that_a_file_can_be_made():
+    """The converter leaves zeros out, which training changes."""
+    layer = FakeQuantizedLinear(layers.Dense(3, kernel_initializer="zeros"))
+    layer.build((None, 2))
+    for trained in False, True:
+        constants = Constants(layer, trained)
+        assert constants.kernel("kernel").numpy().any() == trained
+        assert constants.bias.any() == trained
+
+
+@pytest.mark.parametrize("activation", ["hard_sigmoid", "softplus"])
+def test_a_refused_activation_is_named_as_in_the_model(activation):
+    model = keras.Sequential(
+        [keras.Input((6,)), layers.Dense(4, activation=activation, name="dense")]
+    )
+    with pytest.raises(ValueError, match="cannot make the activation of 'dense' of"):
+        keras_bn.quantize_aware(model, images(24, (6,)))
+
+
+def test_values_that_are_not_finite_are_named_as_in_the_model():
+    x = images(24, (6,)).copy()
+    stack = [layers.Dense(4, name="dense"), layers.Lambda(ops.log, name="log")]
+    model = keras.Sequential([keras.Input((6,)), *stack])
+    with pytest.raises(ValueError, match="The values at 'log' are not finite"):
+        keras_bn.quantize_aware(model, x)
