@@ -30,7 +30,8 @@ def run(arguments):
         for each in records
     ]
     results = {"layers": records, "diagnosis": report.to_dict()}
-    lines = [*opened.notes, f"{len(rows)} in {opened.model.name}", "", str(report)]
+    count = f"{len(rows)} {records[0]['class']} in {opened.model.name}"
+    lines = [*opened.notes, count, "", str(report)]
     shown = last = report
     if arguments.fix is not None:
         with run_on(arguments.data), noted() as notes:
@@ -83,12 +84,14 @@ def _on_files(arguments, report):
 
 def _listed(opened, report):
     plan = {fold.layer: fold for fold in plan_fold(opened.model)}
+    library = "keras.layers" if opened.native else "keras_bn"
     records = []
     for path, layer in opened.layers.items():
         fold = plan.get(path) or Fold(path, None, "folding does not know its class")
         records.append(
             {
                 "layer": path,
+                "class": f"{library}.BatchNormalization",
                 "channels": channels(layer),
                 "axis": layer.axis,
                 "momentum": layer.momentum,

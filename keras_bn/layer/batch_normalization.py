@@ -319,6 +319,12 @@ class BatchNormalization(StoredOptions, ValidStatistics):
         arguments.channel_axes(self.axis, input_shape, sizes_known=False)
         return input_shape
 
+    def __repr__(self) -> str:
+        # Keras names the class alone, which is that of its own layer.
+        words = super().__repr__()
+        known = type(self) is BatchNormalization
+        return words.replace("<", "<keras_bn.", 1) if known else words
+
     def get_config(self) -> dict[str, Any]:
         serialize = keras.saving.serialize_keras_object
         config = {name: serialize(getattr(self, name)) for name in arguments.OPTIONS}

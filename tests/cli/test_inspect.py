@@ -65,6 +65,7 @@ def test_without_data_it_lists(files, tmp_path, capsys):
     assert results["layers"] == [
         {
             "layer": "bn",
+            "class": "keras.layers.BatchNormalization",
             "channels": 6,
             "axis": -1,
             "momentum": 0.99,

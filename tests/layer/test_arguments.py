@@ -210,3 +210,14 @@ def test_inputs_of_another_shape_than_built_for():
         layer(np.zeros((2, 4), "float32"))
     with pytest.raises(ValueError, match="expected ndim=2, found ndim=3"):
         layer(np.zeros((2, 2, 3), "float32"))
+
+
+def test_the_layer_says_that_it_is_not_of_keras():
+    norm = BatchNormalization(name="bn")
+    words = "<keras_bn.BatchNormalization name=bn, built=False>"
+    assert repr(norm) == str(norm) == words
+
+    class Own(BatchNormalization):
+        pass
+
+    assert repr(Own(name="own")).startswith("<Own name=own")

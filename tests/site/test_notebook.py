@@ -1,6 +1,10 @@
 """The tutorial as a notebook: its cells, what they show, the copy on the site."""
 
+import contextlib
 import importlib.util
+import io
+import re
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -112,6 +116,32 @@ def test_what_fails_in_a_cell_fails(as_notebook, tmp_path):
     del notebook.cells[1]
     with pytest.raises(exceptions.CellExecutionError, match="assert 1 > 2"):
         as_notebook.execute(notebook, tmp_path)
+
+
+# A block of Python, and the indented lines right below it, which are what it prints.
+PRINTED = re.compile(
+    r"^```python\n(.*?)^```\n(?:\n((?:    [^\n]*\n|\n)+))?", re.M | re.S
+)
+
+
+def shape_of(text):
+    """The words of a text; numbers may be other ones on another machine."""
+    return re.sub(r"\d[\d,.]*", "#", " ".join(text.split()))
+
+
+def test_what_the_tutorial_shows_is_what_its_blocks_print(tmp_path, monkeypatch):
+    for package in ("matplotlib", "sklearn"):
+        require(package)
+    monkeypatch.chdir(tmp_path)
+    namespace, compared = {}, 0
+    for code, shown in PRINTED.findall(TUTORIAL):
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            exec(compile(code, "tutorial.md", "exec"), namespace)
+        if shown and shown.strip():
+            printed = textwrap.indent(out.getvalue(), "    ")
+            assert shape_of(shown) == shape_of(printed), f"it prints:\n{printed}"
+            compared += 1
+    assert compared == 4
 
 
 @pytest.mark.slow
