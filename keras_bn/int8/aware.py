@@ -18,7 +18,7 @@ from keras_bn.int8.measure import not_finite
 from keras_bn.int8.samples import batch_of, in_order
 from keras_bn.passes.data import batches
 from keras_bn.surgery.arrays import axes as axes_of
-from keras_bn.surgery.calls import check_graph
+from keras_bn.surgery.calls import as_declared, check_graph
 from keras_bn.surgery.classes import as_graphs
 from keras_bn.surgery.exchange import (
     bypass,
@@ -331,7 +331,7 @@ def _set_ranges(view, data, steps, batch_size):
         quantizer.observed = []
     x = None
     for x, _, _ in batches(data, steps=steps, batch_size=batch_size):
-        model(x, training=False)
+        model(as_declared(model, x), training=False)
     if x is None:
         raise ValueError("There is no data: not one batch came.")
     for path, quantizer in quantizers.items():

@@ -18,6 +18,7 @@ from keras_bn.backends import backend
 from keras_bn.moments import Moments, at_least_float32, merged
 from keras_bn.passes.data import NoDataError, batches
 from keras_bn.passes.recorder import double_of, intercepted, redirected, state_kept
+from keras_bn.surgery.calls import as_declared
 from keras_bn.surgery.graph import walk
 
 
@@ -131,7 +132,7 @@ class Pass:
 
     def forward(self, x, training=False):
         """The outputs of the model; for `step`."""
-        return self.model(_as_declared(self.model, x), training=training)
+        return self.model(as_declared(self.model, x), training=training)
 
     def _called(self, path, double, *args, **kwargs):
         # A function that the user has compiled would keep the recorder in it.
@@ -354,13 +355,6 @@ def _tensor(value):
     special = hasattr(value, "dense_shape") or hasattr(value, "row_splits")
     special = special or getattr(getattr(value, "dtype", None), "kind", "") == "O"
     return value if special else ops.convert_to_tensor(value)
-
-
-def _as_declared(model, x):
-    """The input in a list, if the model was made with a list of one."""
-    declared = getattr(model, "input", None)
-    single = isinstance(declared, list | tuple) and len(declared) == 1
-    return [x] if single and not isinstance(x, list | tuple | dict) else x
 
 
 def _samples(batch):

@@ -46,9 +46,21 @@ def check_graph(view):
             )
 
 
+def as_declared(model, x):
+    """A single input in the structure that a model was made with, as `[x]`.
+
+    Keras takes it in any, and warns of others than that.
+    """
+    declared, leaves = getattr(model, "input", None), keras.tree.flatten(x)
+    if len(leaves) == 1 == len(keras.tree.flatten(declared)):
+        return keras.tree.pack_sequence_as(declared, leaves)
+    return x
+
+
 def as_list(model, inputs):
     """The inputs of a model in any structure that it takes, as a list of tensors."""
-    return graph_of(model)._standardize_inputs(inputs)
+    graph = graph_of(model)
+    return graph._standardize_inputs(as_declared(graph, inputs))
 
 
 def run(model, inputs, around):
