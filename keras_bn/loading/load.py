@@ -136,7 +136,11 @@ def _is_prose(error):
 def _loaded(path, version, **kwargs):
     """The model in a file, without its compilation if Keras 3 can't read Keras 2's."""
     try:
-        return keras.saving.load_model(path, **kwargs)
+        model = keras.saving.load_model(path, **kwargs)
+        # Keras 3.16 takes the name of any loss, and would refuse it in the first step.
+        for loss in keras.tree.flatten(getattr(model, "loss", None)):
+            keras.losses.get(loss)
+        return model
     except Exception as error:
         if version.startswith("3") or not kwargs.get("compile", True):
             raise

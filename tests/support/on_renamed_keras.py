@@ -50,6 +50,7 @@ assert keras_bn.from_torch(state, rank=2).built
 
 TOOLS = {
     "from_keras": lambda: keras_bn.from_keras(model),
+    "replace": lambda: keras_bn.replace(model),
     "to_keras": lambda: keras_bn.to_keras(model, in_place=True),
     "fold": lambda: keras_bn.fold(model),
     "plan_fold": lambda: keras_bn.plan_fold(model),

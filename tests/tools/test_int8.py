@@ -464,7 +464,6 @@ def padded(value):
 
 REFUSED = {
     "elu": (lambda: with_last(layers.ELU(name="last")), "'last' of 'model'.*ELU"),
-    "norm": (lambda: with_last(layers.LayerNormalization(name="last")), "'last'"),
     "inside": (
         lambda: keras.Sequential(
             [keras.Input((8, 8, 3)), with_last(layers.ELU(name="last"))]
