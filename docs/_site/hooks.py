@@ -4,6 +4,7 @@ The README is the home page, and so on. Their links are written for the reposito
 here they become those of the site.
 """
 
+import importlib.util
 import posixpath
 import re
 from pathlib import Path
@@ -28,8 +29,30 @@ LINK = re.compile(r"\[([^\]]*)\]\((?!\w+:|#)([^)#\s]+)([^)\s]*)\)")
 NOTEBOOK = """\
 This page is also a notebook:
 [download it](tutorial.ipynb){: download="tutorial.ipynb" } and open it in Jupyter,
-or in [Colab](https://colab.research.google.com) under *File*, *Upload notebook*.
 """
+COLAB = "https://colab.research.google.com"
+GITHUB = "https://github.com/"
+
+
+def notebook(address):
+    """The lines about the notebook of the tutorial.
+
+    Args:
+        address: of the repository; one on GitHub has the site in its branch `gh-pages`,
+            from where Colab opens the notebook in one click.
+    """
+    if address is not None and address.startswith(GITHUB):
+        file = f"{address.removeprefix(GITHUB)}/blob/gh-pages/tutorial.ipynb"
+        return f"{NOTEBOOK}or [open it in Colab]({COLAB}/github/{file}).\n"
+    return f"{NOTEBOOK}or in [Colab]({COLAB}) under *File*, *Upload notebook*.\n"
+
+
+def address_of_the_project():
+    """The address in setup.cfg, as setup.py reads it."""
+    spec = importlib.util.spec_from_file_location("setup", ROOT / "setup.py")
+    setup = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(setup)
+    return setup.address()
 
 
 def target_of(link, source):
@@ -58,6 +81,8 @@ def on_files(files, config):
 
 def on_page_markdown(markdown, page, config, files):
     """Links to pages lead to those of the site; of links to code, the text stays."""
+    if page.parent is None:
+        page.meta["hide"] = ["navigation"]  # of one page, a column with one word
     uri = page.file.src_uri
     source = SOURCES.get(uri, f"docs/{uri}")
 
@@ -70,5 +95,7 @@ def on_page_markdown(markdown, page, config, files):
 
     markdown = LINK.sub(rewritten, markdown)
     if uri == "tutorial.md":
-        markdown = markdown.replace("\n## ", f"\n{NOTEBOOK}\n## ", 1)
+        markdown = markdown.replace(
+            "\n## ", f"\n{notebook(address_of_the_project())}\n## ", 1
+        )
     return markdown

@@ -115,7 +115,7 @@ def main():
     with rc_context({"font.size": 14, "axes.titlesize": 15}):
         figure = draw(accuracies, before, after)
         path = Path(__file__).with_name("recalibrated.png")
-        figure.savefig(path, dpi=130, transparent=True)
+        figure.savefig(path, dpi=110, transparent=True)
 
 
 if __name__ == "__main__":

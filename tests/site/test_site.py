@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import http.server
+import importlib
 import json
 import os
 import re
@@ -144,3 +145,19 @@ def test_no_page_is_wider_than_a_phone(site, browser):
         assert window == 390
         assert across <= window, f"{path} is {across} wide"
         assert titles == 1
+
+
+def test_a_page_of_its_own_has_no_column_of_one_word(site):
+    for page in ("index.html", "tutorial/index.html", "reference/index.html"):
+        text = (site / page).read_text(encoding="utf-8")
+        column = re.search(r'<div class="md-sidebar md-sidebar--primary"[^>]*>', text)
+        assert "hidden" in column[0], page
+
+
+def test_the_tutorial_opens_in_one_click_where_an_address_is_known(monkeypatch):
+    require("mkdocs")
+    monkeypatch.syspath_prepend(ROOT / "docs" / "_site")
+    hooks = importlib.import_module("hooks")
+    words = hooks.notebook("https://github.com/someone/keras_bn")
+    assert "/github/someone/keras_bn/blob/gh-pages/tutorial.ipynb)" in words
+    assert "Upload notebook" in hooks.notebook(None)
