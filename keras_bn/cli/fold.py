@@ -15,20 +15,22 @@ def run(arguments):
         plan = FoldPlan(ModelView(model))
         folded = plan.folded_model()
     difference, compared = _compare(model, folded)
-    gone = {each.layer: each.into for each in plan.folds if each.into is not None}
+    folded_into = {f.layer: f.into for f in plan.folds if f.into is not None}
     results = {
-        "folded": gone,
-        "stays": {each.layer: each.reason for each in plan.folds if each.into is None},
+        "folded": folded_into,
+        "stays": {f.layer: f.reason for f in plan.folds if f.into is None},
         "relative_difference": difference,
     }
     right = difference is None or difference <= FOLD_TOLERANCE
     if right:
         save(arguments, folded, native)
         total = len(plan.folds)
-        closing = f"{len(gone)} of {total} folded, {compared}: {arguments.output}"
+        closing = (
+            f"{len(folded_into)} of {total} folded, {compared}: {arguments.output}"
+        )
     else:
         closing = f"{compared}: nothing written"
-    rows = [[each.layer, each.into or "stays", each.reason] for each in plan.folds]
+    rows = [[f.layer, f.into or "stays", f.reason] for f in plan.folds]
     show(arguments, results, ["layer", "into", "why"], rows, [*notes, closing])
     return 0 if right else 1
 

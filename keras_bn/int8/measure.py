@@ -72,25 +72,26 @@ def compare(interpreter, original, converted, samples, names):
     inputs, outputs = names
     of_outputs, of_calls = Errors(), Errors()
     places: dict[int, tuple] = {}
-    expected_of, seen_of = _Floats(original), _Floats(converted)
+    of_original, of_converted = _Floats(original), _Floats(converted)
     for at in range(0, len(samples), _CHUNK):
         chunk = samples[at : at + _CHUNK]
-        together = [np.concatenate(each) for each in zip(*chunk, strict=True)]
-        expected, _ = expected_of(together)
-        _, seen = seen_of(together)
-        places = places or _places(interpreter, outputs, seen_of.last, seen_of.calls)
+        together = [np.concatenate(arrays) for arrays in zip(*chunk, strict=True)]
+        expected, _ = of_original(together)
+        _, values = of_converted(together)
+        calls = of_converted.calls
+        places = places or _places(interpreter, outputs, of_converted.last, calls)
         for i, batch in enumerate(chunk):
-            _run(interpreter, dict(zip(inputs, batch, strict=True)), seen_of.calls)
+            _run(interpreter, dict(zip(inputs, batch, strict=True)), calls)
             tensors = interpreter.outputs()
             for name, y in zip(outputs, expected, strict=True):
                 part = np.split(y, len(chunk))[i]
                 of_outputs.add(name, interpreter.value(tensors[name]), part)
             for index, (tensor, *_) in places.items():
-                part = np.split(seen[index], len(chunk))[i]
+                part = np.split(values[index], len(chunk))[i]
                 value = interpreter.value(tensor)
                 if value.size == part.size:
                     of_calls.add(index, value, part)
-    calls = seen_of.calls
+    calls = of_converted.calls
     layers = [
         Int8Layer(
             calls[places[index][2]].path,
@@ -100,7 +101,7 @@ def compare(interpreter, original, converted, samples, names):
         )
         for index in of_calls
     ]
-    layers.sort(key=lambda each: -np.nan_to_num(each.error, nan=np.inf))
+    layers.sort(key=lambda layer: -np.nan_to_num(layer.error, nan=np.inf))
     return {name: of_outputs.of(name) for name in outputs}, layers
 
 
@@ -167,7 +168,7 @@ class _Floats:
         )
 
     def _run(self, model, inputs):
-        seen, numbers = {}, {}
+        values, numbers = {}, {}
 
         def around(call, compute):
             with tflite.scope(tag(call)):  # the name of a layer may be no root scope
@@ -175,13 +176,13 @@ class _Floats:
             flat = keras.tree.flatten(outputs)
             dtypes = [keras.backend.standardize_dtype(y.dtype) for y in flat]
             if len(flat) == 1 and keras.backend.is_float_dtype(dtypes[0]):
-                self.calls[call.number], seen[call.number] = call, flat[0]
+                self.calls[call.number], values[call.number] = call, flat[0]
                 numbers[id(flat[0])] = call.number
             return outputs
 
         outputs = run(model, inputs, around)
         self.last = [numbers.get(id(y)) for y in outputs]
-        return outputs, seen
+        return outputs, values
 
 
 def _places(interpreter, outputs, last, calls):
@@ -221,8 +222,8 @@ def _places(interpreter, outputs, last, calls):
 
 def _unplaced(calls, before, places):
     """The last call with weights before an index that has no place yet."""
-    found = [i for i, call in calls.items() if i < before and _has_weights(call)]
-    return [i for i in found if i not in places][-1:]
+    weighted = [i for i, call in calls.items() if i < before and _has_weights(call)]
+    return [i for i in weighted if i not in places][-1:]
 
 
 def _has_weights(call):

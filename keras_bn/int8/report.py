@@ -97,12 +97,12 @@ class Int8Report(Section):
         """The layers as rows of strings, under `HEADER`."""
         return [
             [
-                each.layer,
-                "" if each.output == each.layer else each.output,
-                each.operation,
-                f"{each.error:.2%}",
+                layer.layer,
+                "" if layer.output == layer.layer else layer.output,
+                layer.operation,
+                f"{layer.error:.2%}",
             ]
-            for each in self.layers
+            for layer in self.layers
         ]
 
     def to_dict(self) -> dict[str, Any]:
@@ -115,7 +115,8 @@ class Int8Report(Section):
             "error": number(self.error),
             "outputs": {name: number(error) for name, error in self.outputs.items()},
             "layers": [
-                {**each._asdict(), "error": number(each.error)} for each in self.layers
+                {**layer._asdict(), "error": number(layer.error)}
+                for layer in self.layers
             ],
             "equalized": [list(pair) for pair in self.equalized],
             "corrected": list(self.corrected),
@@ -126,7 +127,7 @@ class Int8Report(Section):
         context = {
             "about": self._about(),
             "said": self._said(),
-            "layers": [(each, _tone(each.error)) for each in self.layers],
+            "layers": [(layer, _tone(layer.error)) for layer in self.layers],
             "full_error": FULL_ERROR,
         }
         return Content(f"{self.model} in int8", "int8_section.html", context)

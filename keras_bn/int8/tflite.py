@@ -153,15 +153,15 @@ def _named(concrete, message):
     """The names of the operations whose kinds a message names, as `'tf.Erf'`."""
     kinds = re.findall(r"\btf\.(\w+)", message)
     every = concrete.graph.get_operations()
-    found = [each.name for each in every if each.type in kinds]
-    return f"\nin {', '.join(found)}" if found else ""
+    names = [operation.name for operation in every if operation.type in kinds]
+    return f"\nin {', '.join(names)}" if names else ""
 
 
 def _check_loops(concrete):
     """Refuse loops and conditionals, with which the converter may end the process."""
-    for each in concrete.graph.get_operations():
-        if each.type.removeprefix("Stateless") in ("While", "If", "Case"):
-            raise ConversionError(f"{each.type} in {each.name}")
+    for operation in concrete.graph.get_operations():
+        if operation.type.removeprefix("Stateless") in ("While", "If", "Case"):
+            raise ConversionError(f"{operation.type} in {operation.name}")
 
 
 class Interpreter:
@@ -189,30 +189,30 @@ class Interpreter:
         """The operations of the file, in order, as a list of `Operation`."""
         from keras_bn.backends.tensorflow import private
 
-        details = {each["index"]: each for each in self._details()}
+        details = {detail["index"]: detail for detail in self._details()}
         return [
             Operation(
-                each["op_name"],
-                tuple(details[i]["name"] for i in each["outputs"]),
-                tuple(map(int, each["outputs"])),
+                operation["op_name"],
+                tuple(details[i]["name"] for i in operation["outputs"]),
+                tuple(map(int, operation["outputs"])),
                 frozenset(
                     np.dtype(details[i]["dtype"]).name
-                    for i in (*each["inputs"], *each["outputs"])
+                    for i in (*operation["inputs"], *operation["outputs"])
                     if i >= 0
                 ),
             )
-            for each in private.operations(self._interpreter)
+            for operation in private.operations(self._interpreter)
         ]
 
     def outputs(self):
         """The index of each output's tensor, by the name of the output."""
-        return {name: int(each["index"]) for name, each in self._outputs.items()}
+        return {name: int(detail["index"]) for name, detail in self._outputs.items()}
 
     def inputs(self):
         """The scale, zero point and dtype of each input, by its name."""
         return {
-            name: (*each["quantization"], np.dtype(each["dtype"]))
-            for name, each in self._inputs.items()
+            name: (*detail["quantization"], np.dtype(detail["dtype"]))
+            for name, detail in self._inputs.items()
         }
 
     def run(self, inputs):
@@ -245,7 +245,7 @@ class Interpreter:
 
     @functools.cached_property
     def _tensors(self):
-        return {int(each["index"]): each for each in self._details()}
+        return {int(detail["index"]): detail for detail in self._details()}
 
 
 # How long a file may take to run once, in seconds.

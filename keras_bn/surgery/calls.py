@@ -90,8 +90,8 @@ def run(model, inputs, around):
 
         def call(*args, **kwargs):
             if graph_of(operation) is not None:
-                given = args[0] if args else kwargs["inputs"]
-                outputs = through(operation, given, path)
+                tensors = args[0] if args else kwargs["inputs"]
+                outputs = through(operation, tensors, path)
                 # As Keras does for a model called in a graph.
                 single = isinstance(outputs, list | tuple) and len(outputs) == 1
                 return outputs[0] if single else outputs

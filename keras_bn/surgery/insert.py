@@ -43,7 +43,7 @@ def _insert(graph, tensor, layers, consumers):
     for node in consumers:
         replace(node.arguments, {id(tensor): new})
         new._keras_history.operation._outbound_nodes.append(node)
-    if not any(tensor is each for each in graph.inputs):
+    if not any(tensor is other for other in graph.inputs):
         replace(graph, {id(tensor): new})
 
 

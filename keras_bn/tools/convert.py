@@ -191,11 +191,11 @@ def _hand_over_variables(model, pairs):
     """Tell optimizers about the variables that had to be made again."""
     instead: dict = {}
     for old, new in pairs:
-        named = {variable.name: variable for variable in new.variables}
+        by_name = {variable.name: variable for variable in new.variables}
         instead |= {
-            id(v): (v, named[v.name])
+            id(v): (v, by_name[v.name])
             for v in old.variables
-            if v.name in named and named[v.name] is not v
+            if v.name in by_name and by_name[v.name] is not v
         }
     if not instead:
         return

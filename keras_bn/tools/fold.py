@@ -61,7 +61,7 @@ class Folds(Displayed, list[Fold]):
         return "\n".join(map(str, self))
 
     def _content(self):
-        folded = sum(each.into is not None for each in self)
+        folded = sum(fold.into is not None for fold in self)
         title = f"{folded} of {len(self)} can be folded"
         return Content(title, "folds.html", {"title": title, "folds": self})
 

@@ -89,18 +89,18 @@ def scale_einsum_input(kernel, bias, affine, equation, axis):
     """
     of_input, of_kernel, of_output = _parts(equation)
     label = of_input[axis]
-    kept = [other for other in of_output if other in of_kernel]
+    labels = [other for other in of_output if other in of_kernel]
     summed_alone = set(of_input) - set(of_kernel) - set(of_output)
-    if label not in of_kernel or summed_alone or not kept:
+    if label not in of_kernel or summed_alone or not labels:
         raise UnfoldableError(f"has no weights along axis {axis} of its input alone")
     addend = np.einsum(
-        f"{of_kernel},{label}->{''.join(kept)}", kernel, affine.shift, optimize=True
+        f"{of_kernel},{label}->{''.join(labels)}", kernel, affine.shift, optimize=True
     )
     sizes = dict(zip(of_kernel, kernel.shape, strict=True))
-    trailing = of_output[of_output.index(kept[0]) :]
-    addend = addend.reshape([sizes[o] if o in kept else 1 for o in trailing])
+    trailing = of_output[of_output.index(labels[0]) :]
+    addend = addend.reshape([sizes[o] if o in labels else 1 for o in trailing])
     along = [-1 if other == label else 1 for other in of_kernel]
-    return kernel * affine.scale.reshape(along), bias + addend, set(kept)
+    return kernel * affine.scale.reshape(along), bias + addend, set(labels)
 
 
 def _parts(equation):
