@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from keras_bn.layer.renorm import LinearRamp, renorm_ramp
     from keras_bn.loading.load import load_model
     from keras_bn.moments import Moments
+    from keras_bn.tools.adapt import adapt, unadapt
     from keras_bn.tools.convert import from_keras, to_keras
     from keras_bn.tools.fold import Fold, Folds, fold, plan_fold
     from keras_bn.tools.freeze import freeze, unfreeze
@@ -62,6 +63,7 @@ __all__ = [
     "Report",
     "StatisticsLogger",
     "__version__",
+    "adapt",
     "compare",
     "diagnose",
     "export_int8",
@@ -78,6 +80,7 @@ __all__ = [
     "replace",
     "to_keras",
     "to_torch",
+    "unadapt",
     "unfreeze",
 ]
 
@@ -104,6 +107,7 @@ _MODULES = {
     "Recalibrate": "tools.recalibrate",
     "Report": "diagnosis.report",
     "StatisticsLogger": "diagnosis.logger",
+    "adapt": "tools.adapt",
     "compare": "diagnosis.diagnose",
     "diagnose": "diagnosis.diagnose",
     "export_int8": "int8.export",
@@ -121,6 +125,7 @@ _MODULES = {
     "testing": "testing",
     "to_keras": "tools.convert",
     "to_torch": "tools.pytorch",
+    "unadapt": "tools.adapt",
     "unfreeze": "tools.freeze",
 }
 

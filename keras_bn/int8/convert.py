@@ -10,11 +10,17 @@ from keras_bn.int8.layers import Constants, FakeQuantizedLinear
 from keras_bn.int8.measure import tag, tagged
 from keras_bn.surgery.calls import run
 from keras_bn.surgery.graph import graph_of
+from keras_bn.surgery.norms import adapts
 
 
 def check_layers(view):
-    """Refuse layers that compute in another dtype than float32."""
+    """Refuse layers that integers cannot compute."""
     for name, layer in view.layers:
+        if adapts(layer):
+            raise ValueError(
+                f"'{name}' follows its inputs, and the scales of integers are fixed. "
+                "Call `keras_bn.unadapt(model)` first."
+            )
         if getattr(layer, "quantization_mode", None) is not None:
             raise ValueError(
                 f"'{name}' is quantized by Keras's `model.quantize`. Export the model "

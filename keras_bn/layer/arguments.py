@@ -106,6 +106,23 @@ def check_frozen_affine(value: bool | str) -> bool | str:
     return value
 
 
+def check_prior(prior: float | None) -> float | None:
+    """`adapt_prior` as a finite float, 0 or greater; or None."""
+    if prior is None:
+        return None
+    if not 0.0 <= (number := float(prior)) < math.inf:
+        raise ValueError(
+            "`adapt_prior` must be a finite number of samples, 0 or greater, or None. "
+            f"Received: adapt_prior={prior!r}"
+        )
+    return number
+
+
+def check_memory(memory: float | None) -> float | None:
+    """`adapt_memory` as a float between 0 and 1; or None."""
+    return None if memory is None else check_share(memory, "adapt_memory")
+
+
 def _unchecked(value: Any) -> Any:
     return value
 
@@ -134,7 +151,11 @@ OPTIONS: dict[str, Callable[[Any], Any]] = {
     "debias": _unchecked,
     "freeze_statistics": bool,
     "freeze_affine": check_frozen_affine,
+    "adapt_prior": check_prior,
+    "adapt_memory": check_memory,
 }
+# These are in a config only if they are used, so that other versions can read it.
+LEFT_OUT = {"freeze_affine": False, "adapt_prior": None, "adapt_memory": None}
 
 
 def check_together(options: Any) -> None:
@@ -145,6 +166,11 @@ def check_together(options: Any) -> None:
     """
     if options.renorm:
         check_clipping(options.renorm_clipping or {})
+    if options.adapt_prior is not None and options.adapt_memory is not None:
+        raise ValueError(
+            "`adapt_prior` and `adapt_memory` exclude each other. Received: "
+            f"adapt_prior={options.adapt_prior}, adapt_memory={options.adapt_memory}"
+        )
     if (size := options.virtual_batch_size) is not None:
         for name in ("synchronized", "renorm"):
             if value := getattr(options, name):

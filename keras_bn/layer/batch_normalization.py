@@ -67,6 +67,13 @@ class BatchNormalization(StoredOptions, ValidStatistics):
             change them, while gamma and beta still train.
         freeze_affine: whether training does not change gamma and beta; `"gamma"` or
             `"beta"` for one of them. `trainable = True` does not undo it.
+        adapt_prior: float, 0 or greater: inference normalizes with the moving
+            statistics, counted as so many samples, pooled with those of the present
+            batch; 0 is the batch alone. None turns this off. See `keras_bn.adapt`.
+        adapt_memory: float in [0, 1]: inference normalizes with a running average over
+            the batches that it has seen, in which the old value has this weight. It
+            starts from the initial moving statistics; `keras_bn.adapt` starts it from
+            the present ones. None turns this off.
         **kwargs: arguments of `keras.layers.Layer`, such as `name` and `dtype`.
 
     Each argument is an attribute that may be set at any time. It takes effect in the
@@ -139,6 +146,8 @@ class BatchNormalization(StoredOptions, ValidStatistics):
         debias: bool = False,
         freeze_statistics: bool = False,
         freeze_affine: bool | str = False,
+        adapt_prior: float | None = None,
+        adapt_memory: float | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -164,6 +173,8 @@ class BatchNormalization(StoredOptions, ValidStatistics):
         self.debias = debias
         self.freeze_statistics = freeze_statistics
         self.freeze_affine = freeze_affine
+        self.adapt_prior = adapt_prior
+        self.adapt_memory = adapt_memory
         arguments.check_together(self)
         self.supports_masking = True
         self.gamma: Any = None
@@ -174,6 +185,8 @@ class BatchNormalization(StoredOptions, ValidStatistics):
         self.renorm_mean: Any = None
         self.renorm_stddev: Any = None
         self.updates: Any = None
+        self.adapted_mean: Any = None
+        self.adapted_variance: Any = None
         self._complete = True
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -245,6 +258,8 @@ class BatchNormalization(StoredOptions, ValidStatistics):
         x, mask = self._prepared(inputs, mask)
         if backend.prunes(x):
             traces.note(self)
+        # Training with frozen statistics uses the moving ones and nothing else.
+        adapts = self.adapts and (ops.is_tensor(training) or not training)
         if not self.trainable or self.freeze_statistics:
             training = False
 
@@ -259,7 +274,22 @@ class BatchNormalization(StoredOptions, ValidStatistics):
                 settings=settings,
                 plan=backend.make_plan(x, mask, settings),
             )
-            return ops.cast(y, self.compute_dtype), state
+            return ops.cast(y, self.compute_dtype), state, self._adapted
+
+        def adapt():
+            settings = step.Settings(self._axes, self.epsilon)
+            y, adapted = step.adapt(
+                x,
+                mask,
+                *self._affine,
+                self._adapted or step.State(*self._state[:2]),
+                prior=self.adapt_prior,
+                memory=self.adapt_memory,
+                settings=settings,
+                plan=backend.make_plan(x, mask, settings),
+            )
+            adapted = None if self.adapt_memory is None else adapted
+            return ops.cast(y, self.compute_dtype), self._state, adapted
 
         def infer():
             state, (gamma, beta) = self._state, self._affine
@@ -273,16 +303,21 @@ class BatchNormalization(StoredOptions, ValidStatistics):
                     deferred,
                     *step.scale_and_offset(gamma, beta, state, self.epsilon, dtype),
                 )
-            return ops.cast(y, self.compute_dtype), state
+            return ops.cast(y, self.compute_dtype), state, self._adapted
 
+        without = adapt if adapts else infer
         if ops.is_tensor(training):
-            y, state = backend.cond(ops.cast(training, "bool"), train, infer)
+            condition = ops.cast(training, "bool")
+            y, state, adapted = backend.cond(condition, train, without)
         else:
-            y, state = train() if training else infer()
+            y, state, adapted = train() if training else without()
         if ops.is_tensor(training) or training:
             for variable, new in zip(self._moving, state, strict=True):
                 if variable is not None:
                     variable.assign(new)
+        if adapts and adapted is not None:
+            self.adapted_mean.assign(adapted.mean)
+            self.adapted_variance.assign(adapted.variance)
         return y
 
     def normalize_batch(
@@ -328,8 +363,9 @@ class BatchNormalization(StoredOptions, ValidStatistics):
     def get_config(self) -> dict[str, Any]:
         serialize = keras.saving.serialize_keras_object
         config = {name: serialize(getattr(self, name)) for name in arguments.OPTIONS}
-        if not self.freeze_affine:
-            del config["freeze_affine"]
+        for name, unused in arguments.LEFT_OUT.items():
+            if getattr(self, name) == unused:
+                del config[name]
         if isinstance(self.axis, list):
             # Keras's reader of .h5 files drops `axis` if it lists several.
             config["axes"] = config["axis"]
@@ -390,6 +426,8 @@ class BatchNormalization(StoredOptions, ValidStatistics):
             "renorm_mean": (self.renorm, mean),
             "renorm_stddev": (self.renorm, stddev),
             "updates": (self._rule.counts or self._scheduled, {**state, **counts}),
+            "adapted_mean": (self.adapt_memory is not None, mean),
+            "adapted_variance": (self.adapt_memory is not None, variance),
         }
 
     def _check_weights(self, option):
@@ -467,6 +505,18 @@ class BatchNormalization(StoredOptions, ValidStatistics):
     def _state(self):
         """Their values now."""
         return step.State(*(None if v is None else v.value for v in self._moving))
+
+    @property
+    def adapts(self) -> bool:
+        """Whether inference follows its inputs: see `keras_bn.adapt`."""
+        return self.adapt_prior is not None or self.adapt_memory is not None
+
+    @property
+    def _adapted(self):
+        """The running statistics of the inputs in inference; None without."""
+        if self.adapt_memory is None:
+            return None
+        return step.State(self.adapted_mean.value, self.adapted_variance.value)
 
     @property
     def _affine(self) -> Any:

@@ -130,6 +130,65 @@ def infer(
     return ops.cast(y, x.dtype)
 
 
+@backend.compiled
+def adapt(
+    x: Tensor,
+    mask: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    state: State,
+    *,
+    prior: float | None,
+    memory: float | None,
+    settings: Settings,
+    plan: Plan,
+) -> tuple[Tensor, State]:
+    r"""The output under statistics pooled with those of the present batch.
+
+    With the share $a$ of the batch, its mean $m$ and variance $v$:
+
+    $$\mu' = \mu + a\,(m - \mu), \qquad
+      \sigma'^2 = (1-a)\,\sigma^2 + a\,v + a\,(1-a)\,(m - \mu)^2$$
+
+    A channel whose batch statistics are not finite, or rest on nothing, has $a = 0$.
+    The statistics are constants to differentiation.
+
+    Args:
+        x, mask, gamma, beta, settings, plan: as for `train`.
+        state: the statistics to start from.
+        prior: how many samples they count for: $a = n / (n + prior)$ for a batch of
+            $n$ samples; None if there is a `memory`.
+        memory: their weight, $a = 1 - memory$; or None.
+
+    Returns:
+        `(y, state)`: the output, and the pooled statistics.
+
+    Source: Schneider et al., "Improving robustness against common corruptions by
+    covariate shift adaptation", 2020.
+    """
+    _, batch = backend.forward(x, mask, None, None, epsilon=settings.epsilon, plan=plan)
+    dtype = state.mean.dtype
+    m, v = (ops.cast(value, dtype) for value in (batch.mean, batch.variance))
+    usable = ops.isfinite(m) & ops.isfinite(v) & (batch.count > 0)
+    if memory is None:
+        samples = ops.cast(ops.shape(x)[0], dtype)
+        share = samples / ops.maximum(samples + prior, 1)
+    else:
+        share = ops.convert_to_tensor(1.0 - memory, dtype)
+    distance = m - state.mean
+    mean = state.mean + share * distance
+    variance = (1.0 - share) * state.variance + share * v
+    variance = variance + share * (1.0 - share) * ops.square(distance)
+    if prior == 0:
+        mean, variance = m, v  # whatever the moving statistics are
+    pooled = state._replace(
+        mean=ops.where(usable, mean, state.mean),
+        variance=ops.where(usable, variance, state.variance),
+    )
+    y = infer(x, gamma, beta, pooled, settings=settings)
+    return y, pooled
+
+
 def scale_and_offset(
     gamma: Tensor, beta: Tensor, state: State, epsilon: float, dtype: str
 ) -> tuple[Tensor, Tensor]:

@@ -24,6 +24,7 @@ _OPTIONS = {
     "unbiased": False,
     "freeze_statistics": False,
     "freeze_affine": False,
+    "adapt_prior": None,
 }
 _ASSET = "keras_bn.json"
 

@@ -63,6 +63,11 @@ def is_frozen(layer) -> bool:
     return not layer.trainable or getattr(layer, "freeze_statistics", False)
 
 
+def adapts(layer) -> bool:
+    """Whether inference of a layer follows its inputs: see `keras_bn.adapt`."""
+    return isinstance(layer, BatchNormalization) and layer.adapts
+
+
 @runtime_checkable
 class MadeByTool(Protocol):
     """A layer that a tool puts into a model, and that exists in this package alone.

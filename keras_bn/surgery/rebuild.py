@@ -8,12 +8,13 @@ from keras_bn.surgery.exchange import refresh_parameters
 _ATTRIBUTES = ("_trainable", "_path", "_parent_path", "_remat_mode", "_called")
 
 
-def rebuild(layer, kind, **changes):
+def rebuild(layer, kind, without=(), **changes):
     """A normalization with the config and the variables of another.
 
     Args:
         layer: a normalization, ours or Keras's, built or not.
         kind: the class of the new one.
+        without: the names of variables that the new one does not take over.
         **changes: arguments that differ.
 
     Returns:
@@ -29,7 +30,7 @@ def rebuild(layer, kind, **changes):
             vars(new)[name] = vars(layer)[name]
     if not layer.built:
         return new
-    present = {variable.name: variable for variable in layer.variables}
+    present = {v.name: v for v in layer.variables if v.name not in without}
     add = new.add_weight
 
     def add_weight(*args, name, **options):

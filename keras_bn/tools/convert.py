@@ -39,6 +39,8 @@ _BEYOND_KERAS = {
     "virtual_batch_size": None,
     "unbiased": False,
     "debias": False,
+    "adapt_prior": None,
+    "adapt_memory": None,
 }
 # Older releases of Keras have no renorm.
 _TAKEN_BY_KERAS = inspect.signature(keras.layers.BatchNormalization).parameters

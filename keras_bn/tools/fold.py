@@ -11,6 +11,7 @@ from keras_bn.surgery.exchange import bypass, exchange
 from keras_bn.surgery.graph import graph_of, input_of, scope
 from keras_bn.surgery.norms import (
     MadeByTool,
+    adapts,
     computes_otherwise,
     is_normalization,
     is_ours,
@@ -217,6 +218,8 @@ class FoldPlan:
             self._check_alone(norm)
             if node.arguments.kwargs.get("training"):
                 raise UnfoldableError("is called with `training`")
+            if adapts(norm):
+                raise UnfoldableError("follows its inputs (`keras_bn.adapt`)")
             inner = Normalization(norm, len(node.outputs[0].shape))
         except UnfoldableError as reason:
             return Fold(path, None, f"it {reason}")
@@ -316,6 +319,10 @@ class FoldPlan:
 
     def _check_target(self, target, norm, where):
         name = f"'{target.name}'"
+        if adapts(target):
+            raise UnfoldableError(
+                f"{name} {where} it follows its inputs (`keras_bn.adapt`)"
+            )
         if self._fusing and is_normalization(target):
             raise UnfoldableError(f"{name} {where} it is a batch normalization")
         if self._fusing and has_own_call(target):

@@ -94,7 +94,7 @@ def freeze(
     """
     require("keras_bn.freeze", "layers", *(("graph", "fuse") if fuse else ()))
     view = ModelView(model)
-    layers = _layers(view, "freeze")
+    layers = own_layers(view, "freeze")
     plan = FoldPlan(view, fusing=True) if fuse else None
     fused = plan.fused if plan else []
     ids = {id(norm) for norm, *_ in fused}
@@ -138,7 +138,7 @@ def unfreeze(model: keras.Layer, *, affine: bool = False) -> list[str]:
     """
     require("keras_bn.unfreeze", "layers")
     view = ModelView(model)
-    layers = _layers(view, "unfreeze")
+    layers = own_layers(view, "unfreeze")
     before = _frozen(layers)
     separate(view)
     for layer in layers.values():
@@ -164,7 +164,7 @@ def _changed(before, after):
     return [path for path in before if before[path] != after[path]]
 
 
-def _layers(view, verb):
+def own_layers(view, verb):
     """The layers of ours in a model, by path; warns of others."""
     layers = view.of_type(BatchNormalization)
     theirs = [path for path, layer in view.layers if norms.is_keras(layer)]
@@ -181,7 +181,7 @@ def _layers(view, verb):
     if unknown := [p for p, la in layers.items() if norms.computes_otherwise(la)]:
         _warn(
             f"{_listed(unknown)} are of subclasses with a `call` of their own. There, "
-            f"`{verb}` works only if that `call` uses `freeze_statistics`."
+            f"`{verb}` works only if that `call` uses the options of the layer."
         )
     return layers
 

@@ -52,17 +52,18 @@ def from_torch(
 
     Returns:
         A built `keras_bn.BatchNormalization`. A parameter with `requires_grad=False`
-        is frozen in the layer (`freeze_affine`). All of the layer is frozen for a
-        frozen module, and for a state dict without `num_batches_tracked` and
-        `momentum`: what does not count batches does not train on them.
+        is frozen in the layer (`freeze_affine`). A module without running statistics
+        gives a layer with `adapt_prior=0`, which normalizes by the batch always. All of
+        the layer is frozen for a frozen module, and for a state dict without
+        `num_batches_tracked` and `momentum`: what does not count batches does not train
+        on them.
         `keras_bn.unfreeze(layer, affine=True)` lets it train.
 
     Raises:
         TypeError: for anything but such a module or a state dict.
         ValueError: for a module that computes something else (its own `forward`,
-            hooks, parametrizations) or has no running statistics, which has no
-            equivalent here; for a state dict without them under `prefix`; for an
-            `axis` outside of `rank`; and if `rank` is missing.
+            hooks, parametrizations); for a state dict without running statistics under
+            `prefix`; for an `axis` outside of `rank`; and if `rank` is missing.
 
     Example:
 
@@ -84,17 +85,16 @@ def from_torch(
     else:
         kind = _kind(module, eps, momentum)
         state, name = dict(module.state_dict()), type(module).__name__
-        if state.get("running_mean") is None:
-            raise ValueError(
-                f"{name} has no running statistics: it normalizes by the batch in "
-                "evaluation too. keras_bn has no such layer."
-            )
         eps, momentum = module.eps, module.momentum
     rank = _RANKS.get(kind) if rank is None else rank
     if rank is None:
         raise ValueError(f"`rank` must be given for {name}: the rank of the inputs.")
     arrays = {key: _array(value) for key, value in state.items()}
-    shape = _shape(rank, axis, len(arrays["running_mean"]))
+    # Without running statistics it normalizes by the batch in evaluation, too.
+    tracks = "running_mean" in arrays
+    mean = arrays["running_mean"] if tracks else np.zeros(module.num_features)
+    double = "float64" in {str(value.dtype) for value in arrays.values()}
+    shape = _shape(rank, axis, len(mean))
     fixed = [ours for ours, theirs in _AFFINE.items() if _fixed(module, theirs)]
     layer = BatchNormalization(
         axis=axis,
@@ -106,7 +106,8 @@ def from_torch(
         unbiased=True,
         freeze_statistics=frozen,
         freeze_affine=frozen or (fixed[0] if len(fixed) == 1 else bool(fixed)),
-        dtype="float64" if arrays["running_mean"].dtype == "float64" else None,
+        adapt_prior=None if tracks else 0,
+        dtype="float64" if double else None,
     )
     layer.build(shape)
     for ours, theirs in (*_AFFINE.items(), *_STATISTICS.items()):
@@ -180,6 +181,7 @@ def to_torch(layer: BatchNormalization) -> Any:
         eps=layer.epsilon,
         momentum=None if layer.momentum is None else _other(layer.momentum),
         affine=layer.center or layer.scale,
+        track_running_stats=not layer.adapts,
         dtype=getattr(torch, layer.moving_mean.dtype),
         **({"bias": False} if without else {}),
     )
@@ -190,6 +192,8 @@ def to_torch(layer: BatchNormalization) -> Any:
     state = {"num_batches_tracked": np.asarray(batches)}
     for ours, theirs in _STATISTICS.items():
         state[theirs] = ops.convert_to_numpy(getattr(layer, ours))
+    if layer.adapts:
+        state = {}
     if module.affine:
         # A parameter that the layer does not have is fixed at 1 or 0.
         for (ours, theirs), fixed in zip(_AFFINE.items(), (1.0, 0.0), strict=True):
@@ -333,6 +337,8 @@ def _check_expressible(layer):
         "virtual_batch_size": layer.virtual_batch_size is not None,
         "debias": layer.debias and layer.momentum is not None,
         "freeze_statistics": layer.freeze_statistics,
+        "adapt_prior": layer.adapt_prior not in (None, 0),
+        "adapt_memory": layer.adapt_memory is not None,
     }
     refused = [
         f"{name}={getattr(layer, name)!r}" for name, yes in lacking.items() if yes

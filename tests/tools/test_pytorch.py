@@ -507,9 +507,23 @@ def test_half_precision_modules():
     assert layer.moving_mean.dtype == "float32"
 
 
+@pytest.mark.parametrize("affine", [True, False])
+def test_a_module_without_running_statistics(affine):
+    module = nn.BatchNorm2d(3, affine=affine, track_running_stats=False).eval()
+    if affine:
+        nn.init.normal_(module.weight)
+        nn.init.normal_(module.bias)
+    layer = keras_bn.from_torch(module)
+    assert layer.adapt_prior == 0
+    x = np.random.default_rng(0).normal(2.0, 3.0, (6, 3, 4, 4)).astype("float32")
+    expected = module(torch.as_tensor(x)).detach().numpy()
+    np.testing.assert_allclose(array(layer(x)), expected, rtol=1e-4, atol=1e-5)
+    again = keras_bn.to_torch(layer)
+    assert not again.track_running_stats
+    assert again.state_dict().keys() == module.state_dict().keys()
+
+
 def test_refusals():
-    with pytest.raises(ValueError, match="normalizes by the batch in evaluation"):
-        keras_bn.from_torch(nn.BatchNorm2d(3, track_running_stats=False))
     with pytest.raises(TypeError, match=r"batch normalization of torch\.nn"):
         keras_bn.from_torch(nn.Linear(3, 3))
     with pytest.raises(ValueError, match="lazy"):
