@@ -662,7 +662,7 @@ def test_what_others_use_is_not_fused(make):
             ),
             strict=True,
         ):
-            np.testing.assert_array_equal(a, b)
+            np.testing.assert_array_equal(array(a), array(b))
 
 
 def test_a_normalization_along_other_axes_does_not_follow():

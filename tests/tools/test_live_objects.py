@@ -83,7 +83,7 @@ def test_objects_of_the_users(kind):
     y = KERAS(name="stays")(layers.Activation(bent)(y))
     model = randomized(keras.Model(x, y))
     data = inputs_of(model, 16)
-    expected = model(data)
+    expected = array(model(data))
     losses = [float(v) for v in model.losses]
     for each in (
         keras_bn.from_keras(model),
@@ -96,7 +96,7 @@ def test_objects_of_the_users(kind):
         if each.name == model.name and len(each.layers) == len(model.layers):
             found = [float(v) for v in each.losses]
             np.testing.assert_allclose(found, losses, rtol=1e-5)
-    assert np.std(array(expected)) > 1e-2
+    assert np.std(expected) > 1e-2
 
 
 class Net(keras.Sequential):
@@ -449,7 +449,7 @@ def test_a_quantized_model_is_converted(mode, trained):
         model.compile("adam", "mse")
     if trained:
         model.fit(x, y, verbose=0)
-    expected = model(x)
+    expected = array(model(x))
     for ours in keras_bn.from_keras(model), keras_bn.from_keras(model, in_place=True):
         assert [la.quantization_mode for _, la in walk(ours)].count(mode) >= 4
         np.testing.assert_allclose(array(ours(x)), expected, rtol=1e-4, atol=1e-5)
@@ -475,10 +475,10 @@ def test_graphs_are_exchanged_in_place(make):
     assert {id(la) for _, la in walk(model) if type(la) is not OURS} == others
     assert {id(v) for v in model.variables} == variables
     for mine, theirs in zip(keras.tree.flatten(model(x)), before, strict=True):
-        np.testing.assert_allclose(mine, theirs, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(array(mine), array(theirs), rtol=1e-5, atol=1e-5)
     keras_bn.to_keras(model, in_place=True)
     for mine, theirs in zip(keras.tree.flatten(model(x)), before, strict=True):
-        np.testing.assert_array_equal(mine, theirs)
+        np.testing.assert_array_equal(array(mine), array(theirs))
 
 
 def test_what_was_exchanged_saves_and_loads(tmp_path):
@@ -605,12 +605,12 @@ def test_a_model_around_the_exchanged_one():
     outer.compile("sgd", "mse")
     data = np.random.default_rng(0).normal(size=(32, 4)).astype("float32")
     outer.fit(data, data[:, :2], verbose=0)
-    expected = features(data)
+    expected = array(features(data))
     keras_bn.from_keras(inner, in_place=True)
     norm = inner.get_layer("norm")
     assert type(norm) is OURS
     assert features.get_layer("norm") is norm
-    np.testing.assert_allclose(features(data), expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(array(features(data)), expected, rtol=1e-5, atol=1e-5)
     mean = norm.moving_mean.numpy()
     outer.fit(data, data[:, :2], verbose=0)
     assert np.abs(norm.moving_mean.numpy() - mean).max() > 0
