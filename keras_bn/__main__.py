@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """`python -m keras_bn`: the command line."""
 
 from keras_bn.cli.main import main

@@ -29,6 +29,9 @@ def parser():
 def _command(commands, name, summary, description):
     command = commands.add_parser(name, help=summary, description=description)
     command.set_defaults(command=name, parser=command)
+    command.add_argument(
+        "-q", "--quiet", action="store_true", help="print errors alone"
+    )
     return command
 
 
@@ -138,6 +141,18 @@ def _check(commands):
     _import(command)
 
 
+def _rule(commands):
+    command = _command(
+        commands,
+        "rule",
+        "print what a rule finds, and what helps",
+        "Print the text of rules: what each finds, how severe it is, and what helps.",
+    )
+    command.add_argument(
+        "rules", metavar="RULE", nargs="*", help="such as BN004 or frozen (all)"
+    )
+
+
 def _convert(commands):
     command = _to_file(
         commands,
@@ -179,12 +194,7 @@ def _recalibrate(commands):
         "Run data through a model and replace the moving statistics of its batch "
         "normalizations by those of the data, pooled over all batches.",
     )
-    command.add_argument(
-        "--data",
-        metavar="FILE.npz",
-        required=True,
-        help="the inputs: one array, or arrays named as the inputs of the model",
-    )
+    _data(command, "samples at once (32)", required=True)
     command.add_argument(
         "--exact",
         action="store_true",
@@ -196,13 +206,6 @@ def _recalibrate(commands):
         type=at_least(0, float),
         default=0,
         help="how many samples the present statistics count for (0)",
-    )
-    command.add_argument(
-        "--batch-size",
-        metavar="N",
-        type=at_least(1),
-        default=32,
-        help="samples at once (32)",
     )
     command.add_argument(
         "--include-frozen", action="store_true", help="change frozen layers, too"
@@ -221,11 +224,10 @@ def _export_int8(commands):
         "Keras's TensorFlow backend: KERAS_BACKEND=tensorflow.",
         suffixes=(".tflite",),
     )
-    command.add_argument(
-        "--data",
-        metavar="FILE.npz",
-        help="the inputs: one array, or arrays named as the inputs of the model; a "
-        "model from quantize_aware needs none",
+    _data(
+        command,
+        "samples in a step (32)",
+        more="; a model from quantize_aware needs none",
     )
     command.add_argument(
         "--tolerance",
@@ -252,6 +254,7 @@ _COMMANDS = (
     _bench,
     _inspect,
     _check,
+    _rule,
     _convert,
     _fold,
     _recalibrate,
@@ -276,27 +279,46 @@ def _to_file(commands, name, summary, description, suffixes=MODEL_SUFFIXES):
     return command
 
 
-def _diagnosis(command):
+def _data(command, batch_size, required=False, more=""):
+    """The data of a command, and how much of it to take."""
     command.add_argument(
         "--data",
-        metavar="FILE.npz",
-        help="the inputs: one array, or x, or arrays named as the inputs of the model; "
-        "with labels as y, loss and accuracy are compared, too",
+        metavar="DATA",
+        required=required,
+        help="an .npz file with x or x_train, or with arrays named as the inputs of "
+        "the model, and labels as y or y_train; an .npy file; a folder of images, one "
+        "folder for each class; a folder of tf.data.Dataset.save; or module:function, "
+        f"which returns anything that fit takes{more}",
+    )
+    command.add_argument("--x", metavar="NAME", help="the array of the inputs")
+    command.add_argument("--y", metavar="NAME", help="the array of the labels")
+    command.add_argument(
+        "--batch-size", metavar="N", type=at_least(1), default=32, help=batch_size
     )
     command.add_argument(
-        "--batch-size",
-        metavar="N",
-        type=at_least(1),
-        default=32,
-        help="as in training; the samples are shuffled (32)",
+        "--steps", metavar="N", type=at_least(1), help="how many batches to take (all)"
     )
+
+
+def _diagnosis(command):
+    _data(
+        command,
+        "as in training; samples in arrays are shuffled (32)",
+        more="; with labels, loss and accuracy are compared, too",
+    )
+    for option, what in (("--ignore", "leave out"), ("--select", "look at alone")):
+        command.add_argument(
+            option,
+            metavar="RULE",
+            action="append",
+            default=[],
+            help=f"a rule to {what}, such as BN007 or small-gamma; may be repeated, or "
+            "a list with commas",
+        )
     command.add_argument(
-        "--ignore",
-        metavar="RULE",
-        action="append",
-        default=[],
-        help="a finding to leave out, such as BN007 or small-gamma; may be repeated, "
-        "or a list with commas",
+        "--exit-zero",
+        action="store_true",
+        help="exit with status 0 whatever is found, unless something fails",
     )
 
 

@@ -5,22 +5,26 @@ keras-bn bench --shape 32,56,56,64
 
 import keras
 from rich.console import Console
-from rich.table import Table
 
 from keras_bn.backends import modes
 from keras_bn.cli.errors import UsageError, refused
+from keras_bn.pages import plain
 from keras_bn.verify import chains, timing
 
+_HEADER = ["input", "Keras, ms", "keras_bn, ms", "ratio", "keras_bn is"]
 _SHAPES = ((32, 64), (128, 256), (256, 1024), (32, 28, 28, 128), (16, 56, 56, 64))
 
 
 def run(arguments):
-    Console(highlight=False).print(_timed(arguments))
+    grid = plain.table(_HEADER, _timed(arguments))
+    console = Console(highlight=False)
+    for line in plain.lines(grid, console):
+        console.out(line)
     return 0
 
 
 def _timed(arguments):
-    """A table."""
+    """The rows of the table."""
     shapes = arguments.shape or _SHAPES
     mode = arguments.mode or modes.USUAL
     if mode not in modes.MODES:
@@ -28,7 +32,7 @@ def _timed(arguments):
             f"--mode {mode}: Keras's backend {keras.backend.backend()} runs "
             f"{', '.join(modes.MODES)}"
         )
-    table = Table("input", "Keras, ms", "keras_bn, ms", "ratio", "keras_bn is")
+    rows = []
     for shape in shapes:
         if not -len(shape) <= arguments.axis < len(shape):
             raise UsageError(f"--axis {arguments.axis} is no axis of {shape}")
@@ -41,11 +45,12 @@ def _timed(arguments):
                 axis=arguments.axis,
             )
         ours, peer = (timings[name].median for name in (chains.OURS, chains.PEER))
-        table.add_row(
+        row = (
             str(shape),
             f"{peer:.3f}",
             f"{ours:.3f}",
             f"{peer / ours:.2f}",
             timing.verdict(peer / ours),
         )
-    return table
+        rows.append(row)
+    return rows

@@ -11,6 +11,10 @@ from keras_bn.pages import files
 
 _FIGURES = (".png", ".svg", ".pdf")
 _PAGES = (".html", ".htm")
+_FORMS = (
+    "; --data takes an .npz or .npy file, a folder of images, a folder of "
+    "tf.data.Dataset.save, or module:function"
+)
 
 
 def check(arguments):
@@ -23,13 +27,15 @@ def check(arguments):
         UsageError: with the reason.
     """
     given = vars(arguments)
-    ignored(arguments)
+    for option in "ignore", "select", "rules":
+        rules(given.get(option, []), option if option == "rules" else f"--{option}")
     for option in "fix", "plot":
         if given.get(option) is not None and arguments.data is None:
             raise UsageError(f"--{option} needs --data")
-    for name in "model", "data":
-        if given.get(name) is not None:
-            _readable(given[name])
+    if given.get("model") is not None:
+        _readable(given["model"])
+    if given.get("data") is not None:
+        _check_data(arguments)
     # What is written, and the suffixes that it may have.
     outputs = {
         "output": given.get("suffixes", ()),
@@ -48,20 +54,50 @@ def check(arguments):
             files.check_writable(file, arguments.force)
 
 
-def ignored(arguments):
-    """The names that `--ignore` gives, checked."""
-    given = ",".join(getattr(arguments, "ignore", [])).split(",")
-    names = [name.strip() for name in given if name.strip()]
+def rules(values, option):
+    """The kinds of findings that an option gives, as a set.
+
+    Args:
+        values: lists of names with commas, as they were given.
+        option: its name, for the message.
+
+    Raises:
+        UsageError: for a name that is no rule.
+    """
+    names = [name.strip() for name in ",".join(values).split(",") if name.strip()]
     try:
-        ignored_kinds(names)
+        return ignored_kinds(names)
     except ValueError as error:
-        raise UsageError(f"--ignore: {error}") from error
-    return names
+        reason = str(error).removeprefix("`ignore` ")
+        raise UsageError(f"{option} {reason}") from error
 
 
 def needs_keras(arguments):
     """Whether a command has anything to do that takes Keras."""
-    return arguments.command != "check" or any(map(os.path.exists, arguments.models))
+    if arguments.command == "check":
+        return any(map(os.path.exists, arguments.models))
+    return arguments.command != "rule"
+
+
+def function_name(data):
+    """`--data` if it is `module:function` and no file; else None."""
+    names = data.split(":")
+    right = len(names) == 2 and all(
+        part.isidentifier() for name in names for part in name.split(".")
+    )
+    return data if right and not os.path.exists(data) else None
+
+
+def _check_data(arguments):
+    data = arguments.data
+    if function_name(data):
+        return
+    if not os.path.exists(data):
+        raise UsageError(f"there is no file {data}{_FORMS}")
+    if not os.path.isdir(data):
+        if Path(data).suffix not in (".npz", ".npy"):
+            raise UsageError(f"--data {data} is none of these{_FORMS}")
+        _readable(data)
 
 
 def _readable(file):

@@ -1,12 +1,10 @@
 """Diagnosing the model of a file."""
 
+import shlex
 from dataclasses import replace
 
-import numpy as np
-from keras import tree
-
-from keras_bn.cli.checks import ignored
-from keras_bn.cli.data import read_data
+from keras_bn.cli.checks import rules
+from keras_bn.cli.data import passing, read_data
 from keras_bn.cli.errors import noted, refused
 from keras_bn.diagnosis.diagnose import diagnose
 from keras_bn.tools.convert import to_keras
@@ -26,25 +24,49 @@ def as_in_file(opened):
 
 def diagnosed(arguments, model, file):
     """The report on a model, as the options of the command say."""
-    ignore = ignored(arguments)
+    ignore = rules(arguments.ignore, "--ignore")
     if arguments.data is None:
         with noted():
-            return _of_files(diagnose(model, ignore=ignore), file, None)
-    inputs, labels = read_data(arguments.data, model)
-    order = np.random.default_rng(0).permutation(len(tree.flatten(inputs)[0]))
-    data = tree.map_structure(lambda array: array[order], inputs)
-    if labels is not None:
-        data = (data, labels[order])
-    with run_on(arguments.data), noted():
-        report = diagnose(model, data, batch_size=arguments.batch_size, ignore=ignore)
-        return _of_files(report, file, arguments.data)
+            report = diagnose(model, ignore=ignore)
+        return _selected(arguments, _of_files(report, file, None))
+    data = read_data(arguments, model).shuffled()
+    with passing(arguments, data) as options, noted():
+        report = diagnose(model, data.whole(), ignore=ignore, **options)
+    return _selected(arguments, _of_files(report, file, arguments.data))
+
+
+def _selected(arguments, report):
+    """The report with the findings that `--select` names, if it names any."""
+    if not (kinds := rules(arguments.select, "--select")):
+        return report
+    lists = {
+        name: [finding for finding in getattr(report, name) if finding.kind in kinds]
+        for name in ("findings", "ignored")
+    }
+    return replace(report, **lists)
+
+
+def commands(arguments, file):
+    """A function of a `Finding`: the command that fixes it in a file, or None.
+
+    Args:
+        arguments: of the command.
+        file: the file of the model.
+    """
+    data = arguments.data or "DATA"
+    words = ["keras-bn", "recalibrate", file, "OUT.keras", "--data", data]
+    for module in arguments.modules:
+        words += ["--import", module]
+
+    def command(finding):
+        if finding.tool != "recalibrate":
+            return None
+        frozen = ["--include-frozen"] * finding.fix.include_frozen
+        return shlex.join([*words, *frozen])
+
+    return command
 
 
 def _of_files(report, file, data):
     """The report with the files that it is about."""
     return replace(report, origin=report.origin._replace(file=file, data=data))
-
-
-def run_on(file):
-    """Whatever a model raises for the data of a file becomes one sentence."""
-    return refused(Exception, saying=f"the model can't be run on {file}: ")

@@ -16,13 +16,17 @@ def run(arguments):
     with refused(RuntimeError):
         tflite.check_backend("export-int8")
     model, _, _, notes = open_model(arguments, normalized=False)
-    data = None
+    data, options = None, {}
     if arguments.data is not None:
-        data, _ = read_data(arguments.data, model)
+        data = read_data(arguments, model)
+        options = {"steps": arguments.steps}
+        if data.in_arrays():
+            options["batch_size"] = arguments.batch_size
     with refused(Exception), noted() as more, _own_words():
         content, report = integer_file(
             model,
-            data,
+            data and data.without_labels(),
+            **options,
             equalize=arguments.equalize,
             correct_bias=arguments.correct_bias,
         )
@@ -44,7 +48,7 @@ def run(arguments):
 
 # What the messages of `keras_bn.export_int8` name, in the words of the command.
 _WORDS = {
-    "`data`": "`--data FILE.npz`",
+    "`data`": "`--data DATA`",
     "`equalize`": "`--equalize`",
     "`correct_bias`": "`--correct-bias`",
 }

@@ -31,7 +31,7 @@ def run(arguments):
     else:
         closing = f"{compared}: nothing written"
     rows = [[f.layer, f.into or "stays", f.reason] for f in plan.folds]
-    show(arguments, results, ["layer", "into", "why"], rows, [*notes, closing])
+    show(arguments, results, ["layer", "into", "why"], rows, [*notes, closing], ["why"])
     return 0 if right else 1
 
 

@@ -1,6 +1,7 @@
 """Reports on model files in the formats that editors and CI systems read."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import quote
@@ -8,17 +9,20 @@ from xml.etree import ElementTree
 
 from keras_bn.diagnosis import text as words
 from keras_bn.diagnosis.rules import RULES, SCHEMA_VERSION, SEVERITIES
+from keras_bn.pages.plain import escaped
 from keras_bn.version import __version__
 
 if TYPE_CHECKING:
+    from keras_bn.diagnosis.findings import Finding
     from keras_bn.diagnosis.report import Report
 
 
 class Checked(NamedTuple):
-    """A model file and its report."""
+    """A model file, its report, and the commands that fix what was found."""
 
     file: str
     report: "Report"
+    command: Callable[["Finding"], str | None] | None = None
 
 
 class Unchecked(NamedTuple):
@@ -28,35 +32,48 @@ class Unchecked(NamedTuple):
     reason: str
 
 
-def text(checked, unchecked, fail_on):
-    """A line for each finding, with its remedy below, and a last line that counts.
+def text(checked, unchecked, fail_on, quiet=False):
+    """The findings by rule, with their remedies, and a last line that counts.
 
     Args:
         checked: a list of `Checked`.
         unchecked: a list of `Unchecked`.
         fail_on: the least severity that fails.
+        quiet: whether to leave out the last lines.
     """
     lines = []
-    for file, report in checked:
-        for each in report.findings:
-            lines.append(f"{file}: {words.heading(each)}: {each.message}")
-            lines.append(f"    -> {each.remedy}")
+    for file, report, command in checked:
+        name = escaped(file)
+        for group in words.grouped(report.findings):
+            message, *more = (text for text, _ in words.details(group, command))
+            lines.append(f"{name}: {words.heading(group)}: {message}")
+            lines += [f"    {line}" for line in more]
         if report.ignored:
-            lines.append(f"{file}: ignored: {words.kinds(report.ignored)}")
-    lines += [f"{file}: error   not checked: {reason}" for file, reason in unchecked]
-    if checked and (missing := checked[0].report.not_looked_for):
-        lines.append(f"Not looked for without --data: {', '.join(missing)}")
-    counts = [_several(n, s) for s, n in _counts(checked).items() if n]
-    said = [
-        f"{', '.join(counts) or 'No problems'} in {_several(len(checked), 'model')}"
+            lines.append(f"{name}: ignored: {words.kinds(report.ignored)}")
+    lines += [
+        f"{escaped(file)}: error   not checked: {escaped(reason)}"
+        for file, reason in unchecked
     ]
+    if not quiet:
+        lines += _closing(checked, unchecked)
+    return "".join(f"{line}\n" for line in lines)
+
+
+def _closing(checked, unchecked):
+    """What was not looked for, and how much of what was found."""
+    if checked and (missing := checked[0].report.not_looked_for):
+        yield f"Not looked for without --data: {', '.join(missing)}"
+    parts = []
+    if checked:
+        counts = [_several(n, s) for s, n in _counts(checked).items() if n]
+        models = _several(len(checked), "model")
+        parts.append(f"{', '.join(counts) or 'No problems'} in {models}")
     if unchecked:
-        said.append(f"{_several(len(unchecked), 'file')} not checked")
-    lines.append(f"{'; '.join(said[not checked :])}.")
-    return "\n".join(lines) + "\n"
+        parts.append(f"{_several(len(unchecked), 'file')} not checked")
+    yield f"{'; '.join(parts)}."
 
 
-def as_json(checked, unchecked, fail_on):
+def as_json(checked, unchecked, fail_on, quiet=False):
     """One object; its JSON Schema is `$defs/check` in `docs/report.schema.json`."""
     results = {
         "schema_version": SCHEMA_VERSION,
@@ -64,17 +81,17 @@ def as_json(checked, unchecked, fail_on):
         "failed": bool(unchecked)
         or any(each.report.at_least(fail_on) for each in checked),
         "models": [
-            {"file": file, "diagnosis": report.to_dict()} for file, report in checked
+            {"file": file, "diagnosis": report.to_dict()} for file, report, _ in checked
         ],
         "unchecked": [each._asdict() for each in unchecked],
     }
     return json.dumps(results, indent=1, allow_nan=False) + "\n"
 
 
-def junit(checked, unchecked, fail_on):
+def junit(checked, unchecked, fail_on, quiet=False):
     """JUnit's XML as pytest writes it: a suite for each file, a case for each rule."""
     root = ElementTree.Element("testsuites", name="keras-bn check")
-    for file, report in checked:
+    for file, report, _ in checked:
         failing = report.at_least(fail_on)
         kinds = {finding.kind for finding in failing}
         counts = {"failures": len(kinds), "skipped": len(report.not_looked_for)}
@@ -82,9 +99,13 @@ def junit(checked, unchecked, fail_on):
         for rule in RULES.values():
             case = _case(suite, file, f"{rule.id} {rule.kind}")
             mine = [each for each in report.findings if each.kind == rule.kind]
-            said = "\n".join(f"{each}\n-> {each.remedy}" for each in mine)
+            said = "\n".join(
+                f"{escaped(each)}\n-> {escaped(each.remedy)}" for each in mine
+            )
             if rule.kind in kinds:
-                failure = ElementTree.SubElement(case, "failure", message=str(mine[0]))
+                failure = ElementTree.SubElement(
+                    case, "failure", message=escaped(mine[0])
+                )
                 failure.text = said
             elif rule.kind in report.not_looked_for:
                 ElementTree.SubElement(case, "skipped", message="needs --data")
@@ -92,13 +113,14 @@ def junit(checked, unchecked, fail_on):
                 ElementTree.SubElement(case, "system-out").text = said
     for file, reason in unchecked:
         suite = _suite(root, file, tests=1, errors=1)
-        ElementTree.SubElement(_case(suite, file, "checked"), "error", message=reason)
+        case = _case(suite, file, "checked")
+        ElementTree.SubElement(case, "error", message=escaped(reason))
     ElementTree.indent(root, " ")
     declared = '<?xml version="1.0" encoding="utf-8"?>\n'
     return declared + ElementTree.tostring(root, encoding="unicode") + "\n"
 
 
-def sarif(checked, unchecked, fail_on):
+def sarif(checked, unchecked, fail_on, quiet=False):
     """SARIF 2.1.0, for code scanning.
 
     The location of a finding is the first line of the model file, and the layer in it
@@ -134,7 +156,7 @@ def sarif(checked, unchecked, fail_on):
                 }
             ],
         }
-        for file, report in checked
+        for file, report, _ in checked
         for finding in report.findings
     ]
     invocation = {
@@ -161,7 +183,7 @@ def sarif(checked, unchecked, fail_on):
     return json.dumps(log, indent=1) + "\n"
 
 
-def github(checked, unchecked, fail_on):
+def github(checked, unchecked, fail_on, quiet=False):
     """The commands of GitHub Actions that annotate a run."""
     level = {"error": "error", "warning": "warning", "note": "notice"}
 
@@ -169,17 +191,19 @@ def github(checked, unchecked, fail_on):
         place = f"file={_property(file)},title={_property(title)}"
         return f"::{level[severity]} {place}::{_data(said)}\n"
 
-    lines = [
-        line(
-            each.severity,
-            file,
-            f"{each.rule} {each.kind}",
-            f"{each.layer}: {each.message}\n-> {each.remedy}",
-        )
-        for file, report in checked
-        for each in report.findings
+    lines = []
+    for file, report, command in checked:
+        for group in words.grouped(report.findings):
+            first, many = group[0], len(group)
+            where = first.layer if many == 1 else f"{many} layers"
+            message, *more = (text for text, _ in words.details(group, command))
+            text = "\n".join([f"{escaped(where)}: {message}", *more])
+            title = f"{first.rule} {first.kind}"
+            lines.append(line(first.severity, file, title, text))
+    lines += [
+        line("error", file, "not checked", escaped(reason))
+        for file, reason in unchecked
     ]
-    lines += [line("error", file, "not checked", reason) for file, reason in unchecked]
     return "".join(lines)
 
 
@@ -193,7 +217,7 @@ FORMATS = {
 
 
 def _counts(checked):
-    findings = [each for _, report in checked for each in report.findings]
+    findings = [each for _, report, _ in checked for each in report.findings]
     return {s: sum(f.severity == s for f in findings) for s in SEVERITIES}
 
 
@@ -205,12 +229,14 @@ def _several(n, what):
 def _suite(root, file, tests, errors=0, failures=0, skipped=0):
     counts = {"errors": errors, "failures": failures, "skipped": skipped}
     counts = {name: str(n) for name, n in {**counts, "tests": tests}.items()}
-    return ElementTree.SubElement(root, "testsuite", name=file, **counts, time="0.000")
+    return ElementTree.SubElement(
+        root, "testsuite", name=escaped(file), **counts, time="0.000"
+    )
 
 
 def _case(suite, file, name):
     return ElementTree.SubElement(
-        suite, "testcase", classname=file, name=name, time="0.000"
+        suite, "testcase", classname=escaped(file), name=name, time="0.000"
     )
 
 
@@ -226,4 +252,4 @@ def _data(said):
 
 
 def _property(said):
-    return _data(said).replace(":", "%3A").replace(",", "%2C")
+    return escaped(_data(said).replace(":", "%3A").replace(",", "%2C"))

@@ -1,11 +1,11 @@
 """`keras-bn inspect`: list the batch normalizations of a file, and diagnose them."""
 
-import shlex
-
 from keras_bn.cli import output
-from keras_bn.cli.diagnosing import as_in_file, diagnosed, run_on
-from keras_bn.cli.errors import UsageError, noted
+from keras_bn.cli.diagnosing import as_in_file, commands, diagnosed
+from keras_bn.cli.errors import UsageError, noted, refused
 from keras_bn.cli.models import channels, open_model, save
+from keras_bn.diagnosis import text
+from keras_bn.pages.plain import escaped
 from keras_bn.tools.fold import Fold, plan_fold
 
 _HEADER = ["layer", "channels", "axis", "momentum", "epsilon", "state", "folds into"]
@@ -19,32 +19,35 @@ def run(arguments):
     records = _listed(opened, report)
     rows = [
         [
-            each["layer"],
-            str(each["channels"]),
-            str(each["axis"]),
-            "mean" if each["momentum"] is None else f"{each['momentum']:g}",
-            f"{each['epsilon']:g}",
-            each["state"],
-            each["fold_into"] or "stays",
+            record["layer"],
+            str(record["channels"]),
+            str(record["axis"]),
+            "mean" if record["momentum"] is None else f"{record['momentum']:g}",
+            f"{record['epsilon']:g}",
+            record["state"],
+            record["fold_into"] or "stays",
         ]
-        for each in records
+        for record in records
     ]
     results = {"layers": records, "diagnosis": report.to_dict()}
-    count = f"{len(rows)} {records[0]['class']} in {opened.model.name}"
-    lines = [*opened.notes, count, "", str(report)]
+    command = commands(arguments, arguments.model)
+    count = f"{len(rows)} {records[0]['class']} in {escaped(model.name)}"
+    lines = [*opened.notes, count, "", *text.lines_of(report, command)]
     shown = last = report
     if arguments.fix is not None:
-        with run_on(arguments.data), noted() as notes:
+        what = f"the model can't be run on {arguments.data}: "
+        with refused(Exception, saying=what), noted() as notes:
             shown = report.fix()
         last = shown.after
         save(arguments, model, file=arguments.fix)
         results["fix"] = {"file": arguments.fix, **shown.to_dict()}
         lines += ["", *notes, str(shown), "", f"Written: {arguments.fix}"]
-    elif remedy := _on_files(arguments, report):
-        lines += ["", f"On files: {remedy}"]
-    lines += _write(arguments, report, shown)
-    output.show(arguments, results, _HEADER, rows, lines)
-    return 0 if arguments.data is None or last.healthy else 1
+    output.show(arguments, results, _HEADER, rows, lines, words=["state"])
+    if arguments.quiet and arguments.json != "-":
+        print(*text.findings(report.findings, command), sep="\n")
+    _write(arguments, report, shown)
+    failed = arguments.data is not None and not last.healthy
+    return int(failed and not arguments.exit_zero)
 
 
 def _check_plot(arguments):
@@ -56,30 +59,15 @@ def _check_plot(arguments):
 
 
 def _write(arguments, report, shown):
-    """Write the figure of a report and the page of what is shown; a line on each."""
+    """Write the figure of a report and the page of what is shown."""
     outputs = {
         arguments.plot: report.plot,
         arguments.html: lambda path: path.write_text(shown.to_html(), encoding="utf-8"),
     }
-    written = [file for file in outputs if file is not None]
-    for file in written:
-        output.write(arguments, file, outputs[file])
-    return [f"Written: {file}" for file in written]
-
-
-def _on_files(arguments, report):
-    """The command that recalibrates the file, if that fixes something."""
-    mended = {each.layer for each in report.findings if each.tool == "recalibrate"}
-    if not mended or arguments.data is None:
-        return None
-    layers = report.record.layers
-    frozen = any(each.frozen for each in layers if each.layer in mended)
-    words = ["keras-bn", "recalibrate", arguments.model, "OUT.keras"]
-    words += ["--data", arguments.data]
-    words += ["--include-frozen"] * frozen
-    for module in arguments.modules:
-        words += ["--import", module]
-    return shlex.join(words)
+    for file, write in outputs.items():
+        if file is not None:
+            output.write(arguments, file, write)
+            output.console(arguments).out(f"Written: {file}")
 
 
 def _listed(opened, report):

@@ -1,11 +1,14 @@
 """The command line: `keras-bn` and `python -m keras_bn`."""
 
 import importlib
+import os
 import sys
 
 from keras_bn.cli.arguments import parser
 from keras_bn.cli.checks import check, needs_keras
+from keras_bn.cli.config import configuration
 from keras_bn.cli.errors import UsageError
+from keras_bn.pages.plain import escaped
 
 
 def main(argv=None) -> int:
@@ -16,22 +19,36 @@ def main(argv=None) -> int:
 
     Returns:
         The exit status: 0 for success, 1 for a negative result, 2 if `check` cannot
-        check one of its files, 130 if interrupted.
+        check one of its files, 130 after Ctrl-C.
 
     Raises:
         SystemExit: 2 for invalid arguments, unreadable files or unsuitable data, 1 for
             a model without batch normalization, 0 after `--help` and `--version`.
     """
-    arguments = parser().parse_args(argv)
+    line = parser()
+    _complete(line)
+    arguments = line.parse_args(argv)
     try:
+        if arguments.command in ("check", "inspect"):
+            arguments.parser.set_defaults(**configuration())
+            arguments = line.parse_args(argv)
         check(arguments)
         return _run(arguments)
     except UsageError as error:
-        print(f"{arguments.parser.prog}: error: {error}", file=sys.stderr)
+        message = f"{arguments.parser.prog}: error: {escaped(error)}"
+        print(message, file=sys.stderr)
         raise SystemExit(2) from error
     except KeyboardInterrupt:
         print(f"{arguments.parser.prog}: interrupted", file=sys.stderr)
         return 130
+
+
+def _complete(line):
+    """Answer a shell that asks how a command line goes on, and end the process."""
+    if "_ARGCOMPLETE" in os.environ:
+        import argcomplete
+
+        argcomplete.autocomplete(line)
 
 
 def _run(arguments):
@@ -40,12 +57,13 @@ def _run(arguments):
     if not needs_keras(arguments):
         return importlib.import_module(f"keras_bn.cli.{command}").run(arguments)
 
-    from keras_bn.cli import quiet
+    from keras_bn.cli import process
 
-    quiet.import_keras(arguments.parser.prog)
+    process.import_keras(arguments.parser.prog)
 
     from keras_bn.cli.modules import imported
 
     module = importlib.import_module(f"keras_bn.cli.{command}")
-    with quiet.errors_alone(), imported(getattr(arguments, "modules", [])):
+    modules = imported(getattr(arguments, "modules", []))
+    with process.terminable(), process.errors_alone(), modules:
         return module.run(arguments)

@@ -56,7 +56,7 @@ def open_file(file, normalized=True) -> Opened:
     Raises:
         UsageError, SystemExit: as `open_model`.
     """
-    with refused(OSError):
+    with refused(OSError, saying=f"{file} can't be read: "):
         _check_holds_model(file)
     try:
         with noted() as notes:

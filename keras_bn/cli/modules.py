@@ -1,4 +1,4 @@
-"""`--import MODULE`: the user's own classes and functions for a model."""
+"""Modules of the user's: of `--import MODULE`, and of `--data module:function`."""
 
 import contextlib
 import importlib
@@ -18,21 +18,42 @@ def imported(names):
     In this context, Keras finds them by their names, registered or not.
 
     Args:
-        names: of modules that are installed or in the current folder.
+        names: of modules that are installed or in the current folder. The folder is
+            on the path only while they are imported.
     """
     if not names:
         yield
         return
-    folder = os.getcwd()
-    sys.path.insert(0, folder)
-    try:
-        found = {}
+    objects = {}
+    with _current_folder_on_path():
         for name in names:
-            found.update(_defined_in(_import(name)))
-        with _known(found):
-            yield
+            objects.update(_defined_in(_import(name)))
+    with _known(objects):
+        yield
+
+
+@contextlib.contextmanager
+def _current_folder_on_path():
+    """Let Python find modules in the current folder, after all that are installed."""
+    folder = os.getcwd()
+    sys.path.append(folder)
+    try:
+        yield
     finally:
-        sys.path.remove(folder)
+        if folder in sys.path:  # the modules may have changed it
+            del sys.path[len(sys.path) - 1 - sys.path[::-1].index(folder)]
+
+
+def imported_function(name):
+    """The function that `module:function` names, in a module as of `--import`."""
+    module, _, function = name.partition(":")
+    with _current_folder_on_path():
+        value = _import(module, "--data")
+    for part in function.split("."):
+        if not hasattr(value, part):
+            raise UsageError(f"--data {name}: {module} has no {function}")
+        value = getattr(value, part)
+    return value
 
 
 @contextlib.contextmanager
@@ -49,23 +70,24 @@ def _known(found):
         objects.update(before)
 
 
-def _import(name):
+def _import(name, option="--import"):
     if name.endswith(".py") or os.sep in name:
         raise UsageError(
-            f"--import takes the name of a module, such as my_layers, not {name}"
+            f"{option} takes the name of a module, such as my_layers, not {name}"
         )
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         if name == error.name or name.startswith(f"{error.name}."):
             raise UsageError(
-                f"--import {name}: no module '{error.name}' is installed or in the "
+                f"{option} {name}: no module '{error.name}' is installed or in the "
                 "current folder"
             ) from error
-        raise UsageError(f"--import {name} fails: {sentence(error)}") from error
+        raise UsageError(f"{option} {name} fails: {sentence(error)}") from error
     except Exception as error:  # the user's code may raise anything
-        kind = type(error).__name__
-        raise UsageError(f"--import {name} fails: {kind}: {sentence(error)}") from error
+        kind = f"{type(error).__name__}: "
+        words = kind + sentence(error).removeprefix(kind)
+        raise UsageError(f"{option} {name} fails: {words}") from error
 
 
 def _defined_in(module):

@@ -3,30 +3,19 @@
 import json
 import math
 
-from rich import box
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Column, Table
 
 from keras_bn.cli.errors import refused
-from keras_bn.pages import files
+from keras_bn.pages import files, plain
+from keras_bn.pages.plain import escaped
 
 
 def console(arguments) -> Console:
     """Where a command prints: on stderr if its JSON goes to stdout."""
-    return Console(stderr=arguments.json == "-", highlight=False)
+    return Console(stderr=arguments.json == "-", highlight=False, quiet=arguments.quiet)
 
 
-def table(header, rows) -> Table:
-    """A table for the console, of rows of strings."""
-    columns = [Column(name, overflow="fold") for name in header]
-    made = Table(*columns, box=box.SIMPLE_HEAD)
-    for row in rows:
-        made.add_row(*map(escape, row))
-    return made
-
-
-def show(arguments, results, header, rows, lines):
+def show(arguments, results, header, rows, lines, words=()):
     """Print a table and the lines below it, and write the JSON.
 
     Args:
@@ -34,10 +23,14 @@ def show(arguments, results, header, rows, lines):
         results: the content of the JSON, in plain types.
         header, rows: of the table, strings.
         lines: the text below the table.
+        words: the titles of columns that may be broken.
     """
     place = console(arguments)
-    place.print(table(header, rows))
-    place.print("\n".join(lines), soft_wrap=True, markup=False)
+    line, header, rows = plain.common(header, rows)
+    above = [escaped(line), ""] if line else []
+    table = plain.lines(plain.table(header, rows, words), place)
+    for text in [*above, *table, "", *lines]:
+        place.out(text, highlight=False)
     write_json(arguments, results)
 
 

@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from keras_bn.cli.data import read_data
-from keras_bn.cli.errors import UsageError, noted, refused
+from keras_bn.cli.data import passing, read_data
+from keras_bn.cli.errors import UsageError, noted
 from keras_bn.cli.models import open_model, save
 from keras_bn.cli.output import show
 from keras_bn.surgery.arrays import moving
@@ -15,23 +15,21 @@ _HEADER = ["layer", "elements", "largest |Δmean|/std", "median std ratio"]
 
 def run(arguments):
     model, layers, native, notes = open_model(arguments)
-    data, _ = read_data(arguments.data, model)
+    data = read_data(arguments, model)
     if not arguments.include_frozen and all(map(is_frozen, layers.values())):
         raise UsageError(
             f"every batch normalization of '{model.name}' is frozen; --include-frozen "
             "changes them anyway"
         )
     before = {path: moving(layer) for path, layer in layers.items()}
-    what = f"the model can't be run on {arguments.data}: "
-    with refused(Exception, saying=what), noted() as more:
-        found = recalibrate(
+    with passing(arguments, data) as options, noted() as more:
+        recalibrated = recalibrate(
             model,
-            data,
+            data.without_labels(),
             exact=arguments.exact,
             prior=arguments.prior,
-            batch_size=arguments.batch_size,
             include_frozen=arguments.include_frozen,
-            verbose=0 if arguments.json == "-" else "auto",
+            **options,
         )
     save(arguments, model, native)
     changes = [
@@ -40,16 +38,16 @@ def run(arguments):
             "elements": int(moments.count.min()),
             **_change(before[path], moving(layers[path]), layers[path].epsilon),
         }
-        for path, moments in found.items()
+        for path, moments in recalibrated.items()
     ]
     rows = [
         [
-            each["layer"],
-            f"{each['elements']:,}",
-            f"{each['mean_moved']:.3g}",
-            f"{each['stddev_ratio']:.3g}",
+            change["layer"],
+            f"{change['elements']:,}",
+            f"{change['mean_moved']:.3g}",
+            f"{change['stddev_ratio']:.3g}",
         ]
-        for each in changes
+        for change in changes
     ]
     closing = f"{len(rows)} of {len(layers)} recalibrated: {arguments.output}"
     results = {"layers": changes, "warnings": [*notes, *more]}

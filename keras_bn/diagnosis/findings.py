@@ -165,8 +165,8 @@ def _momentum_too_slow(layer, record):
             WARNING,
             f"After {record.steps} steps at momentum {layer.momentum:g}, {left:.0%} of "
             "the moving statistics is still the initial value. They are off by "
-            f"{_drift(layer)}.",
-            f"{_recalibrate(layer)}, or train with momentum={momentum:g}",
+            f"{_drift(layer)}. Training with momentum={momentum:g} prevents that.",
+            str(_recalibrate(layer)),
             _recalibrate(layer),
         )
 

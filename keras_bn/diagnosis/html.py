@@ -43,7 +43,7 @@ def report(shown, int8=None):
         "data": _data(record),
         "origin": shown.origin.lines() if shown.origin else [],
         "tiles": _numbers(record),
-        "groups": _grouped(shown.findings),
+        "groups": text.grouped(shown.findings),
         "notes": _notes(shown),
         "table": table,
         "ids": table.ids,
@@ -77,15 +77,15 @@ def comparison(shown):
     context = {
         "name": name,
         "tone": "warning" if _is_green_though_worse(shown) else worst(after.findings),
-        "verdict": _changes(shown),
+        "verdict": changes(shown),
         "done": getattr(shown, "done", None),
         "origin": list(dict.fromkeys(line for lines in origins for line in lines)),
         "tiles": _both_numbers(before.record, after.record),
         "sections": [
-            ("New", _grouped(shown.new)),
-            ("Remaining", _grouped(shown.remaining)),
+            ("New", text.grouped(shown.new)),
+            ("Remaining", text.grouped(shown.remaining)),
         ],
-        "gone": _grouped(shown.gone),
+        "gone": text.grouped(shown.gone),
         "table": table,
         "ids": table.ids,
         "rules": _rules([*before.findings, *after.findings]),
@@ -324,7 +324,7 @@ def _both_numbers(before, after):
     ]
 
 
-def _changes(shown):
+def changes(shown):
     """How many findings went, came and stayed, and what is worse, in words."""
     counts = (("gone", shown.gone), ("new", shown.new), ("remaining", shown.remaining))
     words = [f"{len(findings)} {what}" for what, findings in counts if findings]
@@ -343,14 +343,6 @@ def _notes(shown):
         missing = ", ".join(shown.not_looked_for)
         notes.append(f"Not looked for, since that needs data: {missing}")
     return notes
-
-
-def _grouped(findings):
-    """Lists of the findings of one severity and kind, the most severe first."""
-    groups: dict = {}
-    for finding in findings:
-        groups.setdefault((finding.severity, finding.kind), []).append(finding)
-    return sorted(groups.values(), key=lambda group: _severity(group[0].severity))
 
 
 def _rules(findings):

@@ -4,6 +4,7 @@ import numpy as np
 
 from keras_bn.diagnosis.findings import WORST_MEAN_DRIFT, WORST_STDDEV_RATIO
 from keras_bn.diagnosis.rules import SEVERITIES
+from keras_bn.pages.plain import escaped
 
 # As on the pages.
 COLORS = {"error": "#c1272d", "warning": "#b65c00", "note": "#2f6690"}
@@ -58,7 +59,7 @@ def draw(record, findings):
 def _title(record, findings):
     counts = {s: sum(f.severity == s for f in findings) for s in SEVERITIES}
     said = [f"{n} {s}{'s' * (n > 1)}" for s, n in counts.items() if n]
-    title = f"{record.model}: {', '.join(said) or 'healthy'}"
+    title = f"{escaped(record.model)}: {', '.join(said) or 'healthy'}"
     both = [
         f"{name} {form.format(pair[0])} in inference, {form.format(pair[1])} with the "
         "statistics of each batch"
@@ -207,6 +208,7 @@ def _limit(values, least, most):
 
 
 def _name(path):
+    path = escaped(path)
     return path if len(path) <= 34 else "…" + path[-33:]
 
 

@@ -17,11 +17,12 @@ from keras_bn.diagnosis.records import (
 )
 from keras_bn.diagnosis.rules import RULES, SCHEMA_VERSION, SEVERITIES, WARNING
 from keras_bn.moments import Moments
+from keras_bn.pages import plain
 from keras_bn.pages.display import Displayed, Section, opened, render, write
-from keras_bn.pages.plain import number, table
+from keras_bn.pages.plain import escaped, number
 
 
-@dataclass
+@dataclass(repr=False)
 class Report(Displayed):
     """What `keras_bn.diagnose` found.
 
@@ -64,6 +65,9 @@ class Report(Displayed):
     def layer(self, path: str) -> LayerRecord:
         """The record of the layer with this path."""
         return next(each for each in self.record.layers if each.layer == path)
+
+    def __repr__(self) -> str:
+        return f"<Report {escaped(self.record.model)}: {html.verdict(self)}>"
 
     def __str__(self) -> str:
         return "\n".join(text.lines_of(self))
@@ -231,7 +235,7 @@ class Report(Displayed):
         return fix(self.source.model, self, data, steps=steps, batch_size=batch_size)
 
 
-@dataclass
+@dataclass(repr=False)
 class Comparison(Displayed):
     """Two reports side by side.
 
@@ -283,10 +287,15 @@ class Comparison(Displayed):
         second = {each.layer: each for each in self.after.record.layers}
         return [(path, first.get(path), second.get(path)) for path in first | second]
 
+    def __repr__(self) -> str:
+        names = dict.fromkeys(r.record.model for r in (self.before, self.after))
+        model, words = " and ".join(map(escaped, names)), html.changes(self)
+        return f"<{type(self).__name__} {model}: {words}>"
+
     def __str__(self) -> str:
         before, after = self.before.record, self.after.record
         names = dict.fromkeys((before.model, after.model))
-        lines = [f"{' and '.join(names)}: before and after"]
+        lines = [f"{' and '.join(map(escaped, names))}: before and after"]
         for name, first, second in (
             ("loss", before.loss, after.loss),
             ("accuracy", before.accuracy, after.accuracy),
@@ -298,14 +307,14 @@ class Comparison(Displayed):
         lines += [f"Note: {words}" for words in self.worse]
         if before.has_data or after.has_data:
             rows = [[path, *_cells(*pair)] for path, *pair in self.layers]
-            lines += ["", *table(_HEADER, rows)]
+            lines += ["", *plain.lines(plain.table(_HEADER, rows))]
         for title, found in (
             ("Gone", self.gone),
             ("New", self.new),
             ("Remaining", self.remaining),
         ):
             if found:
-                lines += ["", f"{title}:", *map(text.heading, found)]
+                lines += ["", f"{title}:", *map(text.heading, text.grouped(found))]
         if not self.gone and not self.new:
             lines += ["", "The findings are the same."]
         return "\n".join(lines)
@@ -324,7 +333,7 @@ class Comparison(Displayed):
         return html.comparison(self)
 
 
-@dataclass
+@dataclass(repr=False)
 class Fixed(Comparison):
     """What `keras_bn.fix` did.
 
@@ -343,7 +352,8 @@ class Fixed(Comparison):
             return "Nothing was changed: no finding is fixed by recalibration."
         count = len(self.recalibrated)
         layers = "layers" if count > 1 else "layer"
-        return f"Recalibrated {count} {layers}: {', '.join(self.recalibrated)}."
+        names = ", ".join(map(escaped, self.recalibrated))
+        return f"Recalibrated {count} {layers}: {names}."
 
     def __str__(self) -> str:
         return f"{self.done}\n\n{super().__str__()}"
@@ -394,8 +404,13 @@ def _both_ways(pair):
 
 
 _HEADER = (
-    ("worst channel", "mean off, in std", "", "std ratio", "", "output gap", ""),
-    ("layer", "before", "after", "before", "after", "before", "after"),
+    "worst channel\nlayer",
+    "mean off, in std\nbefore",
+    "\nafter",
+    "std ratio\nbefore",
+    "\nafter",
+    "output gap\nbefore",
+    "\nafter",
 )
 
 

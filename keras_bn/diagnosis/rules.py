@@ -1,11 +1,30 @@
 """The kinds of findings, each with an id that never changes, and how to ignore some."""
 
+import re
+from functools import cache
+from importlib.resources import files
 from typing import NamedTuple
 
 ERROR, WARNING, NOTE = SEVERITIES = ("error", "warning", "note")
 
 # Of a report as a dict; it grows when a key goes away or changes its meaning.
 SCHEMA_VERSION = 1
+
+
+# In front of the text of a rule that only data can show.
+_NEEDS_DATA = "● "
+
+
+@cache
+def _texts():
+    """The texts of the rules by id, without their marks of Markdown."""
+    page = files("keras_bn.diagnosis").joinpath("rules.md").read_text(encoding="utf-8")
+    parts = re.split(r"^### (BN\d+) .*\n\n", page, flags=re.M)[1:]
+    links = re.compile(r"\[([^\]]*)\]\([^)]*\)")
+    return {
+        id: links.sub(r"\1", text.strip()).replace(_NEEDS_DATA, "Needs data. ")
+        for id, text in zip(parts[::2], parts[1::2], strict=True)
+    }
 
 
 class Rule(NamedTuple):
@@ -22,6 +41,11 @@ class Rule(NamedTuple):
     kind: str
     says: str
     needs_data: bool = False
+
+    @property
+    def text(self):
+        """What it finds, how severe that is, and what helps, as in `docs/faq.md`."""
+        return _texts()[self.id]
 
     @property
     def anchor(self):

@@ -2,33 +2,37 @@
 
 import textwrap
 
-from keras_bn.pages.plain import table
+from keras_bn.diagnosis.rules import SEVERITIES
+from keras_bn.pages import plain
+from keras_bn.pages.plain import escaped
 
 
-def lines_of(report):
+def lines_of(report, command=None):
     """The lines of a report.
 
     Args:
         report: a `Report`.
+        command: `command(finding)`, the command that fixes it, or None; none by
+            default.
 
     Returns:
         A list of strings.
     """
-    record = report.record
+    record, model = report.record, escaped(report.record.model)
     if record.has_data:
         lines = [
-            f"{record.model}: {record.samples} samples in {record.batches} batches",
+            f"{model}: {record.samples} samples in {record.batches} batches",
             *_both_ways(record),
             "",
-            *table(_HEADER, map(_row, record.measured)),
+            *plain.lines(plain.table(_HEADER, map(_row, record.measured))),
         ]
     else:
         count = len(record.layers)
         layers = "batch normalizations" if count > 1 else "batch normalization"
-        lines = [f"{record.model}: {count} {layers}, without data"]
+        lines = [f"{model}: {count} {layers}, without data"]
     if record.not_called:
-        lines += ["", f"Not called: {', '.join(record.not_called)}"]
-    lines += ["", *findings(report.findings)]
+        lines += ["", f"Not called: {', '.join(map(escaped, record.not_called))}"]
+    lines += ["", *findings(report.findings, command)]
     if not report.findings:
         lines.append("No problems found.")
     elif report.healthy:
@@ -43,21 +47,66 @@ def lines_of(report):
     return lines
 
 
-def findings(found):
-    """The lines of a list of `Finding`, with messages and remedies."""
+def findings(found, command=None):
+    """The lines of a list of `Finding`, by rule, with messages and remedies."""
     lines = []
-    for finding in found:
-        lines += [
-            heading(finding),
-            *_wrapped(finding.message),
-            *_wrapped(f"-> {finding.remedy}"),
-        ]
+    for group in grouped(found):
+        lines.append(heading(group))
+        for text, is_code in details(group, command):
+            # Code is copied, so it stays in one line.
+            lines += [f"{_INDENT}{text}"] if is_code else _wrapped(text)
     return lines
 
 
-def heading(finding):
-    """A finding in a line, without its message."""
-    return f"{finding.severity:7} {finding.kind}: {finding.layer} ({finding.rule})"
+def grouped(found):
+    """Lists of the findings of one severity and rule, the most severe first."""
+    groups: dict = {}
+    for finding in found:
+        groups.setdefault((finding.severity, finding.kind), []).append(finding)
+    order = SEVERITIES.index
+    return sorted(groups.values(), key=lambda group: order(group[0].severity))
+
+
+def heading(group):
+    """The findings of one rule in a line, without their messages."""
+    first, many = group[0], len(group)
+    where = escaped(first.layer) if many == 1 else f"{many} layers"
+    return f"{first.severity:7} {first.kind}: {where} ({first.rule})"
+
+
+# Of how many layers a group shows the messages, if these differ.
+_SHOWN = 3
+
+
+def details(group, command=None):
+    """What is wrong, what helps and where, of the findings of one rule.
+
+    Args:
+        group: a list of them.
+        command: as in `lines_of`.
+
+    Yields:
+        Pairs of a text, and whether it is code.
+    """
+    messages = list(dict.fromkeys(finding.message for finding in group))
+    layers = [finding.layer for finding in group]
+    if len(messages) == 1:
+        yield escaped(messages[0]), False
+    else:
+        for finding in group[:_SHOWN]:
+            yield escaped(f"{finding.layer}: {finding.message}"), False
+        layers = layers[_SHOWN:]
+    remedies = [
+        (text, finding.fix is not None)
+        for finding in group
+        for text in (command and command(finding), finding.remedy)
+        if text
+    ]
+    for text, is_code in list(dict.fromkeys(remedies))[: 2 * _SHOWN]:
+        yield f"-> {escaped(text)}", is_code
+    if len(group) > 1 and layers:
+        begin = "in" if len(messages) == 1 else f"and {len(layers)} more:"
+        yield f"{begin} {', '.join(map(escaped, layers))}", False
 
 
 def kinds(found):
@@ -75,8 +124,13 @@ def kinds(found):
 
 
 _HEADER = (
-    ("", "elements", "mean off, in std", "", "std ratio", "", "output"),
-    ("layer", "per batch", "median", "worst", "median", "worst", "gap"),
+    "layer",
+    "elements\nper batch",
+    "mean off, in std\nmedian",
+    "\nworst",
+    "std ratio\nmedian",
+    "\nworst",
+    "output\ngap",
 )
 
 
@@ -94,5 +148,16 @@ def _both_ways(record):
             )
 
 
+_INDENT = " " * 8
+
+
 def _wrapped(text):
-    return textwrap.wrap(text, 80, initial_indent=" " * 8, subsequent_indent=" " * 8)
+    """Lines in which no name is broken."""
+    return textwrap.wrap(
+        text,
+        80,
+        initial_indent=_INDENT,
+        subsequent_indent=_INDENT,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )

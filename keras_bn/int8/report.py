@@ -4,8 +4,9 @@ import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from keras_bn.pages import plain
 from keras_bn.pages.display import Content, Section
-from keras_bn.pages.plain import number, table
+from keras_bn.pages.plain import escaped, number
 
 # The error that fills the bar of a layer: what the command allows for an output. The
 # noise has a hundredth of the power of the signal, 20 dB below it.
@@ -37,7 +38,7 @@ class Int8Layer(NamedTuple):
     error: float
 
 
-@dataclass
+@dataclass(repr=False)
 class Int8Report(Section):
     """What `keras_bn.export_int8` wrote, and how far it is from the model of floats.
 
@@ -70,9 +71,13 @@ class Int8Report(Section):
         """The largest error of an output."""
         return max(self.outputs.values(), key=lambda e: math.inf if e != e else e)
 
+    def __repr__(self) -> str:
+        return f"<Int8Report {escaped(self.model)}: {self._verdict()}>"
+
     def __str__(self) -> str:
-        lines = [f"{self.model}: {self._about()}", *self._said()]
-        return "\n".join([*lines, "", *table([HEADER], self.rows(), left=3)])
+        lines = [f"{escaped(self.model)}: {self._about()}", *self._said()]
+        table = plain.lines(plain.table(HEADER, self.rows()))
+        return "\n".join([*lines, "", *table])
 
     def _about(self):
         drawn = " drawn at random" if self.drawn else ""
@@ -83,7 +88,7 @@ class Int8Report(Section):
 
     def _said(self):
         """The errors of the outputs, and what was done on the way: lines of text."""
-        lines = [f"output {n}: error {e:.2%}" for n, e in self.outputs.items()]
+        lines = [f"output {escaped(n)}: error {e:.2%}" for n, e in self.outputs.items()]
         if self.equalized:
             lines.append(f"pairs of layers equalized: {len(self.equalized)}")
         if self.corrected:

@@ -68,6 +68,9 @@ class Displayed(ABC):
     def _repr_html_(self) -> str:
         return render("cell.html", self._content())
 
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        printer.text(str(self))  # what IPython shows in a terminal
+
 
 class Section(Displayed):
     """A result that can also be a section at the end of another page."""

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import keras
 
 from keras_bn.pages.display import Content, Displayed
+from keras_bn.pages.plain import escaped
 from keras_bn.surgery.classes import as_graphs
 from keras_bn.surgery.copying import copy_model
 from keras_bn.surgery.exchange import bypass, exchange
@@ -47,8 +48,8 @@ class Fold(NamedTuple):
 
     def __str__(self) -> str:
         if self.into is None:
-            return f"{self.layer} stays: {self.reason}"
-        return f"{self.layer} -> {self.into}"
+            return escaped(f"{self.layer} stays: {self.reason}")
+        return escaped(f"{self.layer} -> {self.into}")
 
 
 class Folds(Displayed, list[Fold]):

@@ -3,9 +3,9 @@
 from collections import Counter
 from itertools import groupby
 
-from rich import box
 from rich.table import Table
 
+from keras_bn.pages.plain import box
 from keras_bn.verify.cases import MEAN
 from keras_bn.verify.judge import DRAWS, FLOAT64_LIMIT, LARGEST_ERROR, LEAST_ERROR
 
@@ -40,7 +40,7 @@ def title(environment) -> str:
 
 def table(records) -> Table:
     """One row for each record."""
-    table = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False)
+    table = Table(box=box(), padding=0, show_edge=False)
     for name in ("shape", "axis", "dtype", "mode"):
         table.add_column(name, no_wrap=True)
     for name in ("ours", "Keras's"):

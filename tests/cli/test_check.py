@@ -244,6 +244,7 @@ def test_github(files, capsys):
     first = out.splitlines()[0]
     assert re.fullmatch(
         r"::error file=.*bad one\.keras,title=BN001 never-updated::bn: The moving .*"
+        r"%0A-> keras-bn recalibrate .* --data DATA"
         r"%0A-> keras_bn\.recalibrate\(model, x\)",
         first,
     )
@@ -260,7 +261,7 @@ def test_github_escapes_what_it_reads_otherwise():
     checked = [formats.Checked("a,b:c", Report(report.record, [finding]))]
     line = formats.github(checked, [], "")
     assert "file=a%2Cb%3Ac," in line
-    assert "10 %25 of%0Ait%0A-> this" in line
+    assert "10 %25 of\\nit%0A-> this" in line
 
 
 def test_output_to_a_file(files, tmp_path, capsys):

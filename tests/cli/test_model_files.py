@@ -162,7 +162,7 @@ def test_export_int8_refuses(saved, tmp_path, capsys):
     message = refused(capsys, "export-int8", in_, tmp_path / "out.keras")
     assert "must end in .tflite" in message
     message = refused(capsys, "export-int8", in_, out)
-    assert "Give `--data FILE.npz`" in message
+    assert "Give `--data DATA`" in message
     stack = [keras.Input((12, 12, 3)), layers.LayerNormalization(name="norm")]
     keras.Sequential(stack).save(tmp_path / "norm.keras")
     message = refused(

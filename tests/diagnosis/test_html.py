@@ -48,7 +48,8 @@ def test_findings_remedies_and_layers_are_on_the_page(sick):
     assert {f.severity for f in sick.findings} >= {"error", "warning", "note"}
     for finding in sick.findings:
         assert finding.kind in page
-        assert f"<pre>{escape(finding.remedy)}</pre>" in page
+        shown = "<pre>{}</pre>" if finding.fix else "<p>→ {}</p>"  # code, or words
+        assert shown.format(escape(finding.remedy)) in page
         assert escape(finding.message) in page
     found = rows(page)
     assert [int(number) for number, _, _ in found] == list(range(DEPTH))
@@ -115,7 +116,7 @@ def test_many_findings_of_a_kind_make_one_card(sick):
     page = Report(sick.record, many).to_html()
     assert page.count("<article") == 1
     assert "small-batch in 3 layers" in page
-    assert page.count("<pre>the same</pre>") == 1
+    assert page.count("<p>→ the same</p>") == 1
     assert all(finding.message in page for finding in many)
 
 

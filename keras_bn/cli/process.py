@@ -1,9 +1,9 @@
-"""Commands run without the start-up notices of TensorFlow and Keras.
+"""The process of a command: its imports, its signals, what libraries print meanwhile.
 
 TensorFlow prints a dozen lines when it is imported. TF_CPP_MIN_LOG_LEVEL alone does not
 stop those that it writes while its libraries are being loaded, so stderr is held back
-meanwhile. This is done by the command line only: programs that import keras_bn keep
-their logging.
+meanwhile. Only the command line does this: programs that import keras_bn keep their
+logging.
 """
 
 import contextlib
@@ -70,6 +70,33 @@ def _interruptible(program, stderr):
         yield
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+@contextlib.contextmanager
+def terminable():
+    """Let a signal that ends the process remove unfinished files first.
+
+    The exit status is 128 and the number of the signal, as a shell has it.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(number, frame):
+        raise SystemExit(128 + number)
+
+    names = "SIGTERM", "SIGHUP"  # Windows has only the first
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    before = {number: signal.getsignal(number) for number in numbers}
+    try:
+        for number, handler in before.items():
+            if handler is signal.SIG_DFL:  # not with `nohup`, which ignores SIGHUP
+                signal.signal(number, end)
+        yield
+    finally:
+        for number, handler in before.items():
+            if handler is signal.SIG_DFL:
+                signal.signal(number, handler)
 
 
 @contextlib.contextmanager
