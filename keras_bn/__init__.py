@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from keras_bn.layer.renorm import LinearRamp, renorm_ramp
     from keras_bn.loading.load import load_model
     from keras_bn.moments import Moments
+    from keras_bn.passes.statistics import Statistics, pooled
     from keras_bn.tools.adapt import adapt, unadapt
     from keras_bn.tools.convert import from_keras, to_keras
     from keras_bn.tools.fold import Fold, Folds, fold, plan_fold
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from keras_bn.tools.pytorch import from_torch, to_torch
     from keras_bn.tools.recalibrate import Recalibrate, recalibrate
     from keras_bn.tools.replace import replace
+    from keras_bn.tools.statistics import set_statistics, statistics, using
 
 __all__ = [
     "BatchNormalization",
@@ -61,6 +63,7 @@ __all__ = [
     "Origin",
     "Recalibrate",
     "Report",
+    "Statistics",
     "StatisticsLogger",
     "__version__",
     "adapt",
@@ -74,14 +77,18 @@ __all__ = [
     "from_torch",
     "load_model",
     "plan_fold",
+    "pooled",
     "quantize_aware",
     "recalibrate",
     "renorm_ramp",
     "replace",
+    "set_statistics",
+    "statistics",
     "to_keras",
     "to_torch",
     "unadapt",
     "unfreeze",
+    "using",
 ]
 
 # The module of each name, as the imports above say for type checkers.
@@ -106,6 +113,7 @@ _MODULES = {
     "Origin": "diagnosis.records",
     "Recalibrate": "tools.recalibrate",
     "Report": "diagnosis.report",
+    "Statistics": "passes.statistics",
     "StatisticsLogger": "diagnosis.logger",
     "adapt": "tools.adapt",
     "compare": "diagnosis.diagnose",
@@ -118,15 +126,19 @@ _MODULES = {
     "from_torch": "tools.pytorch",
     "load_model": "loading.load",
     "plan_fold": "tools.fold",
+    "pooled": "passes.statistics",
     "quantize_aware": "int8.aware",
     "recalibrate": "tools.recalibrate",
     "renorm_ramp": "layer.renorm",
     "replace": "tools.replace",
+    "set_statistics": "tools.statistics",
+    "statistics": "tools.statistics",
     "testing": "testing",
     "to_keras": "tools.convert",
     "to_torch": "tools.pytorch",
     "unadapt": "tools.adapt",
     "unfreeze": "tools.freeze",
+    "using": "tools.statistics",
 }
 
 register_with_keras()

@@ -133,6 +133,7 @@ class Collector(Pass):
         options = {"steps": steps, "batch_size": batch_size, "verbose": verbose}
         with self:
             self.over(data, "diagnosing", **options)
+        self.check_any()
         held = {record.layer: record for record in _held(self.model, self.layers)}
         moments = self._pool.moments()
         order = [*self._trainings, *(p for p in moments if p not in self._trainings)]
@@ -299,6 +300,7 @@ def _held(model, layers):
                 moving_variance=variance,
                 initial=is_initial(layer),
                 gamma=None if layer.gamma is None else float64(layer.gamma),
+                beta=None if layer.beta is None else float64(layer.beta),
                 bias_of=None if frozen else biases.get(id(layer)),
             )
         )

@@ -103,8 +103,7 @@ def findings(record):
         for rule in _LAYER:
             if finding := rule(layer, record):
                 found.append(finding)
-    if finding := _train_inference_gap(record):
-        found.append(finding)
+    found += [finding for of in _MODEL if (finding := of(record))]
     return sorted(found, key=lambda finding: SEVERITIES.index(finding.severity))
 
 
@@ -265,6 +264,24 @@ def _large_mean(layer, record):
         )
 
 
+def _non_finite_parameters(layer, record):
+    named = {"gamma": layer.gamma, "beta": layer.beta}
+    bad = {
+        name: ~np.isfinite(values)
+        for name, values in named.items()
+        if values is not None and not np.isfinite(values).all()
+    }
+    if bad:
+        which = " and ".join(f"{name} in {_of(mask)}" for name, mask in bad.items())
+        return Finding(
+            "non-finite-parameters",
+            layer.layer,
+            ERROR,
+            f"Not finite: {which}; so is the output, in training too.",
+            "go back to a checkpoint: no statistics can mend this",
+        )
+
+
 def _small_gamma(layer, record):
     if layer.gamma is None:
         return None
@@ -328,8 +345,45 @@ def _redundant_bias(layer, record):
         )
 
 
-def _train_inference_gap(record):
+def _non_finite_data(record):
+    if record.invalid:
+        return Finding(
+            "non-finite-data",
+            record.model,
+            WARNING,
+            f"{record.invalid:,} of {record.samples + record.invalid:,} samples in the "
+            f"data are NaN or infinite; the first is sample {record.first_invalid}. "
+            "They are left out of this report. It is the data, not the model.",
+            "leave them out of training, too: one of them makes every weight NaN",
+        )
+
+
+def _non_finite_outputs(record):
     if not record.has_data:
+        return None
+    parameters = [p for layer in record.layers for p in (layer.gamma, layer.beta)]
+    statistics = [
+        s for layer in record.layers for s in (layer.moving_mean, layer.moving_variance)
+    ]
+    values = [value for value in parameters + statistics if value is not None]
+    if not all(np.isfinite(value).all() for value in values):
+        return None  # that is the reason
+    if any((layer.moving_variance < 0).any() for layer in record.layers):
+        return None
+    if not np.isfinite([record.gap, *(record.loss or ())]).all():
+        return Finding(
+            "non-finite-parameters",
+            record.model,
+            ERROR,
+            "The outputs or the loss are NaN or infinite on data that is finite, "
+            "though the batch normalizations are not: a weight is, or a layer "
+            "overflows.",
+            "look for weights that are not finite, and go back to a checkpoint",
+        )
+
+
+def _train_inference_gap(record):
+    if not record.has_data or not np.isfinite(record.gap):
         return None
     live = [
         layer for layer in record.measured if not (layer.frozen or layer.inference_mode)
@@ -339,7 +393,7 @@ def _train_inference_gap(record):
     worse = []
     if record.loss is not None:
         inference, training = record.loss
-        if not inference <= (LOSS_RATIO + noise) * training:
+        if inference > (LOSS_RATIO + noise) * training and np.isfinite(inference):
             worse.append(f"the loss is {inference:.3g} instead of {training:.3g}")
     if record.accuracy is not None:
         inference, training = record.accuracy
@@ -351,7 +405,7 @@ def _train_inference_gap(record):
     if (
         record.loss is None
         and record.accuracy is None
-        and not (record.gap <= OUTPUT_GAP + noise)
+        and record.gap > OUTPUT_GAP + noise
     ):
         worse.append(f"the outputs differ by {record.gap:.2g} of their spread")
     if worse:
@@ -374,6 +428,7 @@ _STATISTICS = (
     _stale,
 )
 _LAYER = (
+    _non_finite_parameters,
     _dead_channel,
     _large_mean,
     _small_gamma,
@@ -381,6 +436,7 @@ _LAYER = (
     _small_batch,
     _redundant_bias,
 )
+_MODEL = _non_finite_data, _non_finite_outputs, _train_inference_gap
 
 
 def _of(which, start=False):

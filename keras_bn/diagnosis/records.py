@@ -37,7 +37,7 @@ class LayerRecord:
         frozen: whether training does not change its statistics.
         moving_mean, moving_variance: its moving statistics.
         initial: whether these are still the initial values.
-        gamma: its scale, or None.
+        gamma, beta: its scale and offset, or None.
         bias_of: the name of a layer before it whose bias has no effect, or None.
         inference_mode: whether the model always calls it with `training=False`, as far
             as data has shown it.
@@ -53,6 +53,7 @@ class LayerRecord:
     moving_variance: np.ndarray
     initial: bool
     gamma: np.ndarray | None
+    beta: np.ndarray | None
     bias_of: str | None
     inference_mode: bool = False
 

@@ -86,6 +86,13 @@ _ALL = (
         needs_data=True,
     ),
     Rule("BN012", "large-mean", "A mean is far larger than the standard deviation."),
+    Rule(
+        "BN013",
+        "non-finite-data",
+        "Samples in the data are NaN or infinite.",
+        needs_data=True,
+    ),
+    Rule("BN014", "non-finite-parameters", "Gamma or beta is NaN or infinite."),
 )
 # By kind, in the order of their ids.
 RULES = {rule.kind: rule for rule in _ALL}

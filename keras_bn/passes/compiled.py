@@ -163,19 +163,23 @@ class Pass:
             label: for the progress bar.
             given: tensors for every step.
             **options: as in `passes.data.batches`.
-
-        Raises:
-            ValueError: if there is no data, or none that is finite.
         """
         self._reset()
         data = data if isinstance(data, tuple) else (data,)
         for batch in batches(*data, label=label, **options):
             self._use(batch, given)
+
+    def check_any(self):
+        """Refuse data of which nothing could be used.
+
+        Raises:
+            ValueError: if there is no data, or none that is finite.
+        """
+        if self.invalid and not self.samples:
+            raise ValueError(
+                f"None of the {self.invalid} samples in the data is finite."
+            )
         if not self.samples:
-            if self.invalid:
-                raise ValueError(
-                    f"None of the {self.invalid} samples in the data is finite."
-                )
             raise NoDataError
 
     def _use(self, batch, given):

@@ -111,7 +111,7 @@ def test_rules_are_ignored_by_id_or_kind(name):
 
 @pytest.mark.parametrize("wrong", ["BN7", ["gamma"], ["BN007", "BN099"]])
 def test_an_unknown_rule_is_refused(wrong):
-    with pytest.raises(ValueError, match="`ignore` takes rules: BN001 to BN012"):
+    with pytest.raises(ValueError, match="`ignore` takes rules: BN001 to BN014"):
         keras_bn.diagnose(made(), ignore=wrong)
 
 
@@ -130,4 +130,6 @@ def test_ids_are_what_they_were():
         "BN010": "redundant-bias",
         "BN011": "train-inference-gap",
         "BN012": "large-mean",
+        "BN013": "non-finite-data",
+        "BN014": "non-finite-parameters",
     }

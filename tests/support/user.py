@@ -81,7 +81,13 @@ def diagnosed(model: keras.Model, x: np.ndarray, y: np.ndarray) -> None:
 
 def statistics(model: keras.Model, x: np.ndarray) -> None:
     """Statistics as values, and callbacks."""
-    moments: dict[str, keras_bn.Moments] = keras_bn.recalibrate(model, x, verbose=0)
+    moments: keras_bn.Statistics = keras_bn.recalibrate(model, x, verbose=0)
+    day = keras_bn.statistics(model, x, batch_size=16, verbose=0)
+    day.save("day.npz")
+    whole = keras_bn.pooled([day, keras_bn.Statistics.load("day.npz").counted(10)])
+    keras_bn.set_statistics(model, whole)
+    with keras_bn.using(model, day) as same:
+        assert_type(same, keras.Model)
     merged: keras_bn.Moments = moments["a"].merge(moments["b"]).unbiased()
     logger = keras_bn.StatisticsLogger(x, "drift.csv")
     rows: list[keras_bn.DriftRow] = logger.rows
