@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import applications
+import backbones
 import pytest
 
 import keras_bn
@@ -44,3 +45,19 @@ def test_there_is_a_list_of_them():
     names = applications.names()
     assert len(names) >= 30
     assert set(applications.SUBSET) <= set(names)
+
+
+@pytest.mark.parametrize("name", backbones.SUBSET)
+def test_backbones_of_keras_hub(name):
+    pytest.importorskip("keras_hub", reason="KerasHub is not installed")
+    assert backbones.holds(backbones.check(name))
+
+
+def test_a_wrong_figure_of_a_backbone_is_seen():
+    good = {**dict.fromkeys(backbones.COLUMNS, 0.0), "norms": 3, "frozen": 3}
+    assert backbones.holds(good)
+    for key in "convert", "fold", "loaded_fold", "loaded":
+        assert not backbones.holds({**good, key: 0.1})
+        assert not backbones.holds({**good, key: float("nan")})
+    assert not backbones.holds({**good, "frozen": 2})
+    assert set(backbones.SUBSET) <= set(backbones.BACKBONES)
