@@ -1,5 +1,7 @@
 """compare, fix, and what a notebook shows."""
 
+import dataclasses
+
 import keras
 import numpy as np
 import pytest
@@ -181,6 +183,33 @@ def test_a_finding_of_the_model_stays_the_same_under_another_name():
     compared = keras_bn.compare(first, keras_bn.diagnose(model, x))
     assert (compared.gone, compared.new) == ([], [])
     assert "The findings are the same." in str(compared)
+
+
+@pytest.mark.parametrize(
+    ("name", "before", "after", "words"),
+    [
+        ("loss", 0.5, 0.7, "loss in inference worse: 0.5 to 0.7"),
+        ("loss", 0.5, float("nan"), "loss in inference worse: 0.5 to nan"),
+        ("loss", float("nan"), 0.7, None),
+        ("loss", 0.7, 0.5, None),
+        ("loss", 0.5, 0.50001, None),  # the same as shown
+        ("accuracy", 0.9, 0.8, "accuracy in inference worse: 90.0% to 80.0%"),
+        ("accuracy", 0.8, 0.9, None),
+    ],
+)
+def test_what_is_worse_after_a_fix_is_said_and_not_green(name, before, after, words):
+    record = keras_bn.diagnose(made(), data()).record
+    reports = [
+        Report(dataclasses.replace(record, **{name: (value, value)}), [])
+        for value in (before, after)
+    ]
+    fixed = keras_bn.Fixed(*reports)
+    assert fixed.worse == ([words] if words else [])
+    color = "warning" if words else "healthy"
+    assert f'<header class="{color}">' in fixed.to_html()
+    if words:
+        assert words in str(fixed)
+        assert words in fixed.to_html()
 
 
 def test_compare_with_and_without_data():

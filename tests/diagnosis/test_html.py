@@ -14,6 +14,7 @@ import keras_bn
 from keras_bn.diagnosis import drawings
 from keras_bn.diagnosis.findings import Finding
 from keras_bn.diagnosis.report import Report
+from keras_bn.diagnosis.rules import RULES
 
 pytestmark = pytest.mark.filterwarnings("ignore:The statistics of")
 DEPTH, CHANNELS = 3, 40
@@ -124,6 +125,69 @@ def test_a_healthy_model(sick):
     page = Report(sick.record, []).to_html()
     assert "No problems found" in page
     assert '<header class="healthy">' in page
+
+
+def test_the_ids_of_rules_lead_to_their_text(sick):
+    page = sick.to_html()
+    for kind in {finding.kind for finding in sick.findings}:
+        rule = RULES[kind]
+        (target,) = set(re.findall(rf'href="#(bn-\w+-{rule.id})"', page))
+        assert f'id="{target}">{rule.id} {kind}</dt>' in page
+        assert str(escape(rule.text)) in page
+
+
+def test_the_page_says_where_it_comes_from(sick, tmp_path):
+    origin = sick.origin._replace(file="a<b>.keras", data="inputs.npz")
+    dataclasses.replace(sick, origin=origin).write_html(tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    for words in (
+        *("Model: a&lt;b&gt;.keras", "Data: inputs.npz", sick.origin.time),
+        *(f"keras_bn {keras_bn.__version__}", f"Keras {keras.__version__}"),
+    ):
+        assert words in page
+    assert "Data: ndarray (200, 8), ndarray (200,)" in sick.to_html()
+
+
+SORTED = """<!doctype html><iframe width="1200" height="900"></iframe>
+<script>
+const frame = document.querySelector("iframe");
+frame.srcdoc = {};
+frame.onload = () => {{
+    const page = frame.contentDocument;
+    const order = () => [...page.querySelectorAll("tbody tr")]
+        .map((row) => [row.getBoundingClientRect(), row.querySelector("th").innerText])
+        .filter(([box]) => box.height > 0)
+        .sort((one, other) => one[0].top - other[0].top)
+        .map(([, name]) => name.split("\\n")[0]);
+    const found = {{}};
+    for (const input of page.querySelectorAll('input[type="radio"]')) {{
+        input.checked = true;
+        found[input.value] = order();
+    }}
+    page.querySelector('input[value="order"]').checked = true;
+    page.querySelector(".only").checked = true;
+    found.only = order();
+    document.body.textContent = JSON.stringify(found);
+}};
+</script>"""
+
+
+def test_layers_can_be_sorted_and_filtered_without_a_script(sick, browser, tmp_path):
+    layers_of = [
+        dataclasses.replace(sick.record.layers[0], layer=name, gap=gap)
+        for name, gap in (("a", 0.1), ("b", 0.9), ("c", 0.5))
+    ]
+    record = dataclasses.replace(sick.record, layers=layers_of)
+    finding = Finding("frozen", "c", "note", "", "")
+    text = Report(record, [finding]).to_html()
+    file = tmp_path / "page.html"
+    file.write_text(SORTED.format(json.dumps(text).replace("</", "<\\/")))
+    dom = browser(file.as_uri(), (1300, 950), "--dump-dom")
+    found = json.loads(re.search(r"<body>\s*(\{.*?\})", dom, re.S)[1])
+    assert found["order"] == ["a", "b", "c"]
+    assert found["gap"] == ["b", "c", "a"]
+    assert found["severity"] == ["c", "a", "b"]
+    assert found["only"] == ["c"]
 
 
 # The page in a frame of a given size, for the window of a browser has a least width.
