@@ -255,7 +255,7 @@ class BatchNormalization(StoredOptions, ValidStatistics):
         if mask is None and ops.is_tensor(training):
             # Keras passes the mask on only if a call has a single tensor argument.
             mask = _mask_of(inputs)
-        x, mask = self._prepared(inputs, mask)
+        x, mask = self._prepare(inputs, mask)
         if backend.prunes(x):
             traces.note(self)
         # Training with frozen statistics uses the moving ones and nothing else.
@@ -342,7 +342,7 @@ class BatchNormalization(StoredOptions, ValidStatistics):
         >>> print(np.round(y.numpy().T, 2), moments.mean.numpy())
         [[-1.  1.]] [2.]
         """
-        x, mask = self._prepared(inputs, mask)
+        x, mask = self._prepare(inputs, mask)
         settings = step.Settings(self._axes, self.epsilon)
         plan = backend.make_plan(x, mask, settings)
         y, moments = step.normalize(
@@ -379,7 +379,7 @@ class BatchNormalization(StoredOptions, ValidStatistics):
             config["axis"] = config.pop("axes")
         return super().from_config(config)
 
-    def _prepared(self, inputs, mask):
+    def _prepare(self, inputs, mask):
         """The inputs in a float dtype, with known channels, and the mask for them."""
         x = arguments.to_float(to_tensor(inputs), self.compute_dtype)
         x = arguments.with_channels(x, self._axes, self.moving_mean.shape)

@@ -57,7 +57,7 @@ def update(
     old: State,
     batch: Moments,
     rule: Rule,
-    spread: Callable[[Tensor], Tensor] = lambda variance: variance,
+    statistic: Callable[[Tensor], Tensor] = lambda variance: variance,
 ) -> State:
     r"""Moving statistics after a batch, or after several groups of it in order.
 
@@ -77,7 +77,7 @@ def update(
             into, along one more leading axis: the result is then that of one update
             per group, in closed form.
         rule: the `Rule` of the update.
-        spread: function of the batch's variance that gives what the second statistic
+        statistic: function of the batch's variance that gives what the second one
             averages; by default, the variance itself.
 
     Returns:
@@ -98,7 +98,7 @@ def update(
     updates = (None, None) if old.updates is None else old.updates
     mean, mean_updates = advance(old.mean, batch.mean, usable, updates[0], rule)
     variance, variance_updates = advance(
-        old.variance, spread(batch.variance), known, updates[1], rule
+        old.variance, statistic(batch.variance), known, updates[1], rule
     )
     new = old._replace(mean=mean, variance=variance)
     if old.updates is None:
@@ -149,25 +149,25 @@ def advance(
     if not several and updates is None:
         return backend.blend(old, new, usable, momentum), updates
     new = ops.where(usable, new, ops.zeros((), dtype))
-    taken = ops.cast(usable, dtype)
-    total = ops.sum(taken, axis=0) if several else taken
+    counted = ops.cast(usable, dtype)
+    total = ops.sum(counted, axis=0) if several else counted
     # How many usable values follow each new one.
-    later = total - ops.cumsum(taken, axis=0) if several else None
+    later = total - ops.cumsum(counted, axis=0) if several else None
 
     if rule.counts:
         before = ops.cast(updates, dtype)
         after = before + total
         whole = _geometric_sum(momentum, ops.where(after > 1, after, 1.0))
         newest = 1.0 / whole
-        kept = _geometric_sum(momentum, before) / whole
+        older = _geometric_sum(momentum, before) / whole
     else:
-        newest, kept = 1.0 - momentum, 1.0
+        newest, older = 1.0 - momentum, 1.0
     if several:
         # Each value that follows takes some weight from those before it.
         addend = ops.sum(newest * _power(momentum, later) * new, axis=0)
-        value = old * (kept * _power(momentum, total)) + addend
+        value = old * (older * _power(momentum, total)) + addend
     else:
-        value = old * (kept * momentum) + newest * new
+        value = old * (older * momentum) + newest * new
     if updates is not None:
         updates = ops.convert_to_tensor(updates)
         updates = updates + ops.cast(total, updates.dtype)

@@ -75,11 +75,11 @@ def train(
         y = affine(y, r, offset, settings.axes)
         new = renorm.update(state, batch, rule, settings.renorm_momentum, epsilon)
     if backend.replicated() and not settings.synchronized:
-        new = _averaged(state, new, batch, rule)
+        new = _average(state, new, batch, rule)
     return y, new
 
 
-def _averaged(old: State, new: State, batch: Moments, rule: moving.Rule) -> State:
+def _average(old: State, new: State, batch: Moments, rule: moving.Rule) -> State:
     """Average the replicas' updates, so that all end with the same state."""
     mean, variance = moving.usable_parts(batch, rule)
     if len(mean.shape) > len(old.mean.shape):
