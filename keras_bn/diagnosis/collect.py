@@ -14,7 +14,7 @@ import numpy as np
 from keras import ops
 
 from keras_bn.diagnosis.records import LayerRecord, MeasuredLayer, ModelRecord
-from keras_bn.layer.arguments import align_mask
+from keras_bn.layer.arguments import align_mask, channel_axes
 from keras_bn.moments import Moments, at_least_float32, merged
 from keras_bn.passes.compiled import Pass, Pool, moments_of
 from keras_bn.passes.data import check_call
@@ -209,7 +209,8 @@ class Collector(Pass):
         before = self._outputs[path].pop(0)
         difference = _wide(y) - _wide(before)
         if mask is not None:
-            mask = align_mask(mask, y, double._axes)
+            axes = channel_axes(double.axis, y.shape, sizes_known=False)
+            mask = align_mask(mask, y, axes)
             difference = ops.where(mask, difference, 0.0)
         self.note("gap", path, ops.sum(ops.square(difference)))
         if not (plain and trains):
