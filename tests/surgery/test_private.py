@@ -13,7 +13,9 @@ from support import renamed_keras
 
 import keras_bn
 from keras_bn.surgery import private
+from keras_bn.surgery.copying import copy_model
 from keras_bn.surgery.data import Source
+from keras_bn.surgery.norms import is_keras
 
 CHECKS = {}
 
@@ -182,7 +184,7 @@ def compiling_sets_just_these_and_public_names():
     known = {"_compile_config", "_compiled_trainable_state", "_compile_loss"}
     known |= {"_compile_metrics", "_loss_tracker"}
     assert private_ones <= known | {"_jit_compile"}  # which is `jit_compile`
-    copy, _ = keras_bn.surgery.copying.copy_model(model, compiled=False)
+    copy, _ = copy_model(model, compiled=False)
     assert not copy.compiled
     copy.compile("sgd", "mse")
 
@@ -274,7 +276,7 @@ def a_subclass_with_a_computing_method_is_another_layer():
     for name in private.attributes("BatchNormalization"):
         if hasattr(base, name):
             kind = type("Other", (base,), {name: lambda self, *args: None})
-            assert not keras_bn.surgery.norms.is_keras(kind())
+            assert not is_keras(kind())
 
 
 @shows("Layer._torch_params", "Layer._track_variables")
