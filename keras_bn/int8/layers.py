@@ -241,13 +241,18 @@ class FakeQuantizedLinear(_Wrapper):
     def _linear(self, x, kernel, bias):
         """What the layer computes with other weights; a bias of None is zero."""
         layer = self.layer
+        # A single value that a convolution of lines adds itself stays in floats.
+        line = len(x.shape) == 3 and bias is not None and bias.shape[-1] == 1
+        own = None if layer.bias is None else tuple(layer.bias.shape)
+        inside = bias is not None and tuple(bias.shape) == own and not line
         if self.between is not None:
+            inside = False
             y = ops.conv(x, kernel, 1, "valid", layer.data_format)
         else:
-            weights = {self.linear.last: kernel, "bias": None, "use_bias": False}
-            y = call_with(layer, {**weights, "activation": None}, x)
-        if bias is not None:
-            # Added here: one value that a convolution of lines adds stays in floats.
+            weights = {self.linear.last: kernel, "activation": None}
+            weights |= {"bias": bias if inside else None, "use_bias": inside}
+            y = call_with(layer, weights, x)
+        if bias is not None and not inside:
             bias = ops.convert_to_tensor(bias)
             if len(bias.shape) == 1:
                 axis = self.linear.channel_axis(len(y.shape))
