@@ -24,7 +24,6 @@ REGISTERED = {
     "FakeQuantizedNormalization": "keras_bn.int8.layers",
     "FakeQuantizer": "keras_bn.int8.layers",
     "LinearRamp": "keras_bn.layer.renorm",
-    "SyncBatchNormalization": "keras_bn.loading.configs",
 }
 
 

@@ -56,7 +56,8 @@ class Data(NamedTuple):
 def passing(arguments, data):
     """A pass over the data of a command.
 
-    Whatever a model raises becomes one sentence; a bar of progress goes to stderr.
+    Whatever a model raises becomes one sentence, and what it prints goes to stderr, as
+    the bar of progress does.
 
     Yields:
         The options of the pass.

@@ -94,6 +94,8 @@ def test_all_that_is_registered_has_a_stand_in():
         name: value
         for name, value in keras.saving.get_custom_objects().items()
         if name.startswith("keras_bn>")
+        # What `load_model` puts into the configs that it reads is in no file.
+        and not value.__module__.startswith("keras_bn.loading.")
     }
     assert {name.partition(">")[2] for name in ours} == set(REGISTERED)
     for name, value in ours.items():
