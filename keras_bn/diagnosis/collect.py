@@ -294,7 +294,7 @@ def _held(model, layers):
                 layer=path,
                 keras=is_keras(layer),
                 epsilon=layer.epsilon,
-                momentum=layer.momentum,
+                momentum=_momentum(layer),
                 debias=layer.momentum is None or getattr(layer, "debias", False),
                 frozen=frozen,
                 moving_mean=mean,
@@ -306,6 +306,14 @@ def _held(model, layers):
             )
         )
     return records
+
+
+def _momentum(layer):
+    """The momentum of a layer; of one that follows a schedule, that of now."""
+    if not callable(layer.momentum):
+        return layer.momentum
+    updates = keras.ops.convert_to_numpy(layer.updates).max()
+    return float(layer.momentum(int(updates)))
 
 
 def _flags(layers):

@@ -8,12 +8,14 @@ from typing import Any
 
 import keras
 from keras import constraints, initializers, ops, regularizers
+from keras.optimizers.schedules import LearningRateSchedule
 
 from keras_bn.backends import backend
 from keras_bn.layer import renorm
 from keras_bn.moments import Tensor, at_least_float32
 
 Axis = int | list[int]
+Momentum = float | LearningRateSchedule | None
 Shape = Sequence[int | None]
 
 # The parameters that training changes by their gradients.
@@ -38,9 +40,11 @@ def check_axis(axis: Any) -> Axis:
     return axes if len(axes) > 1 else axes[0]
 
 
-def check_momentum(momentum: float | None) -> float | None:
-    """The momentum as a float between 0 and 1; None for the plain mean."""
-    return None if momentum is None else check_share(momentum, "momentum")
+def check_momentum(momentum: Momentum) -> Momentum:
+    """The momentum as a float in [0, 1], a schedule, or None for the plain mean."""
+    if momentum is None or isinstance(momentum, LearningRateSchedule):
+        return momentum
+    return check_share(momentum, "momentum")
 
 
 def check_share(momentum: float, name: str) -> float:
@@ -166,6 +170,11 @@ def check_together(options: Any) -> None:
     """
     if options.renorm:
         check_clipping(options.renorm_clipping or {})
+    if options.debias and callable(options.momentum):
+        raise ValueError(
+            "`debias` needs a momentum that does not change. Received: debias=True, "
+            f"momentum={options.momentum!r}"
+        )
     if options.adapt_prior is not None and options.adapt_memory is not None:
         raise ValueError(
             "`adapt_prior` and `adapt_memory` exclude each other. Received: "

@@ -37,8 +37,9 @@ class BatchNormalization(StoredOptions, ValidStatistics):
     Args:
         axis: int, the channel axis; or a list of ints, for statistics per index over
             several axes. The weights have the sizes of these axes, in input order.
-        momentum: float in [0, 1], weight of the old value in the moving statistics;
-            None for the plain mean over all batches.
+        momentum: float in [0, 1], weight of the old value in the moving statistics; a
+            `LearningRateSchedule` of the update count that gives it; or None for the
+            plain mean over all batches.
         epsilon: float, 0 or greater, added to the variance.
         center: whether to add `beta`.
         scale: whether to multiply by `gamma`.
@@ -124,7 +125,7 @@ class BatchNormalization(StoredOptions, ValidStatistics):
     def __init__(
         self,
         axis: int | Sequence[int] = -1,
-        momentum: float | None = 0.99,
+        momentum: arguments.Momentum = 0.99,
         epsilon: float = 1e-3,
         center: bool = True,
         scale: bool = True,
@@ -271,6 +272,7 @@ class BatchNormalization(StoredOptions, ValidStatistics):
                 *self._affine,
                 self._state,
                 self._bounds,
+                self._momentum,
                 settings=settings,
                 plan=backend.make_plan(x, mask, settings),
             )
@@ -373,8 +375,10 @@ class BatchNormalization(StoredOptions, ValidStatistics):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "BatchNormalization":
-        clipping = keras.saving.deserialize_keras_object(config.get("renorm_clipping"))
-        config = {**config, "renorm_clipping": clipping}
+        for name in ("momentum", "renorm_clipping"):
+            if name in config:
+                value = keras.saving.deserialize_keras_object(config[name])
+                config = {**config, name: value}
         if "axes" in config:
             config["axis"] = config.pop("axes")
         return super().from_config(config)
@@ -474,9 +478,9 @@ class BatchNormalization(StoredOptions, ValidStatistics):
 
     @property
     def _scheduled(self):
-        """Whether a bound of renormalization follows the update count."""
-        bounds = (self.renorm_clipping or {}).values()
-        return self.renorm and any(callable(bound) for bound in bounds)
+        """Whether momentum, or a bound of renormalization, follows the updates."""
+        bounds = (self.renorm_clipping or {}).values() if self.renorm else ()
+        return any(callable(value) for value in (self.momentum, *bounds))
 
     @property
     def _settings(self):
@@ -521,6 +525,13 @@ class BatchNormalization(StoredOptions, ValidStatistics):
     @property
     def _affine(self) -> Any:
         return [None if w is None else w.value for w in (self.gamma, self.beta)]
+
+    @property
+    def _momentum(self):
+        """The momentum of the next update, if it follows a schedule; else None."""
+        if not callable(self.momentum):
+            return None
+        return self.momentum(ops.max(self.updates.value))
 
     @property
     def _bounds(self):

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from keras import ops
 
@@ -14,14 +14,14 @@ class Rule(NamedTuple):
     """What one update does.
 
     Args:
-        momentum: weight of the old value, in [0, 1]; None for the plain mean over
-            all batches.
+        momentum: weight of the old value, in [0, 1], a float or a scalar tensor; None
+            for the plain mean over all batches.
         debias: whether the first update replaces the initial values.
         unbiased: whether the moving variance averages `count / (count - 1)` times the
             population variance.
     """
 
-    momentum: float | None = 0.99
+    momentum: Any = 0.99
     debias: bool = False
     unbiased: bool = False
 
@@ -145,6 +145,8 @@ def advance(
     new = new if new.dtype == dtype else ops.cast(new, dtype)
     # In the plain mean all values have the same weight, as with a momentum of 1.
     momentum = 1.0 if rule.momentum is None else rule.momentum
+    if not isinstance(momentum, float | int):
+        momentum = ops.cast(momentum, dtype)
     several = len(new.shape) > len(old.shape)
     if not several and updates is None:
         return backend.blend(old, new, usable, momentum), updates
@@ -187,6 +189,6 @@ def _geometric_sum(momentum: float, t: Tensor) -> Tensor:
     return ops.expm1(log * t) / ops.expm1(log)
 
 
-def _power(momentum: float, exponent: Tensor) -> Tensor:
+def _power(momentum: Any, exponent: Tensor) -> Tensor:
     """m^exponent."""
     return ops.power(ops.convert_to_tensor(momentum, exponent.dtype), exponent)

@@ -40,6 +40,7 @@ def train(
     beta: Tensor,
     state: State,
     bounds: renorm.Bounds | None = None,
+    momentum: Tensor | None = None,
     *,
     settings: Settings,
     plan: Plan,
@@ -52,6 +53,7 @@ def train(
         gamma, beta: scale and offset, one value per channel, or None.
         state: the present `State`.
         bounds: `renorm.Bounds` where there is renormalization, else None.
+        momentum: that of this step, where it follows a schedule, else None.
         settings: the `Settings`.
         plan: the `Plan` for the input.
 
@@ -62,6 +64,8 @@ def train(
         # The correction is computed on the output: not in half precision.
         x = ops.cast(x, at_least_float32(x.dtype))
     epsilon, rule = settings.epsilon, settings.rule
+    if momentum is not None:
+        rule = rule._replace(momentum=momentum)
     y, batch = backend.forward(x, mask, gamma, beta, epsilon=epsilon, plan=plan)
     if bounds is None:
         new = moving.update(state, batch, rule)

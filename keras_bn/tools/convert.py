@@ -256,8 +256,8 @@ def _check_expressible(layer, path):
         refused.append(f"freeze_affine={layer.freeze_affine!r}")
     if isinstance(layer.axis, list):
         refused.append(f"axis={layer.axis}")
-    if layer.momentum is None:
-        refused.append("momentum=None")
+    if layer.momentum is None or callable(layer.momentum):
+        refused.append(f"momentum={layer.momentum!r}")
     for name, bound in (layer.renorm_clipping or {}).items():
         if not isinstance(bound, int | float | None):
             refused.append(f"renorm_clipping[{name!r}]={bound!r}")

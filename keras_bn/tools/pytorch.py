@@ -333,6 +333,7 @@ def _fixed(module, name):
 def _check_expressible(layer):
     lacking = {
         "axis": isinstance(layer.axis, list),
+        "momentum": callable(layer.momentum),
         "renorm": layer.renorm,
         "virtual_batch_size": layer.virtual_batch_size is not None,
         "debias": layer.debias and layer.momentum is not None,
