@@ -319,7 +319,7 @@ def _momentum(layer):
 def _flags(layers):
     """What of the layers is fixed in a trace."""
     return [
-        (path, id(layer), is_frozen(layer), getattr(layer, "_fused", False))
+        (path, id(layer), is_frozen(layer), getattr(layer, "fused", False))
         for path, layer in layers.items()
     ]
 

@@ -120,7 +120,7 @@ class BatchNormalization(StoredOptions, ValidStatistics):
     # Whether the constructor is through: from then on an option is checked when set.
     _complete = False
     # Whether to be computed as one with the linear layer before it.
-    _fused = False
+    fused = False
 
     def __init__(
         self,
@@ -229,8 +229,8 @@ class BatchNormalization(StoredOptions, ValidStatistics):
 
         It ends when the statistics are no longer frozen. See `keras_bn.freeze`.
         """
-        if fused != self._fused:
-            self._fused = fused
+        if fused != self.fused:
+            self.fused = fused
             traces.forget([self])
 
     def build(self, input_shape: Shape) -> None:
@@ -295,7 +295,7 @@ class BatchNormalization(StoredOptions, ValidStatistics):
 
         def infer():
             state, (gamma, beta) = self._state, self._affine
-            deferred = fusion.find(inputs, self._axes) if self._fused else None
+            deferred = fusion.find(inputs, self._axes) if self.fused else None
             if deferred is None:
                 settings = step.Settings(self._axes, self.epsilon)
                 y = step.infer(x, gamma, beta, state, settings=settings)
@@ -462,7 +462,7 @@ class BatchNormalization(StoredOptions, ValidStatistics):
             if weight is not None:
                 setattr(weight, kind, getattr(self, name))
         if not self.freeze_statistics:
-            self._fused = False
+            self.fused = False
         return before != [weight.trainable for weight in self.weights]
 
     def _freeze_parameters(self):
