@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import keras
 
 from keras_bn.diagnosis.collect import Collector, check_any
+from keras_bn.diagnosis.drift_plot import draw
 from keras_bn.diagnosis.events import Events
 from keras_bn.pages.files import check_writable, write_whole
 from keras_bn.passes.data import DataCallback, Logs, NoDataError
@@ -155,8 +156,6 @@ class StatisticsLogger(DataCallback):
         Raises:
             ValueError: if nothing was recorded yet.
         """
-        from keras_bn.diagnosis.drift_plot import draw
-
         if not self.rows:
             raise ValueError("Nothing was recorded yet: pass this to `fit` first.")
         figure = draw(self.rows)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from keras_bn.diagnosis import html, text
+from keras_bn.diagnosis import html, plots, text
 from keras_bn.diagnosis.findings import Finding
 from keras_bn.diagnosis.records import (
     LayerRecord,
@@ -181,14 +181,12 @@ class Report(Displayed):
         Raises:
             ValueError: for a report without data, which has no drift.
         """
-        from keras_bn.diagnosis.plots import draw
-
         if not self.record.has_data:
             raise ValueError(
                 "The figure shows the drift from the data, and this report is without: "
                 "keras_bn.diagnose(model, data).plot()"
             )
-        figure = draw(self.record, self.findings)
+        figure = plots.draw(self.record, self.findings)
         if path is not None:
             figure.savefig(path, dpi=150)
         return figure
