@@ -15,7 +15,8 @@ from keras_bn.layer import renorm
 from keras_bn.moments import Tensor, at_least_float32
 
 Axis = int | list[int]
-Momentum = float | LearningRateSchedule | None
+# A number, or a function of the update count: a `LearningRateSchedule`.
+Momentum = float | Callable[[Any], Any] | None
 Shape = Sequence[int | None]
 
 # The parameters that training changes by their gradients.
@@ -44,6 +45,11 @@ def check_momentum(momentum: Momentum) -> Momentum:
     """The momentum as a float in [0, 1], a schedule, or None for the plain mean."""
     if momentum is None or isinstance(momentum, LearningRateSchedule):
         return momentum
+    if callable(momentum):
+        raise ValueError(
+            "`momentum` must be a number, a LearningRateSchedule or None. "
+            f"Received: momentum={momentum!r}"
+        )
     return check_share(momentum, "momentum")
 
 
