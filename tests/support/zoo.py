@@ -88,7 +88,9 @@ def masked(bn=layers.BatchNormalization, training=False):
     x = bn(name="sequence")(x)
     x = layers.LSTM(3, return_sequences=True)(x)
     mask = keras.ops.not_equal(tokens, 0)
-    x = bn(name="explicit")(x, training=training, mask=mask)
+    # Keras 3.16 keeps a `training=None` too.
+    options = {} if training is None else {"training": training}
+    x = bn(name="explicit")(x, mask=mask, **options)
     return keras.Model(tokens, layers.GlobalAveragePooling1D()(x))
 
 
