@@ -41,6 +41,8 @@ def frozen(model: keras.Model, fuse: bool) -> None:
         assert_type(fold, keras_bn.Fold)
     keras_bn.freeze(model, fuse=fuse)
     assert_type(keras_bn.unfreeze(model), list[str])
+    assert_type(keras_bn.adapt(model, prior=16.0), list[str])
+    assert_type(keras_bn.unadapt(model), list[str])
     plan: keras_bn.Folds = keras_bn.plan_fold(model)
     into: list[str | None] = [fold.into for fold in plan]
     print(plan, into)
