@@ -132,6 +132,8 @@ def of_tensors(moments: Moments) -> Moments:
 
 def to_tensor(value: Tensor) -> Tensor:
     """A tensor as it is, anything else converted: on PyTorch a look is the cheaper."""
+    if isinstance(value, keras.Variable):
+        return value.value
     return value if ops.is_tensor(value) else ops.convert_to_tensor(value)
 
 

@@ -14,18 +14,22 @@ $$\rho = \tfrac1n\sum d, \quad \sigma^2 = \tfrac1n\sum d^2 - \rho^2, \quad
 
 from keras import ops
 
+from keras_bn.backends import averages
 from keras_bn.backends.formulas import where
 from keras_bn.backends.layout import layout_of
 from keras_bn.moments import Moments
 
 
-def forward(x, mask, gamma, beta, *, epsilon, plan, total=None):
+def forward(x, mask, gamma, beta, *, epsilon, plan, replicas=None):
     """Normalize a batch with its own statistics.
 
     Args:
         x: input, float32 or float64.
         mask, gamma, beta, epsilon, plan: see the contract of the backends.
-        total: None; or a function that sums each of several tensors over all replicas.
+        replicas: None; or what exchanges values with the replicas whose statistics are
+            shared. `replicas.total(*values)` is a list of tensors, each added up over
+            all of them, with gradients. `replicas.gather(*values)` is a list of
+            tensors, each with the replicas along a new leading axis, without gradients.
 
     Returns:
         `(y, moments)`: the output, and the `Moments` of the batch.
@@ -34,22 +38,25 @@ def forward(x, mask, gamma, beta, *, epsilon, plan, total=None):
     mask = layout.mask(mask, x)
     gamma = layout.parameter(gamma, 1.0, x.dtype)
     beta = layout.parameter(beta, 0.0, x.dtype)
-    count = layout.count(x, mask)
-    shift = layout.sum(where(mask, ops.stop_gradient(x)))
-    if total is not None:
-        count, shift = total(count, shift)
+    count, near = layout.count(x, mask), layout.near(x, mask)
+    d = x - layout.spread(near)
+    total = layout.sum(where(mask, ops.stop_gradient(d)))
+    common = near
+    if replicas is not None:
+        count = count + ops.zeros_like(near)
+        count, common, total = averages.common(*replicas.gather(count, near, total))
     n = ops.where(count > 0, count, ops.ones_like(count))
-    shift = shift / n
-    d = x - layout.spread(shift)
+    shift = total / n
+    d = d - layout.spread(shift + (common - near))
     counted = where(mask, d)
     rest, square = layout.sum(counted), layout.sum(ops.square(counted))
-    if total is not None:
-        rest, square = total(rest, square)
+    if replicas is not None:
+        rest, square = replicas.total(rest, square)
     rest = rest / n
     variance = ops.relu(square / n - ops.square(rest))
     scale = gamma * ops.rsqrt(variance + epsilon)
     y = _scaled(d, scale, mask, layout) + layout.spread(beta - rest * scale)
-    moments = count, shift + rest, variance
+    moments = count, common + (shift + rest), variance
     return y, Moments(*(ops.stop_gradient(layout.statistic(m)) for m in moments))
 
 

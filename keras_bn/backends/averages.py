@@ -13,6 +13,29 @@ def blend(old: Tensor, new: Tensor, usable: Tensor, momentum: float) -> Tensor:
     return ops.where(usable, old * momentum + new * (1.0 - momentum), old)
 
 
+def common(
+    counts: Tensor, nears: Tensor, totals: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What several replicas have added up, each about a value of its own, about one.
+
+    Args:
+        counts: how many elements of a channel each replica has.
+        nears: the value of each.
+        totals: the sum of the differences from it.
+
+    All have the replicas along the leading axis, and are alike in shape and dtype.
+
+    Returns:
+        `(count, near, total)`: of all replicas together, about the value of one of
+        them.
+    """
+    lowest = ops.full_like(nears, float("-inf"))
+    near = ops.max(ops.where(counts > 0, nears, lowest), axis=0)
+    near = ops.where(ops.isfinite(near), near, ops.zeros_like(near))
+    totals = totals + counts * (nears - near)
+    return ops.sum(counts, axis=0), near, ops.sum(totals, axis=0)
+
+
 def average_updates(
     old: Sequence[Tensor | None],
     new: Sequence[Tensor | None],

@@ -111,6 +111,22 @@ class Backend(Protocol):
         """
         ...
 
+    def dense(
+        self, x: Tensor, mask: Tensor | None, axes: tuple[int, ...]
+    ) -> tuple[Tensor, Tensor | None, Callable[[Tensor], Tensor]]:
+        """A ragged input and its mask as tensors; what is not ragged, as it is.
+
+        Args:
+            x: the input.
+            mask: its mask, or None.
+            axes: the channel axes, which they are in the tensors too.
+
+        Returns:
+            `(x, mask, restored)`: `restored(y)` has the rows of the input and the
+            values of a tensor `y` like `x`.
+        """
+        ...
+
     def assert_mask_shape(
         self, mask: Tensor, x: Tensor, along: Sequence[int]
     ) -> Tensor:

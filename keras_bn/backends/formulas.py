@@ -60,21 +60,22 @@ def forward(x, mask, gamma, beta, *, epsilon, layout, merge=None):
         epsilon: added to the variance, non-negative.
         layout: the `Layout` of the input.
         merge: None; or a function that takes the `Moments` of this replica about its
-            shift, and the shift, and returns those of all replicas likewise.
+            value near the mean, and that value; and returns those of all replicas
+            likewise.
 
     Returns:
         `(y, moments, saved)`: the output, the `Moments` of the batch, and `Saved`.
     """
-    shift = layout.shift(x, mask)
-    shifted = x - layout.spread(shift)
+    near, rest, shifted = layout.shifted(x, mask)
     count = layout.count(x, mask)
     mean, variance, centred = statistics(shifted, mask, ops.maximum(count, 1), layout)
+    mean = rest + mean
     if merge is not None:
-        (count, mean, variance), shift = merge(Moments(count, mean, variance), shift)
-        centred = (x - layout.spread(shift)) - layout.spread(mean)
+        (count, mean, variance), near = merge(Moments(count, mean, variance), near)
+        centred = (x - layout.spread(near)) - layout.spread(mean)
     saved = Saved(centred, variance, gamma, ops.maximum(count, 1), mask)
     y = normalize(saved, beta, epsilon=epsilon, layout=layout)
-    return y, Moments(count, mean + shift, variance), saved
+    return y, Moments(count, near + mean, variance), saved
 
 
 def statistics(shifted, mask, count, layout):

@@ -3,15 +3,19 @@
 import functools
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from keras import ops
 
 from keras_bn.backends.formulas import where
 from keras_bn.moments import Tensor
 
-# How many elements of each channel give the shift: enough to be near its mean.
+# How many elements of each channel give the shift, at least: so near is it to the mean.
 SHIFT_ROWS = 16
+
+# And at least one of so many, of a batch whose size is known: it is then never further
+# from the mean than the root of this in standard deviations.
+SHIFT_SHARE = 64
 
 
 def broadcast(
@@ -41,6 +45,13 @@ def assert_mask_shape(mask: Tensor, x: Tensor, along: Sequence[int]) -> Tensor:
     return mask
 
 
+def dense(
+    x: Tensor, mask: Tensor | None, axes: tuple[int, ...]
+) -> tuple[Tensor, Tensor | None, Callable[[Tensor], Tensor]]:
+    """The input and its mask, on a backend that has no ragged tensors."""
+    return x, mask, lambda y: y
+
+
 class Layout:
     """How statistics line up with an input: the shapes used inside a kernel.
 
@@ -52,11 +63,13 @@ class Layout:
     Args:
         x: the input, with known sizes along `axes`.
         axes: the channel axes, non-negative and ascending.
+        xla: whether XLA compiles what is computed.
     """
 
-    def __init__(self, x, axes):
+    def __init__(self, x, axes, xla=False):
         rank = len(x.shape)
         self._axes = axes
+        self._xla = xla
         self._channels = [x.shape[axis] for axis in axes]
         self._rows = [axis for axis in range(rank) if axis not in axes]
         last = tuple(axes) == tuple(range(rank - len(axes), rank))
@@ -81,8 +94,12 @@ class Layout:
 
     def statistic(self, value):
         """A value per channel, or one for all, from the inner shape to the caller's."""
-        all_alike = math.prod(value.shape) < math.prod(self._channels)
-        return _reshaped(value, [] if all_alike else self._channels)
+        one_for_all = math.prod(value.shape) == 1
+        if not one_for_all:
+            # A mask may leave out the same elements in channels along one of the axes.
+            value = ops.broadcast_to(value, self._inner)
+        scalar = one_for_all and math.prod(self._channels) > 1
+        return _reshaped(value, [] if scalar else self._channels)
 
     def mask(self, mask, x):
         """The mask with the sizes of the input, 1 along the channels; or None."""
@@ -105,25 +122,64 @@ class Layout:
         factors = unknown if known == 1 and unknown else [known, *unknown]
         return ops.cast(functools.reduce(operator.mul, factors), x.dtype)
 
-    def shift(self, x, mask):
-        """A value near the mean of each channel, a constant to differentiation.
+    def shifted(self, x, mask):
+        """The input less a value near the mean of each channel.
 
-        It is the mean of the first few elements; of all of them if there is a mask,
-        which may leave out the first ones.
+        The value is a constant to differentiation. It is an element of the channel,
+        plus the mean of what the first few elements, or all of them, are off from it.
+        Under XLA the two parts stay apart: XLA may compute a sum in several places, and
+        round it in several ways. An element of the input is the same everywhere, and
+        what small numbers lose to rounding is small.
+
+        Returns:
+            `(near, rest, d)`: the two parts, and `x - (near + rest)`.
         """
+        near = self.near(x, mask)
+        if (few := self._few(x, mask)) is None:
+            d = x - self.spread(near)
+            rest = self._mean(ops.stop_gradient(d), mask)
+            return near, rest, d - self.spread(rest)
+        rest = self.sum(few - near) / self.count(few, None)
+        return near, rest, (x - near) - rest if self._xla else x - (near + rest)
+
+    def near(self, x, mask):
+        """An element of each channel that counts, as a constant; 0 if there is none."""
+        x = ops.stop_gradient(x)
+        if mask is not None:
+            return self._largest(x, mask)
+        rank = range(len(x.shape))
+        return self.sum(x[tuple(slice(1 if i in self._rows else None) for i in rank)])
+
+    def _few(self, x, mask):
+        """The first samples, as constants; None if they would not do."""
         if mask is not None or 0 in self._axes:
-            return self._mean(x, mask)
+            return None
         each = math.prod(x.shape[axis] or 1 for axis in self._rows[1:])
-        few = x[: -(-SHIFT_ROWS // max(each, 1))]
-        return ops.stop_gradient(ops.mean(few, self._rows, keepdims=self._keepdims))
+        size, batch = -(-SHIFT_ROWS // max(each, 1)), x.shape[0]
+        if isinstance(batch, int):
+            size = max(size, batch // SHIFT_SHARE)
+        return ops.stop_gradient(x[:size])
+
+    def _largest(self, x, mask):
+        if any(x.shape[axis] == 0 for axis in self._rows):
+            return self.parameter(None, 0.0, x.dtype)
+        lowest = ops.full_like(x, float("-inf"))
+        largest = self.max(x if mask is None else ops.where(mask, x, lowest))
+        return where(ops.isfinite(largest), largest)
 
     def _mean(self, x, mask):
-        x = where(mask, ops.stop_gradient(x))
-        return self.sum(x) / ops.maximum(self.count(x, mask), 1)
+        count = self.count(x, mask)
+        # Keras's `maximum` gives float32 for float64 on PyTorch.
+        n = ops.where(count > 0, count, ops.ones_like(count))
+        return self.sum(where(mask, x)) / n
 
     def sum(self, x):
         """The sum over everything that belongs to one channel, in the inner shape."""
         return ops.sum(x, self._rows, keepdims=self._keepdims)
+
+    def max(self, x):
+        """The largest of everything that belongs to one channel, likewise."""
+        return ops.max(x, self._rows, keepdims=self._keepdims)
 
     def spread(self, value):
         """A statistic as it broadcasts against the input: as it is."""
@@ -174,10 +230,11 @@ class Grouped(Layout):
         x: the input, with known sizes along `axes` and the batch in axis 0.
         axes: the channel axes, non-negative and ascending, without axis 0.
         size: how many samples make a group.
+        xla: as for `Layout`.
     """
 
-    def __init__(self, x, axes, size):
-        super().__init__(x, axes)
+    def __init__(self, x, axes, size, xla=False):
+        super().__init__(x, axes, xla)
         self._inner = [d if i in axes else 1 for i, d in enumerate(x.shape)]
         batch = ops.shape(x)[0]
         known = isinstance(batch, int)
@@ -195,19 +252,31 @@ class Grouped(Layout):
         """A value per group and channel, with the groups along the leading axis."""
         return ops.reshape(value, [self._groups, *(value.shape[a] for a in self._axes)])
 
-    def shift(self, x, mask):
-        return self._mean(x, mask)
+    def near(self, x, mask):
+        return self._largest(ops.stop_gradient(x), mask)
+
+    def _few(self, x, mask):
+        return None
 
     def sum(self, x):
         """The sum over what belongs to one channel of one group."""
-        samples = ops.sum(x, self._rows[1:], keepdims=True)
+        return self._by_group(x, ops.sum, ops.segment_sum)
+
+    def max(self, x):
+        return self._by_group(x, ops.max, ops.segment_max)
+
+    def _by_group(self, x, reduce, by_segment):
+        samples = reduce(x, self._rows[1:], keepdims=True) if self._rows[1:] else x
         if self._size is None:
-            return ops.segment_sum(samples, self._group, self._groups)
+            return by_segment(samples, self._group, self._groups)
         # Keras's `segment_sum` adds up in float32 on PyTorch.
         groups, rest = self._groups - 1, samples.shape[1:]
         first, last = samples[: groups * self._size], samples[groups * self._size :]
-        first = ops.sum(ops.reshape(first, (groups, self._size, *rest)), 1)
-        return ops.concatenate([first, ops.sum(last, 0, keepdims=True)])
+        last = reduce(last, 0, keepdims=True)
+        if not groups:
+            return last
+        first = reduce(ops.reshape(first, (groups, self._size, *rest)), 1)
+        return ops.concatenate([first, last])
 
     def spread(self, value):
         """The statistics of each sample's own group."""
@@ -220,8 +289,8 @@ class Grouped(Layout):
 def layout_of(x, plan) -> Layout:
     """The layout of the formulas for an input, by its `Plan`."""
     if plan.group_size is None:
-        return Layout(x, plan.axes)
-    return Grouped(x, plan.axes, plan.group_size)
+        return Layout(x, plan.axes, plan.xla)
+    return Grouped(x, plan.axes, plan.group_size, plan.xla)
 
 
 def _reshaped(value, shape):

@@ -32,7 +32,8 @@ class Plan(NamedTuple):
         axes: the channel axes, non-negative and ascending.
         group_size: size of the groups that the batch is cut into, or None.
         synchronized: whether the statistics are those of all replicas together.
-        once: whether XLA, which compiles the graph, is to compute outputs once.
+        xla: whether XLA compiles what is computed.
+        once: whether XLA is to compute outputs once.
         gpu: whether the graph runs on a GPU.
     """
 
@@ -40,6 +41,7 @@ class Plan(NamedTuple):
     axes: tuple[int, ...]
     group_size: int | None = None
     synchronized: bool = False
+    xla: bool = False
     once: bool = False
     gpu: bool = False
 

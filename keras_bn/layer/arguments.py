@@ -4,9 +4,11 @@ import functools
 import math
 import operator
 from collections.abc import Callable, Sequence
+from numbers import Real
 from typing import Any
 
 import keras
+import numpy as np
 from keras import constraints, initializers, ops, regularizers
 from keras.optimizers.schedules import LearningRateSchedule
 
@@ -23,14 +25,29 @@ Shape = Sequence[int | None]
 AFFINE = ("gamma", "beta")
 
 
+def whole(number: Any) -> int:
+    """A whole number of any kind as an int: -1, `numpy.int64(-1)` or -1.0.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    try:
+        real = isinstance(number, Real)
+        value = int(number) if real else operator.index(number)
+    except (TypeError, OverflowError) as error:
+        raise ValueError from error
+    if isinstance(number, bool | np.bool_) or (real and value != number):
+        raise ValueError
+    return value
+
+
 def check_axis(axis: Any) -> Axis:
     """The axis as an int, or as a list of two or more ints."""
+    axis = axis.tolist() if isinstance(axis, np.ndarray) else axis
     several = isinstance(axis, list | tuple)
     try:
-        if isinstance(axis, bool):
-            raise TypeError
-        axes = [operator.index(a) for a in (axis if several else [axis])]
-    except TypeError:
+        axes = [whole(a) for a in (axis if several else [axis])]
+    except ValueError:
         raise ValueError(
             f"`axis` must be an int or a list of ints. Received: axis={axis!r}"
         ) from None
@@ -86,14 +103,15 @@ def check_clipping(clipping: dict[str, Any]) -> None:
 
 def check_group_size(size: int | None) -> int | None:
     """The size of ghost batches as a positive int, or None."""
-    if size is not None and (
-        isinstance(size, bool) or not isinstance(size, int) or size < 1
-    ):
-        raise ValueError(
-            "`virtual_batch_size` must be a positive int or None. "
-            f"Received: virtual_batch_size={size!r}"
-        )
-    return size
+    try:
+        if size is None or (number := whole(size)) > 0:
+            return None if size is None else number
+    except ValueError:
+        pass
+    raise ValueError(
+        "`virtual_batch_size` must be a positive int or None. "
+        f"Received: virtual_batch_size={size!r}"
+    )
 
 
 def check_epsilon(epsilon: float) -> float:
@@ -108,6 +126,7 @@ def check_epsilon(epsilon: float) -> float:
 
 def check_frozen_affine(value: bool | str) -> bool | str:
     """`freeze_affine` as a bool, or as the name of one parameter."""
+    value = bool(value) if isinstance(value, np.bool_) else value
     if not isinstance(value, bool) and value not in AFFINE:
         raise ValueError(
             "`freeze_affine` must be True, False, 'gamma' or 'beta'. "
@@ -133,8 +152,14 @@ def check_memory(memory: float | None) -> float | None:
     return None if memory is None else check_share(memory, "adapt_memory")
 
 
-def _unchecked(value: Any) -> Any:
-    return value
+def numbers(clipping: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Bounds of renormalization, with floats for numbers of any kind."""
+    if clipping is None:
+        return None
+    return {
+        key: bound if bound is None or callable(bound) else float(bound)
+        for key, bound in clipping.items()
+    }
 
 
 # The arguments of the layer, and what checks each and gives the attribute.
@@ -142,8 +167,8 @@ OPTIONS: dict[str, Callable[[Any], Any]] = {
     "axis": check_axis,
     "momentum": check_momentum,
     "epsilon": check_epsilon,
-    "center": _unchecked,
-    "scale": _unchecked,
+    "center": bool,
+    "scale": bool,
     "beta_initializer": initializers.get,
     "gamma_initializer": initializers.get,
     "moving_mean_initializer": initializers.get,
@@ -152,13 +177,13 @@ OPTIONS: dict[str, Callable[[Any], Any]] = {
     "gamma_regularizer": regularizers.get,
     "beta_constraint": constraints.get,
     "gamma_constraint": constraints.get,
-    "renorm": _unchecked,
-    "renorm_clipping": _unchecked,
+    "renorm": bool,
+    "renorm_clipping": numbers,
     "renorm_momentum": functools.partial(check_share, name="renorm_momentum"),
-    "synchronized": _unchecked,
+    "synchronized": bool,
     "virtual_batch_size": check_group_size,
-    "unbiased": _unchecked,
-    "debias": _unchecked,
+    "unbiased": bool,
+    "debias": bool,
     "freeze_statistics": bool,
     "freeze_affine": check_frozen_affine,
     "adapt_prior": check_prior,

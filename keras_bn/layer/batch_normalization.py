@@ -217,7 +217,7 @@ class BatchNormalization(StoredOptions, ValidStatistics):
     @property
     def trainable(self) -> bool:
         """Whether the layer trains; if not, it uses the moving statistics always."""
-        return keras.layers.Layer.trainable.fget(self)
+        return super().trainable
 
     @trainable.setter
     def trainable(self, value: bool) -> None:
@@ -256,7 +256,7 @@ class BatchNormalization(StoredOptions, ValidStatistics):
         if mask is None and ops.is_tensor(training):
             # Keras passes the mask on only if a call has a single tensor argument.
             mask = _mask_of(inputs)
-        x, mask = self._prepare(inputs, mask)
+        x, mask, restored = self._prepare(inputs, mask)
         if backend.prunes(x):
             traces.note(self)
         # Training with frozen statistics uses the moving ones and nothing else.
@@ -320,7 +320,7 @@ class BatchNormalization(StoredOptions, ValidStatistics):
         if adapts and adapted is not None:
             self.adapted_mean.assign(adapted.mean)
             self.adapted_variance.assign(adapted.variance)
-        return y
+        return restored(y)
 
     def normalize_batch(
         self, inputs: Tensor, mask: Tensor | None = None
@@ -344,13 +344,13 @@ class BatchNormalization(StoredOptions, ValidStatistics):
         >>> print(np.round(y.numpy().T, 2), moments.mean.numpy())
         [[-1.  1.]] [2.]
         """
-        x, mask = self._prepare(inputs, mask)
+        x, mask, restored = self._prepare(inputs, mask)
         settings = step.Settings(self._axes, self.epsilon)
         plan = backend.make_plan(x, mask, settings)
         y, moments = step.normalize(
             x, mask, *self._affine, settings=settings, plan=plan
         )
-        return ops.cast(y, self.compute_dtype), moments
+        return restored(ops.cast(y, self.compute_dtype)), moments
 
     def compute_output_shape(self, input_shape: Shape) -> Shape:
         arguments.channel_axes(self.axis, input_shape, sizes_known=False)
@@ -384,10 +384,21 @@ class BatchNormalization(StoredOptions, ValidStatistics):
         return super().from_config(config)
 
     def _prepare(self, inputs, mask):
-        """The inputs in a float dtype, with known channels, and the mask for them."""
-        x = arguments.to_float(to_tensor(inputs), self.compute_dtype)
+        """The inputs in a float dtype, with known channels, and the mask for them.
+
+        And the function that gives the output the form of the inputs.
+        """
+        tensor = to_tensor(inputs)
+        x, mask, restored = backend.dense(tensor, mask, self._axes)
+        if x is not tensor and self.virtual_batch_size is not None:
+            raise ValueError(
+                "`virtual_batch_size` cannot cut a ragged tensor into groups. "
+                f"Received: virtual_batch_size={self.virtual_batch_size}, of shape "
+                f"{tuple(tensor.shape)} with ragged axes"
+            )
+        x = arguments.to_float(x, self.compute_dtype)
         x = arguments.with_channels(x, self._axes, self.moving_mean.shape)
-        return x, arguments.align_mask(mask, x, self._axes)
+        return x, arguments.align_mask(mask, x, self._axes), restored
 
     def _channel_axes(self, input_shape, sizes_known=True):
         axes = arguments.channel_axes(self.axis, input_shape, sizes_known)

@@ -76,6 +76,10 @@ def correction(
     d = (batch.mean - ops.cast(old.renorm_mean, stddev.dtype)) / reference
     r = ops.clip(r, limits.rmin, limits.rmax)
     d = ops.clip(d, -limits.dmax, limits.dmax)
+    # Moments without elements may hold anything.
+    counted = ops.convert_to_tensor(batch.count) > 0
+    r = ops.where(counted, r, ops.ones_like(r))
+    d = ops.where(counted, d, ops.zeros_like(d))
     return ops.stop_gradient(r), ops.stop_gradient(d)
 
 
@@ -157,8 +161,8 @@ class LinearRamp(LearningRateSchedule):
                 f"Received: begin={begin!r}, end={end!r}"
             )
         self.start, self.stop = float(start), float(stop)
-        self.begin, self.end = begin, end
-        self.inverse = inverse
+        self.begin, self.end = int(begin), int(end)
+        self.inverse = bool(inverse)
 
     def __call__(self, step: Tensor) -> Tensor:
         passed = ops.cast(step, "float32") - float(self.begin)

@@ -32,3 +32,21 @@ def test_eight_devices_train_as_one(tmp_path):
     assert found["devices"] == found["holding"] == 8
     # The sums are those of other orders.
     assert max(found["apart"].values()) < 1e-9
+
+
+@pytest.mark.parametrize(
+    "case",
+    ["synchronized", "without_checks", "large_means", "apart", "pmapped", "two_axes"],
+)
+def test_a_step_that_is_mapped_over_devices(case):
+    pytest.importorskip("jax", reason="`.ci/backends` has it")
+    script = Path(SCRIPT).with_name("jax_mapped.py")
+    result = subprocess.run(
+        [sys.executable, str(script), case],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "KERAS_BACKEND": "jax"},
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "as it must be" in result.stdout

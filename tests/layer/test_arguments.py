@@ -1,10 +1,12 @@
 """Bad input is refused early, in words that name the argument, rule and value."""
 
+import json
 import re
 
 import numpy as np
 import pytest
 from support import backend
+from support.steps import array
 
 from keras_bn import BatchNormalization
 
@@ -56,6 +58,66 @@ def refuses(message, error=ValueError):
 )
 def test_at_construction(arguments, message):
     with refuses(message):
+        BatchNormalization(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ({"axis": np.int64(1)}, {"axis": 1}),
+        ({"axis": np.array([1, 2])}, {"axis": [1, 2]}),
+        ({"axis": np.array(2)}, {"axis": 2}),
+        ({"axis": [np.int8(1), -1.0]}, {"axis": [1, -1]}),
+        ({"axis": -1.0}, {"axis": -1}),
+        ({"axis": np.float32(2)}, {"axis": 2}),
+        ({"momentum": np.float32(0.5)}, {"momentum": 0.5}),
+        ({"epsilon": np.array(0.25)}, {"epsilon": 0.25}),
+        ({"center": np.bool_(False)}, {"center": False}),
+        ({"scale": np.bool_(False)}, {"scale": False}),
+        ({"virtual_batch_size": np.int64(8)}, {"virtual_batch_size": 8}),
+        ({"virtual_batch_size": np.uint8(8)}, {"virtual_batch_size": 8}),
+        ({"freeze_affine": np.bool_(True)}, {"freeze_affine": True}),
+        ({"freeze_statistics": np.bool_(True)}, {"freeze_statistics": True}),
+        ({"debias": np.bool_(True)}, {"debias": True}),
+        ({"unbiased": np.True_}, {"unbiased": True}),
+        ({"synchronized": np.bool_(False)}, {"synchronized": False}),
+        ({"renorm": np.bool_(True)}, {"renorm": True}),
+        ({"renorm_momentum": np.float64(0.5)}, {"renorm_momentum": 0.5}),
+        (
+            {"renorm": True, "renorm_clipping": {"rmax": np.float32(3)}},
+            {"renorm": True, "renorm_clipping": {"rmax": 3.0}},
+        ),
+    ],
+    ids=str,
+)
+def test_numbers_of_numpy_are_numbers(given, meant):
+    """They build, train, and are written as plain numbers."""
+    x = np.random.default_rng(0).normal(size=(8, 3, 2)).astype("float32")
+    layers = [BatchNormalization(name="bn", **options) for options in (given, meant)]
+    one, other = (array(layer(x, training=True)) for layer in layers)
+    np.testing.assert_array_equal(one, other)
+    one, other = (json.dumps(layer.get_config()) for layer in layers)
+    assert one == other
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"axis": np.array([1.5])},
+        {"axis": np.bool_(True)},
+        {"axis": np.array([], int)},
+        {"axis": float("nan")},
+        {"axis": float("inf")},
+        {"virtual_batch_size": np.int64(0)},
+        {"virtual_batch_size": np.bool_(True)},
+        {"freeze_affine": np.int64(2)},
+        {"momentum": np.float32(1.5)},
+    ],
+    ids=str,
+)
+def test_numbers_of_numpy_that_are_out_of_range(arguments):
+    (name,) = arguments
+    with pytest.raises(ValueError, match=f"^`{name}` must "):
         BatchNormalization(**arguments)
 
 

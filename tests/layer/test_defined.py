@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from support import backend
 from support.backend import tensor
-from support.marks import slow
+from support.marks import mostly_slow, slow
 from support.steps import MODES, Step, array, in_mode, oracle_step
 
 import keras_bn
@@ -36,6 +36,49 @@ def test_empty_batch(shape, mode):
     run = in_mode(lambda x: layer(x, training=True), mode, layer.variables)
     assert run(tensor(np.zeros(shape, "float32"))).shape == shape
     for was, now in zip(before, statistics(layer), strict=True):
+        np.testing.assert_array_equal(now, was)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("shape", mostly_slow([(0, 3), (0, 2, 3), (2, 0, 3)], [(0, 3)]))
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"renorm": True},
+        {"renorm": True, "scale": False},
+        {"renorm": True, "renorm_clipping": {"rmax": 3.0, "rmin": 0.3, "dmax": 5.0}},
+        {"debias": True},
+    ],
+    ids=str,
+)
+def test_gradients_of_an_empty_batch_are_zero(options, shape, mode):
+    layer = built((None, *shape[1:]), **options)
+    got = Step(layer, mode)(np.zeros(shape), np.zeros(shape))
+    assert got["dx"].shape == shape
+    for name in ("d_gamma", "d_beta"):
+        np.testing.assert_array_equal(got.get(name, 0), 0, name)
+    np.testing.assert_array_equal(got["moving_mean"], 0)
+    np.testing.assert_array_equal(got["moving_variance"], 1)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_renormalizing_a_batch_that_is_masked_whole(mode):
+    x = np.random.default_rng(0).normal(3, 2, (4, 5, 3))
+    layer = built(x.shape, renorm=True)
+    got = Step(layer, mode, np.zeros((4, 5), bool))(x, np.ones(x.shape))
+    assert all(np.isfinite(value).all() for value in got.values())
+    np.testing.assert_array_equal(got["moving_mean"], 0)
+
+
+def test_a_step_of_fit_on_an_empty_batch_leaves_the_weights_alone():
+    layer = keras_bn.BatchNormalization(renorm=True)
+    model = keras.Sequential([keras.Input((3,)), layer])
+    model.compile("sgd", lambda y, p: keras.ops.sum((y - p) ** 2))
+    model.train_on_batch(np.ones((4, 3)), np.zeros((4, 3)))
+    before = model.get_weights()
+    model.train_on_batch(np.ones((0, 3)), np.zeros((0, 3)))
+    for was, now in zip(before, model.get_weights(), strict=True):
         np.testing.assert_array_equal(now, was)
 
 

@@ -1,5 +1,7 @@
 """Masks: what they leave out takes no part, on whichever axis the channels are."""
 
+import itertools
+
 import keras
 import numpy as np
 import pytest
@@ -192,6 +194,78 @@ def test_a_mask_of_the_leading_axes_is_the_oracles(shape, axis, mode):
             whole = got[name].ndim > 1
             mine = np.take(got[name], [c], axis if whole else 0)
             assert relative_error(mine, value) < 1e-12, (name, c)
+
+
+def broadcasting(shape, axes):
+    """Every shape of a mask that may stand for an input with these channel axes."""
+    rows = tuple(n for a, n in enumerate(shape) if a not in axes)
+    whole = {shape[:-1], rows}
+    return sorted({m for w in whole for m in itertools.product(*((1, n) for n in w))})
+
+
+# On every pair of axes of three, and on some of four.
+PAIRS = [
+    (shape, axes, mask, mode)
+    for shape, pairs in (
+        ((6, 3, 2), [(0, 1), (0, 2), (1, 2)]),
+        ((5, 3, 2, 4), [(1, 2), (2, 3), (1, 3), (0, 3)]),
+        ((5, 3, 2, 4), [(1, 2, 3), (0, 1, 3)]),
+    )
+    for axes in pairs
+    for mask in broadcasting(shape, axes)
+    for mode in (MODES if mask == shape[:-1] else MODES[:1])
+]
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(("shape", "axes", "sizes", "mode"), PAIRS)
+def test_a_mask_broadcasts_on_any_pair_of_axes(shape, axes, sizes, mode):
+    """Channel by channel, for each may have a count of its own, or none at all."""
+    rng = np.random.default_rng(0)
+    x, upstream = rng.normal(3, 2, shape), rng.normal(size=shape)
+    mask = rng.random(sizes) < 0.7
+    layer = keras_bn.BatchNormalization(axis=list(axes), dtype="float64")
+    layer.build(shape)
+    along = tuple(shape[a] for a in axes)
+    gamma, beta = rng.normal(1, 0.3, (2, *along))
+    set_parameters(layer, gamma, beta)
+    got = Step(layer, mode, mask)(x, upstream)
+    # What the shape stands for: the leading axes where it may be either.
+    lies = range(len(shape) - 1)
+    if len(sizes) != len(lies) or any(
+        n not in (1, shape[a]) for a, n in zip(lies, sizes, strict=True)
+    ):
+        lies = [a for a in range(len(shape)) if a not in axes]
+    missing = tuple(a for a in range(len(shape)) if a not in lies)
+    elements = np.broadcast_to(np.expand_dims(mask, missing), shape)
+    for channel in np.ndindex(along):
+        at = [slice(None)] * len(shape)
+        for axis, index in zip(axes, channel, strict=True):
+            at[axis] = index
+        at, rows = tuple(at), elements[tuple(at)].reshape(-1)
+        one = x[at].reshape(-1, 1), upstream[at].reshape(-1, 1)
+        if not rows.any():
+            assert got["moving_mean"][channel] == 0
+            assert got["moving_variance"][channel] == 1
+            continue
+        parameters = gamma[channel].reshape(1), beta[channel].reshape(1)
+        want = oracle_step(layer, *one, (1,), *parameters, rows)
+        for name, value in want.items():
+            mine = got[name][at] if got[name].ndim == len(shape) else got[name][channel]
+            mine = mine.reshape(value.shape)
+            np.testing.assert_allclose(mine, value, 1e-10, 1e-12, err_msg=name)
+
+
+def test_a_model_with_masking_and_several_channel_axes_fits():
+    x = np.random.default_rng(0).normal(3, 2, (8, 3, 2)).astype("float32")
+    x[5:, 2] = 0
+    layer = keras_bn.BatchNormalization(axis=[1, 2], momentum=0.0)
+    model = keras.Sequential([keras.layers.Masking(), layer, keras.layers.Flatten()])
+    model.compile("sgd", "mse")
+    model.fit(x, np.zeros((8, 6)), batch_size=8, verbose=0)
+    want = x.mean(0)
+    want[2] = x[:5, 2].mean(0)
+    np.testing.assert_allclose(array(layer.moving_mean), want, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("shape", "axis"), [((8, 5, 3), -1), *LEADING])

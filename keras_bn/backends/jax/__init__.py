@@ -14,4 +14,4 @@ from keras_bn.backends.jax.context import (
     replicated,
     traced,
 )
-from keras_bn.backends.layout import add_offset, assert_mask_shape
+from keras_bn.backends.layout import add_offset, assert_mask_shape, dense

@@ -4,6 +4,7 @@ import jax.numpy as jnp
 
 from keras_bn.backends import autodiff
 from keras_bn.backends.jax import closed
+from keras_bn.backends.jax.replicas import mapped
 from keras_bn.backends.plan import Plan
 from keras_bn.moments import Moments, Tensor
 
@@ -23,7 +24,8 @@ def forward(
     if plan.kernel == "closed":
         y, moments = closed.forward(wide, gamma, beta, epsilon, plan.axes)
     else:
-        how = {"epsilon": epsilon, "plan": plan}
+        replicas = mapped() if plan.synchronized else None
+        how = {"epsilon": epsilon, "plan": plan, "replicas": replicas}
         y, moments = autodiff.forward(wide, mask, gamma, beta, **how)
     return y.astype(x.dtype), moments
 

@@ -1,7 +1,9 @@
 """How JAX runs a step.
 
 Under `keras.distribution` a batch is one array, whichever devices hold it: statistics
-are those of the whole batch, and replicas have nothing to agree on.
+are those of the whole batch, and replicas have nothing to agree on. Under
+`jax.shard_map` and `jax.pmap` each device has a batch of its own, and the caller says
+what becomes of their updates.
 """
 
 import contextlib
@@ -16,14 +18,24 @@ import keras
 from keras import ops
 
 from keras_bn.backends.contract import Normalizing
+from keras_bn.backends.jax.replicas import mapped
 from keras_bn.backends.plan import Plan
 from keras_bn.moments import Tensor
 
 
 def make_plan(x: Tensor, mask: Tensor | None, settings: Normalizing) -> Plan:
     """The plan for an input; see the contract of the backends."""
-    special = mask is not None or settings.group_size is not None or 0 in x.shape
-    return Plan("plain" if special else "closed", settings.axes, settings.group_size)
+    size, batch = settings.group_size, x.shape[0]
+    if size is not None and not isinstance(batch, int):
+        raise ValueError(
+            "`virtual_batch_size` cuts a batch into groups in training, and JAX has to "
+            "know its size for that: export the step for a batch of a fixed size. "
+            f"Received: a batch of size {batch}"
+        )
+    shared = settings.synchronized and mapped() is not None
+    special = mask is not None or size is not None or shared or 0 in x.shape
+    kernel = "plain" if special else "closed"
+    return Plan(kernel, settings.axes, size, shared, xla=True)
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -15,5 +15,6 @@ from keras_bn.backends.tensorflow.context import (
     recording,
 )
 from keras_bn.backends.tensorflow.offset import add_offset
+from keras_bn.backends.tensorflow.ragged import dense
 from keras_bn.backends.tensorflow.synced import active as replicated
 from keras_bn.backends.tensorflow.synced import average_updates, cond

@@ -26,6 +26,7 @@ def make_plan(x: Tensor, mask: Tensor | None, settings: Normalizing) -> Plan:
         settings.axes,
         settings.group_size,
         shared,
+        xla=xla,
         once=xla and elements(x.shape) <= ONCE_UP_TO,
         gpu=gpu,
     )

@@ -22,8 +22,7 @@ def forward(x, gamma, beta, *, epsilon, layout):
     Returns:
         `(y, moments, kept)`: as there, and `fused.Kept`.
     """
-    shift = layout.shift(x, None)
-    shifted = x - shift
+    near, rest, shifted = layout.shifted(x, None)
     count = layout.count(x, None)
     n = tf.maximum(count, 1)
 
@@ -41,7 +40,7 @@ def forward(x, gamma, beta, *, epsilon, layout):
     large = count >= FUSED_FROM / x.shape[-1]
     y, mean, variance = tf.cond(large, by_op, by_formulas)
     kept = fused.Kept(shifted, gamma, [mean, variance], n)
-    return y, Moments(count, mean + shift, variance), kept
+    return y, Moments(count, near + (rest + mean), variance), kept
 
 
 def backward(kept: fused.Kept, upstream, *, epsilon, layout):

@@ -43,14 +43,13 @@ def forward(x, gamma, beta, *, epsilon, layout, gpu=False):
     Returns:
         `(y, moments, kept)`: as there, and `Kept`.
     """
-    shift = layout.shift(x, None)
-    shifted = x - shift
+    near, rest, shifted = layout.shifted(x, None)
     count = layout.count(x, None)
     n = tf.maximum(count, 1)
     y, mean, variance, *reserve = op(shifted, gamma, beta, epsilon)
     variance = variance * (tf.maximum(count - 1, 1) / n) if gpu else reserve[1]
     kept = Kept(shifted, gamma, reserve, n)
-    return y, Moments(count, mean + shift, variance), kept
+    return y, Moments(count, near + (rest + mean), variance), kept
 
 
 def backward(kept: Kept, upstream, *, epsilon, layout):

@@ -1,6 +1,6 @@
 """PyTorch: its own op, differentiated by itself."""
 
-from keras_bn.backends.layout import add_offset, assert_mask_shape
+from keras_bn.backends.layout import add_offset, assert_mask_shape, dense
 from keras_bn.backends.torch import modes
 from keras_bn.backends.torch.batch import blend, forward, standardize
 from keras_bn.backends.torch.context import (

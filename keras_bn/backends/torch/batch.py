@@ -1,7 +1,5 @@
 """Normalizing a batch with its own statistics, by PyTorch's op where it can serve."""
 
-import math
-
 import torch
 
 from keras_bn.backends import autodiff, layout
@@ -29,8 +27,8 @@ def forward(
     if plan.kernel == "fused":
         y, moments = _fused(wide, gamma, beta, epsilon, plan.axes[0])
     else:
-        total = replicas.total if plan.synchronized else None
-        how = {"epsilon": epsilon, "plan": plan, "total": total}
+        shared = replicas if plan.synchronized else None
+        how = {"epsilon": epsilon, "plan": plan, "replicas": shared}
         y, moments = autodiff.forward(wide, mask, gamma, beta, **how)
     return y.to(x.dtype), moments
 
@@ -77,11 +75,10 @@ def _op(image, gamma, beta, epsilon):
 
 
 def _shifted(image, gamma, beta, epsilon):
-    """The same, computed on the input less a shift: the mean of some first rows."""
-    few = image.detach()[: -(-layout.SHIFT_ROWS // math.prod(image.shape[2:]))]
-    shift = few.mean([i for i in range(image.ndim) if i != 1], keepdim=True)
-    y, mean, variance = _op(image - shift, gamma, beta, epsilon)
-    return y, mean + shift.reshape(-1), variance
+    """The same, computed on the input less a shift."""
+    near, rest, shifted = layout.Layout(image, (1,)).shifted(image, None)
+    y, mean, variance = _op(shifted, gamma, beta, epsilon)
+    return y, (near + rest).reshape(-1) + mean, variance
 
 
 def standardize(x: Tensor, mean: Tensor, scale: Tensor, beta: Tensor) -> Tensor:

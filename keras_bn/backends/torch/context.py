@@ -17,7 +17,7 @@ from keras_bn.moments import Tensor
 
 def make_plan(x: Tensor, mask: Tensor | None, settings: Normalizing) -> Plan:
     """The plan for an input; see the contract of the backends."""
-    shared = settings.synchronized and replicas.active()
+    shared = settings.synchronized and replicas.sharing()
     special = mask is not None or settings.group_size is not None or shared
     # A list, for `torch.compile` does not follow a generator here.
     rows = math.prod([n for i, n in enumerate(x.shape) if i not in settings.axes])

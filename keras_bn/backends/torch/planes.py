@@ -47,14 +47,16 @@ class Normalize(torch.autograd.Function):
     def forward(image, gamma, beta, epsilon):
         channels = image.shape[1]
         n = image.numel() // channels
-        planes = image.view(len(image), channels, -1)
-        mean = planes.sum((0, 2)) / n
-        y = planes - mean[:, None]
-        variance = torch.linalg.vector_norm(y, dim=2).square().sum(0) / n
-        y *= (gamma * torch.rsqrt(variance + epsilon))[:, None]
+        mean = image.view(len(image), channels, -1).sum((0, 2)) / n
+        # No view of another tensor, which could not be changed in place.
+        y = torch.empty_like(image)
+        planes = y.view(len(image), channels, -1)
+        torch.sub(image.view(planes.shape), mean[:, None], out=planes)
+        variance = torch.linalg.vector_norm(planes, dim=2).square().sum(0) / n
+        planes *= (gamma * torch.rsqrt(variance + epsilon))[:, None]
         if beta is not None:
-            y += beta[:, None]
-        return y.view(image.shape), mean, variance
+            planes += beta[:, None]
+        return y, mean, variance
 
     @staticmethod
     def setup_context(ctx, inputs, output):

@@ -18,3 +18,12 @@ def active_module() -> Any:
     """
     ask = getattr(DistributedDataParallel, "_get_active_ddp_module", None)
     return None if ask is None else ask()
+
+
+def may_outlast() -> bool:
+    """Whether this code runs in a `join()`, in which other processes may have ended.
+
+    Without the private name it is not known; gloo then ends the processes.
+    """
+    join = getattr(active_module(), "_join_config", None)
+    return join is not None and join.enable and not join.throw_on_early_termination
