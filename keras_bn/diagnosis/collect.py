@@ -21,7 +21,13 @@ from keras_bn.passes.data import check_call
 from keras_bn.passes.recorder import state_kept, with_values
 from keras_bn.surgery.arrays import float64, is_initial, moving
 from keras_bn.surgery.graph import input_of
-from keras_bn.surgery.norms import is_frozen, is_keras, is_normalization, normalizations
+from keras_bn.surgery.norms import (
+    adapts,
+    is_frozen,
+    is_keras,
+    is_normalization,
+    normalizations,
+)
 from keras_bn.surgery.view import ModelView
 from keras_bn.tools.linear import is_activated, is_linear, linear
 
@@ -303,6 +309,7 @@ def _held(model, layers):
                 gamma=None if layer.gamma is None else float64(layer.gamma),
                 beta=None if layer.beta is None else float64(layer.beta),
                 bias_of=None if frozen else biases.get(id(layer)),
+                adapts=adapts(layer),
             )
         )
     return records

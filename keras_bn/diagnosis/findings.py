@@ -292,7 +292,8 @@ def _small_gamma(layer, record):
             layer.layer,
             WARNING if small.mean() > MANY else NOTE,
             f"Gamma is below {SMALL_GAMMA:g} in {_of(small)}: the output is beta.",
-            "prune them, or keep gamma up: gamma_regularizer=None",
+            "keep gamma up: train on with gamma_regularizer=None and without weight "
+            "decay of gamma, or with fewer channels in the layer before it",
         )
 
 
@@ -315,6 +316,18 @@ def _frozen(layer, record):
             "The model calls the layer with training=False: training does not update "
             "its moving statistics.",
             "call it, and the model it is in, without training=False",
+        )
+
+
+def _follows_inputs(layer, record):
+    if layer.adapts:
+        return Finding(
+            "follows-inputs",
+            layer.layer,
+            NOTE,
+            "Inference follows the inputs (keras_bn.adapt): a prediction depends on "
+            "the other samples of its batch, and a batch of one class gets worse ones.",
+            "keras_bn.unadapt(model)",
         )
 
 
@@ -433,6 +446,7 @@ _LAYER = (
     _large_mean,
     _small_gamma,
     _frozen,
+    _follows_inputs,
     _small_batch,
     _redundant_bias,
 )

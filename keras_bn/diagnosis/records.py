@@ -41,6 +41,7 @@ class LayerRecord:
         bias_of: the name of a layer before it whose bias has no effect, or None.
         inference_mode: whether the model always calls it with `training=False`, as far
             as data has shown it.
+        adapts: whether its inference follows the inputs: see `keras_bn.adapt`.
     """
 
     layer: str
@@ -56,6 +57,7 @@ class LayerRecord:
     beta: np.ndarray | None
     bias_of: str | None
     inference_mode: bool = False
+    adapts: bool = False
 
 
 @dataclass(kw_only=True)

@@ -93,6 +93,11 @@ _ALL = (
         needs_data=True,
     ),
     Rule("BN014", "non-finite-parameters", "Gamma or beta is NaN or infinite."),
+    Rule(
+        "BN015",
+        "follows-inputs",
+        "Predictions depend on the other samples of their batch.",
+    ),
 )
 # By kind, in the order of their ids.
 RULES = {rule.kind: rule for rule in _ALL}

@@ -109,9 +109,19 @@ def test_rules_are_ignored_by_id_or_kind(name):
     assert report.to_dict()["ignored"][0]["rule"] == "BN007"
 
 
+@pytest.mark.parametrize("options", [{"prior": 2}, {"memory": 0.9}])
+def test_a_model_that_follows_its_inputs(options):
+    model = made()
+    assert kinds(model) == []
+    keras_bn.adapt(model, **options)
+    assert kinds(model) == ["follows-inputs"]
+    keras_bn.unadapt(model)
+    assert kinds(model) == []
+
+
 @pytest.mark.parametrize("wrong", ["BN7", ["gamma"], ["BN007", "BN099"]])
 def test_an_unknown_rule_is_refused(wrong):
-    with pytest.raises(ValueError, match="`ignore` takes rules: BN001 to BN014"):
+    with pytest.raises(ValueError, match="`ignore` takes rules: BN001 to BN015"):
         keras_bn.diagnose(made(), ignore=wrong)
 
 
@@ -132,4 +142,5 @@ def test_ids_are_what_they_were():
         "BN012": "large-mean",
         "BN013": "non-finite-data",
         "BN014": "non-finite-parameters",
+        "BN015": "follows-inputs",
     }
