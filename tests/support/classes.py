@@ -28,13 +28,13 @@ class Dicts(keras.Model):
     """Tensors in dicts, and layers among the attributes, without names."""
 
     def __init__(self, units=4, **kwargs):
-        self.dense = layers.Dense(units)
-        self.norms = [layers.BatchNormalization(momentum=0.5) for _ in range(2)]
+        dense = layers.Dense(units)
+        norms = [layers.BatchNormalization(momentum=0.5) for _ in range(2)]
         inputs = {"x": keras.Input((6, 3), name="x")}
-        x = self.norms[0](self.dense(inputs["x"]))
-        y = self.norms[1](layers.Conv1D(3, 3, padding="same")(x))
+        x = norms[0](dense(inputs["x"]))
+        y = norms[1](layers.Conv1D(3, 3, padding="same")(x))
         super().__init__(inputs=inputs, outputs={"x": x, "y": y}, **kwargs)
-        self.units = units
+        self.units, self.dense, self.norms = units, dense, norms
 
     def get_config(self):
         return {"units": self.units}

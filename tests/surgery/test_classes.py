@@ -25,7 +25,8 @@ def data():
 def outputs(model, x=None):
     x = data() if x is None else x
     named = isinstance(model.input, dict) if hasattr(model, "input") else False
-    return keras.tree.flatten(model({"x": x} if named else x, training=False))
+    values = keras.tree.flatten(model({"x": x} if named else x, training=False))
+    return [keras.ops.convert_to_numpy(value) for value in values]
 
 
 def assert_same(model, other):

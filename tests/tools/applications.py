@@ -213,8 +213,10 @@ def main():
             print(f"{name} is off: {results[-1]}")
     if arguments.write:
         file = Path(arguments.write)
-        text = file.read_text().split("| application |")[0] if file.exists() else ""
-        file.write_text(text + table(results))
+        text = file.read_text() if file.exists() else ""
+        before, _, rest = text.partition("| application |")
+        _, blank, after = rest.partition("\n\n")  # what stands below the table
+        file.write_text(before + table(results) + blank[1:] + after)
     return 0 if all(map(holds, results)) and not failed else 1
 
 
