@@ -1,5 +1,6 @@
 """Two processes of PyTorch are one, with the whole batch."""
 
+import json
 import os
 import socket
 import subprocess
@@ -143,3 +144,36 @@ def test_local_statistics_average_the_steps(trained):
     alone = cases["local_empty"][1]["x"].mean(0)
     got = results[0]["local_empty/moving_mean"]
     np.testing.assert_allclose(got, 0.5 * alone, rtol=1e-12)
+
+
+def test_processes_with_different_numbers_of_batches():
+    require("torch")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    script = Path(WORKER).with_name("ddp_join.py")
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(script), str(rank), str(port)],
+            env={**os.environ, "KERAS_BACKEND": "torch", "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
+    results = []
+    for process in processes:
+        output, errors = process.communicate(timeout=180)
+        assert process.returncode == 0, errors[-3000:]
+        results.append(json.loads(output.splitlines()[-1]))
+    for rank, result in enumerate(results):
+        assert result["apart"][:2] == ["at the end", 3 + 2 * rank]
+        ended, steps, _ = result["synchronized"]
+        assert steps == 0
+        assert "pass throw_on_early_termination=True" in ended
+        for name in ("apart, ending early", "synchronized, ending early"):
+            assert "exhausted" in result[name][0]
+            assert result[name][1] == 3
+    for name, (_, _, mean) in results[0].items():
+        assert mean == results[1][name][2], name
