@@ -326,7 +326,12 @@ def _momentum(layer):
 def _flags(layers):
     """What of the layers is fixed in a trace."""
     return [
-        (path, id(layer), is_frozen(layer), *tuple(getattr(layer, name, None) for name in ("fused", "adapt_prior")))
+        (
+            path,
+            id(layer),
+            is_frozen(layer),
+            *tuple(getattr(layer, name, None) for name in ("fused", "adapt_prior")),
+        )
         for path, layer in layers.items()
     ]
 
