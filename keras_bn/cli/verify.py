@@ -8,9 +8,6 @@ from keras_bn.verify import cases, judge, table
 
 
 def run(arguments):
-    console = output.console(arguments)
-    environment = judge.environment()
-    console.print(table.title(environment))
     settings, progress = cases.cases(arguments.quick), Console(stderr=True)
     running = track(
         judge.verify(settings, arguments.seed),
@@ -20,7 +17,19 @@ def run(arguments):
         transient=True,
         disable=not progress.is_terminal,
     )
-    records = list(running)
+    return show(arguments, running)
+
+
+def show(arguments, records):
+    """Print and write the records of a proof, which may be an iterator.
+
+    Returns:
+        The exit status: 0 if the layers agree.
+    """
+    console = output.console(arguments)
+    environment = judge.environment()
+    console.print(table.title(environment))
+    records = list(records)
     passed = judge.passed(records)
     console.print(table.table(records))
     console.out(f"\n{table.RULE}\n{table.verdict(records, passed)}")

@@ -78,7 +78,7 @@ def _means(axis, layers, colors):
     drifts = [layer.mean_drift for layer in layers]
     limit = mean_limit(drifts)
     for row, (drift, color) in enumerate(zip(drifts, colors, strict=True)):
-        _dots(axis, row, drift, color, -limit, limit, 0.0)
+        _dots(axis, row, drift, color, -limit, limit)
     axis.set_xlim(-1.08 * limit, 1.08 * limit)
     axis.set_xlabel("standard deviations of the data")
     _tidy(axis)
@@ -91,14 +91,14 @@ def _ratios(axis, layers, colors):
         logs = [np.log2(layer.stddev_ratio) for layer in layers]
     limit = 2 ** ratio_limit(logs)
     for row, (log, color) in enumerate(zip(logs, colors, strict=True)):
-        _dots(axis, row, 2**log, color, 1 / limit, limit, 1.0)
+        _dots(axis, row, 2**log, color, 1 / limit, limit)
     axis.set_xlim(1 / (1.08 * limit), 1.08 * limit)
     scale_ratios(axis.xaxis, limit)
     axis.set_xlabel("too small  ←  ratio  →  too large")
     _tidy(axis)
 
 
-def _dots(axis, row, values, color, low, high, agreed):
+def _dots(axis, row, values, color, low, high):
     """The channels of a layer as dots, spread over their row, and their median."""
     values = np.ravel(values)
     finite = values[np.isfinite(values)]

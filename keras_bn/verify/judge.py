@@ -121,12 +121,18 @@ class Record:
         }
 
 
-def verify(settings: Iterable[cases.Case], seed: int = 0) -> Iterator[Record]:
+def verify(
+    settings: Iterable[cases.Case],
+    seed: int = 0,
+    ours: type[keras.Layer] = BatchNormalization,
+    theirs: type[keras.Layer] = keras.layers.BatchNormalization,
+) -> Iterator[Record]:
     """Compare this package's layer with Keras's, one case after the other.
 
     Args:
         settings: the cases, such as `cases.cases()`.
         seed: not negative, of the random inputs, parameters and upstream gradients.
+        ours, theirs: the classes of the layers.
 
     Yields:
         A `Record` for each case.
@@ -139,7 +145,7 @@ def verify(settings: Iterable[cases.Case], seed: int = 0) -> Iterator[Record]:
     'PASS'
     """
     for case in settings:
-        yield _compare(case, seed)
+        yield _compare(case, seed, ours, theirs)
 
 
 def passed(records: Iterable[Record]) -> bool:
@@ -201,19 +207,20 @@ def reference(
     }
 
 
-def _compare(case, seed):
+def _compare(case, seed, ours, theirs):
     draws = [cases.draw(case, np.random.default_rng((seed, i))) for i in range(DRAWS)]
     want = _stack(reference(**draw, axis=case.axis, **ARGUMENTS) for draw in draws)
     # An error of a layer on this device is a result too: go on with the next case.
     try:
-        theirs = _stack(_results(keras.layers.BatchNormalization, case, draws))
+        their_results = _stack(_results(theirs, case, draws))
     except Exception as error:
         return Record(case, skipped=_summary(error))
     try:
-        ours = _stack(_results(BatchNormalization, case, draws))
+        our_results = _stack(_results(ours, case, draws))
     except Exception as error:
         return Record(case, failure=_summary(error))
-    return Record(case, tuple(_check(case, q, ours, theirs, want) for q in want))
+    results = our_results, their_results, want
+    return Record(case, tuple(_check(case, quantity, *results) for quantity in want))
 
 
 def _results(layer_class, case, draws):

@@ -9,7 +9,8 @@ from support.backend import NAME, eagerly_too
 
 import keras_bn
 from keras_bn.backends import modes
-from keras_bn.cli import main
+from keras_bn.cli import arguments as command_line
+from keras_bn.cli import main, verify
 from keras_bn.verify import cases, judge
 
 FEW = [
@@ -28,13 +29,20 @@ class WrongEpsilon(keras_bn.BatchNormalization):
 
 
 @pytest.fixture
-def few(monkeypatch):
-    monkeypatch.setattr(cases, "cases", lambda quick=False: FEW)
+def settings(monkeypatch):
+    """Sets the function that gives the cases of the command."""
+    return lambda give: monkeypatch.setattr(cases, "cases", give)
 
 
 @pytest.fixture
-def broken(few, monkeypatch):
-    monkeypatch.setattr(judge, "BatchNormalization", WrongEpsilon)
+def few(settings):
+    settings(lambda quick=False: FEW)
+
+
+def proof(*options, **layers):
+    """The exit status of a proof of these layers in a few settings."""
+    arguments = command_line.parser().parse_args(["verify", *options])
+    return verify.show(arguments, judge.verify(FEW, **layers))
 
 
 def usage_error(arguments, capsys):
@@ -78,8 +86,8 @@ def test_quick_proof_passes(tmp_path, capsys, monkeypatch):
     assert list(tmp_path.iterdir()) == [file]
 
 
-def test_a_wrong_layer_fails_the_command(broken, capsys):
-    assert main.main(["verify"]) == 1
+def test_a_wrong_layer_fails_the_command(capsys):
+    assert proof(ours=WrongEpsilon) == 1
     out = capsys.readouterr().out
     verdict = out[out.index("FAIL: 2 of 3 comparisons") :].splitlines()
     assert len(verdict) == 3
@@ -89,8 +97,8 @@ def test_a_wrong_layer_fails_the_command(broken, capsys):
     )
 
 
-def test_json_alone_on_stdout(broken, capsys):
-    assert main.main(["verify", "--json", "-"]) == 1
+def test_json_alone_on_stdout(capsys):
+    assert proof("--json", "-", ours=WrongEpsilon) == 1
     captured = capsys.readouterr()
     results = json.loads(captured.out)
     assert results["passed"] is False
@@ -99,13 +107,12 @@ def test_json_alone_on_stdout(broken, capsys):
     assert "FAIL: 2 of 3 comparisons" in captured.err
 
 
-def test_json_has_no_numbers_that_json_has_not(few, monkeypatch, capsys):
+def test_json_has_no_numbers_that_json_has_not(capsys):
     class NotFinite(keras_bn.BatchNormalization):
         def call(self, inputs, training=None):
             return super().call(inputs, training=training) * float("nan")
 
-    monkeypatch.setattr(judge, "BatchNormalization", NotFinite)
-    assert main.main(["verify", "--json", "-"]) == 1
+    assert proof("--json", "-", ours=NotFinite) == 1
 
     def refuse(constant):
         raise AssertionError(constant)
@@ -115,24 +122,23 @@ def test_json_has_no_numbers_that_json_has_not(few, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    ("module", "said"),
+    ("side", "texts"),
     [
-        (judge, ["FAIL: 3 of 3 comparisons", "our layer raised MemoryError: [too]"]),
+        ("ours", ["FAIL: 3 of 3 comparisons", "our layer raised MemoryError: [too]"]),
         (
-            keras.layers,
+            "theirs",
             ["FAIL: nothing could be compared", "Keras's layer raised MemoryError"],
         ),
     ],
 )
-def test_layers_that_raise_are_listed(module, said, few, monkeypatch, capsys):
+def test_layers_that_raise_are_listed(side, texts, capsys):
     class Raises(keras.layers.BatchNormalization):
         def build(self, input_shape):
             raise MemoryError("[too] large")
 
-    monkeypatch.setattr(module, "BatchNormalization", Raises)
-    assert main.main(["verify"]) == 1
+    assert proof(**{side: Raises}) == 1
     out = capsys.readouterr().out
-    assert all(text in out for text in said)
+    assert all(text in out for text in texts)
 
 
 @pytest.mark.parametrize(
@@ -167,14 +173,14 @@ def test_files_that_can_not_be_written_are_refused_at_once(tmp_path, capsys):
     assert "not a regular file" in usage_error(arguments, capsys)
 
 
-def test_a_file_that_appears_meanwhile_is_kept(tmp_path, monkeypatch, capsys):
+def test_a_file_that_appears_meanwhile_is_kept(settings, tmp_path):
     file = tmp_path / "proof.json"
 
     def slow(quick=False):
         file.write_text("theirs")
         return FEW[:1]
 
-    monkeypatch.setattr(cases, "cases", slow)
+    settings(slow)
     with pytest.raises(SystemExit) as raised:
         main.main(["verify", "--json", str(file)])
     assert raised.value.code == 2
@@ -195,11 +201,11 @@ def test_nothing_half_written_is_left(few, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_interrupted(monkeypatch, tmp_path):
+def test_interrupted(settings, tmp_path):
     def interrupt(quick=False):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cases, "cases", interrupt)
+    settings(interrupt)
     file = tmp_path / "proof.json"
     assert main.main(["verify", "--json", str(file)]) == 130
     assert not file.exists()

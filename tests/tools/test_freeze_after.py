@@ -72,10 +72,8 @@ class Crash(keras.callbacks.Callback):
 
 @pytest.mark.parametrize("first", [True, False])
 @pytest.mark.parametrize("per_update", [None, 2])
-@pytest.mark.parametrize(("steps", "frozen_at"), [(3, 1), (8, 2), (10, 3), (99, None)])
-def test_steps_that_a_backup_restores_count(
-    tmp_path, first, per_update, steps, frozen_at
-):
+@pytest.mark.parametrize("steps", [3, 8, 10, 99])
+def test_steps_that_a_backup_restores_count(tmp_path, first, per_update, steps):
     """4 steps an epoch; the process ends after 2 epochs, and a new one goes on."""
     x = np.ones((32, 2))
     frozen = {}
@@ -106,7 +104,6 @@ def test_steps_that_a_backup_restores_count(
     assert sorted(frozen) == [0, 1, 2, 3]
     done = {epoch: range(4 * epoch, 4 * epoch + 4) for epoch in frozen}
     assert {e: [n >= steps for n in done[e]] for e in done} == frozen
-    assert frozen_at is None or any(frozen[frozen_at])
 
 
 def test_steps_of_an_earlier_training_do_not_count():
