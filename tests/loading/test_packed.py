@@ -1,7 +1,6 @@
 """`.keras` archives that others have packed, and archives that are bombs."""
 
 import itertools
-import json
 import tracemalloc
 import zipfile
 
@@ -162,16 +161,11 @@ def test_much_of_the_same_is_no_bomb(tmp_path):
     assert type(loaded.get_layer("bn")) is keras_bn.BatchNormalization
 
 
-def test_nothing_that_keras_does_not_read_is_copied(entries, tmp_path, monkeypatch):
-    copies = []
-    load = keras.saving.load_model
-
-    def spy(path, **options):
-        with zipfile.ZipFile(path) as archive:
-            copies.append(sorted(archive.namelist()))
-            assert json.loads(archive.read("metadata.json"))["keras_version"]
-        return load(path, **options)
-
-    monkeypatch.setattr(keras.saving, "load_model", spy)
-    check(pack(tmp_path / "a.keras", {**entries, "video.mp4": b"\0" * 1000}))
-    assert copies == [sorted(entries)]
+def test_nothing_that_keras_does_not_read_is_read(entries, tmp_path):
+    """So damage there does no harm."""
+    content = b"of no use to Keras"
+    path = pack(tmp_path / "a.keras", {**entries, "video.mp4": content})
+    path.write_bytes(path.read_bytes().replace(content, content[::-1]))
+    with zipfile.ZipFile(path) as archive:
+        assert archive.testzip() == "video.mp4"
+    check(path)

@@ -360,30 +360,19 @@ def test_if_anything_goes_wrong_the_model_is_as_it_was(error, exact):
 def test_an_interrupted_assignment_is_taken_back(monkeypatch):
     model = chain(OURS(name="a"), OURS(name="b"))
     before = statistics(model)
-    last, calls = model.get_layer("b").moving_variance, []
-    assign = type(last).assign
+    last = model.get_layer("b").moving_variance
+    assign, old = type(last).assign, backend.array(last)
 
     def interrupted(self, value):
-        if self is last and not calls:
-            calls.append(value)
+        if self is last and not np.array_equal(backend.array(value), old):
             raise KeyboardInterrupt
         return assign(self, value)
 
     monkeypatch.setattr(type(last), "assign", interrupted)
-    monkeypatch.setattr("keras_bn.passes.compiled.state_kept", lambda m: Nothing())
     with pytest.raises(KeyboardInterrupt):
         recalibrate(model, data())
     for path, value in before.items():
         np.testing.assert_array_equal(value, statistics(model)[path])
-    assert calls
-
-
-class Nothing:
-    def __enter__(self):
-        pass
-
-    def __exit__(self, *_):
-        pass
 
 
 @pytest.mark.parametrize("exact", [False, True])
