@@ -330,7 +330,8 @@ def _flags(layers):
             path,
             id(layer),
             is_frozen(layer),
-            *tuple(getattr(layer, name, None) for name in ("fused", "adapt_prior")),
+            getattr(layer, "fused", False),
+            getattr(layer, "adapt_prior", None),
         )
         for path, layer in layers.items()
     ]
