@@ -10,31 +10,32 @@ class Progress:
     """A labelled progress bar.
 
     On a terminal it is drawn again with every step; elsewhere it is one line when all
-    is done.
+    is done, or with "auto" nothing.
 
     Args:
         label: what is going on, such as "recalibrating".
         total: the number of steps; None if not known.
-        verbose: 0 for nothing, 2 for one line at the end, else a bar, as in `fit`.
+        verbose: "auto", 0 for nothing, 1, or 2 for one line at the end, as in `fit`.
     """
 
     def __init__(self, label, total, verbose):
-        self._label, self._total, self._verbose = label, total, verbose
+        self._label, self._total = label, total
+        self._live = verbose in ("auto", 1) and sys.stderr.isatty()
+        self._closing = self._live or verbose in (1, 2)
         self._begun = time.monotonic()
         self._drawn = 0.0
 
     def update(self, count):
         """Show that this many steps are done."""
-        live = self._verbose in ("auto", 1) and sys.stderr.isatty()
         # A tenth of a second is as fast as anybody reads.
-        if live and time.monotonic() - self._drawn > 0.1:
+        if self._live and time.monotonic() - self._drawn > 0.1:
             self._drawn = time.monotonic()
             sys.stderr.write(f"\r{self._line(count)}")
             sys.stderr.flush()
 
     def close(self, count):
         """Show how many steps it was."""
-        if self._verbose and count:
+        if self._closing and count:
             sys.stderr.write(f"{chr(13) * bool(self._drawn)}{self._line(count)}\n")
             sys.stderr.flush()
 
