@@ -34,18 +34,18 @@ def rebuild(layer, kind, without=(), **changes):
     add = new.add_weight
 
     def add_weight(*args, name, **options):
-        made = add(*args, name=name, **options)
+        weight = add(*args, name=name, **options)
         old = present.pop(name, None)
         if old is None:
-            return made
-        if old.dtype != made.dtype:
-            made.assign(old)
-            if made.trainable != old.trainable:
-                made.trainable = old.trainable
-            return made
+            return weight
+        if old.dtype != weight.dtype:
+            weight.assign(old)
+            if weight.trainable != old.trainable:
+                weight.trainable = old.trainable
+            return weight
         # A frozen weight stays in the list that the tracker first put it in.
-        kind = "trainable" if made.trainable else "non_trainable"
-        new._tracker.untrack(made)
+        kind = "trainable" if weight.trainable else "non_trainable"
+        new._tracker.untrack(weight)
         new._tracker.add_to_store(f"{kind}_variables", old)
         return old
 

@@ -105,7 +105,7 @@ def _set(model, verb, prior, memory):
     # Refuse what is out of range before anything changes.
     BatchNormalization(adapt_prior=prior, adapt_memory=memory)
     same = [la for la in layers.values() if la.adapt_memory is None and memory is None]
-    others = [la for la in layers.values() if not any(la is kept for kept in same)]
+    others = [la for la in layers.values() if not any(la is other for other in same)]
     if any(layer is model for layer in others):
         raise ValueError(
             f"'{model.name}' is a normalization itself, and `memory` takes other "

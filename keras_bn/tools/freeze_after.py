@@ -95,5 +95,5 @@ def _steps_of_optimizer(model):
     if iterations is None:
         return 0
     # Keras counts the updates, of which each may be of several steps.
-    each = getattr(optimizer, "gradient_accumulation_steps", None) or 1
-    return int(float64(iterations)) * each
+    steps_per_update = getattr(optimizer, "gradient_accumulation_steps", None) or 1
+    return int(float64(iterations)) * steps_per_update

@@ -296,15 +296,15 @@ def _part(states, prefix):
     if all(state.get(name) is not None for name in _STATISTICS.values()):
         return state
     ending = "running_mean"
-    found = [key[: -len(ending)] for key in states if str(key).endswith(ending)]
+    prefixes = [key[: -len(ending)] for key in states if str(key).endswith(ending)]
     where = f"under the prefix '{prefix}'" if prefix else "without a prefix"
-    if not found:
+    if not prefixes:
         raise ValueError(
             f"The state dict has no running statistics {where}, nor anywhere else. "
             f"It has {list(states)[:5]}."
         )
-    near = difflib.get_close_matches(prefix, found, n=5) or found[:5]
-    others = f", the nearest of {len(found)}" if len(found) > len(near) else ""
+    near = difflib.get_close_matches(prefix, prefixes, n=5) or prefixes[:5]
+    others = f", the nearest of {len(prefixes)}" if len(prefixes) > len(near) else ""
     raise ValueError(
         f"The state dict has no running statistics {where}. It has them under "
         f"{near}{others}."

@@ -88,8 +88,8 @@ def recalibrate(
     >>> model = keras.Sequential(
     ...     [keras.Input((1,)), keras_bn.BatchNormalization(name="bn")]
     ... )
-    >>> found = keras_bn.recalibrate(model, np.arange(100.0)[:, None], verbose=0)
-    >>> print(model.get_layer("bn").moving_mean.numpy(), found["bn"].count)
+    >>> statistics = keras_bn.recalibrate(model, np.arange(100.0)[:, None], verbose=0)
+    >>> print(model.get_layer("bn").moving_mean.numpy(), statistics["bn"].count)
     [49.5] [100.]
     """
     require("keras_bn.recalibrate", "layers", "copy", "data")
@@ -128,15 +128,15 @@ def replace_statistics(
     options = {"steps": steps, "batch_size": batch_size}
     with Collector(model, layers) as collector:
         if exact:
-            found = collector.in_order(data, prior, verbose, **options)
+            statistics = collector.in_order(data, prior, verbose, **options)
         else:
-            found = collector.at_once(data, verbose=verbose, **options)
+            statistics = collector.at_once(data, verbose=verbose, **options)
     collector.check_any()
-    check_counts(found)
-    warn_of_data(collector, found, prior)
+    check_counts(statistics)
+    warn_of_data(collector, statistics, prior)
     warn_of_others(model, stacklevel=4)
-    assign(layers, with_prior(layers, found, prior))
-    return found
+    assign(layers, with_prior(layers, statistics, prior))
+    return statistics
 
 
 class Recalibrate(DataCallback, StepCallback):

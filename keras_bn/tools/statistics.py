@@ -83,14 +83,14 @@ def statistics(
     if data is None:
         return _moving(layers)
     with Collector(model, layers) as collector:
-        found = collector.at_once(
+        of_data = collector.at_once(
             data, "reading", steps=steps, batch_size=batch_size, verbose=verbose
         )
     _warn_of_invalid(collector)
     warn_of_others(model)
     zeros = {path: np.zeros(layer.moving_mean.shape) for path, layer in layers.items()}
     empty = {path: Moments(0.0, zero, zero) for path, zero in zeros.items()}
-    return Statistics({**empty, **found}, found.samples)
+    return Statistics({**empty, **of_data}, of_data.samples)
 
 
 def set_statistics(model: keras.Model, statistics: Mapping[str, Moments]) -> None:
@@ -107,11 +107,11 @@ def set_statistics(model: keras.Model, statistics: Mapping[str, Moments]) -> Non
             layer rests on no element. Nothing has changed then.
     """
     layers = present(model)
-    given = Statistics(statistics)
-    left = {p: la for p, la in layers.items() if p in given or not is_frozen(la)}
-    check_fit(given, _moving(left), "The statistics do not fit the model")
-    check_counts(given)
-    assign(layers, given)
+    new = Statistics(statistics)
+    left = {p: la for p, la in layers.items() if p in new or not is_frozen(la)}
+    check_fit(new, _moving(left), "The statistics do not fit the model")
+    check_counts(new)
+    assign(layers, new)
 
 
 @contextlib.contextmanager
@@ -165,10 +165,10 @@ def _moving(layers):
     )
 
 
-def with_prior(layers, found, prior):
+def with_prior(layers, statistics, prior):
     """The statistics of the data, pooled with `prior` samples of the old ones."""
-    old = _moving({path: layers[path] for path in found})
-    return pooled([old.counted(prior), found])
+    old = _moving({path: layers[path] for path in statistics})
+    return pooled([old.counted(prior), statistics])
 
 
 def check_counts(statistics):
@@ -180,22 +180,22 @@ def check_counts(statistics):
         )
 
 
-def warn_of_data(collector, found, prior):
+def warn_of_data(collector, statistics, prior):
     """Warn of what makes statistics worse than they look."""
-    _warn_of_few(found, prior)
+    _warn_of_few(statistics, prior)
     _warn_of_invalid(collector)
     _warn_of_skew(collector.labels)
-    if missing := [path for path in collector.doubles if path not in found]:
+    if missing := [path for path in collector.doubles if path not in statistics]:
         warnings.warn(f"Not called, so not changed: {', '.join(missing)}", stacklevel=4)
 
 
 def layers_of(model, include_frozen):
     """The layers to recalibrate, by path."""
     check_call(model)
-    found = present(model)
+    layers = present(model)
     if include_frozen:
-        return found
-    live = {path: layer for path, layer in found.items() if not is_frozen(layer)}
+        return layers
+    live = {path: layer for path, layer in layers.items() if not is_frozen(layer)}
     if not live:
         raise ValueError(
             f"Every batch normalization of '{model.name}' is frozen. Pass "
@@ -206,8 +206,8 @@ def layers_of(model, include_frozen):
 
 def present(model):
     """The normalizations of a model by path; refuses one that has none."""
-    if found := normalizations(model):
-        return found
+    if layers := normalizations(model):
+        return layers
     raise ValueError(
         f"'{model.name}' has no batch normalization that could be recalibrated."
     )
@@ -229,39 +229,39 @@ class Collector(Pass):
         options = {"batch_size": batch_size, "verbose": 0}
         # Whether a layer is finished, and its statistics then. As arguments, so that
         # one trace serves all passes.
-        given = {path: (False, *moving(la)) for path, la in self.doubles.items()}
-        first = self._collected(data, "", steps=1, given=given, **options)
+        states = {path: (False, *moving(la)) for path, la in self.doubles.items()}
+        first = self._collected(data, "", steps=1, states=states, **options)
         # Those that only later batches reach are appended when a pass has shown them.
-        order, found = list(first), {}
+        order, statistics = list(first), {}
         progress = Progress("recalibrating", len(order), verbose)
         for number, path in enumerate(order, 1):
-            new = self._collected(data, "", steps=steps, given=given, **options)
+            new = self._collected(data, "", steps=steps, states=states, **options)
             order += [other for other in new if other not in order]
-            found[path] = new[path]
+            statistics[path] = new[path]
             one = Statistics({path: new[path]}, new.samples)
             whole = with_prior(self.doubles, one, prior)[path]
             values = {v.name: x for v, x in _assignments(self.doubles[path], whole)}
-            given[path] = True, values["moving_mean"], values["moving_variance"]
+            states[path] = True, values["moving_mean"], values["moving_variance"]
             progress.update(number)
-        progress.close(len(found))
-        return Statistics(found, self.samples)
+        progress.close(len(statistics))
+        return Statistics(statistics, self.samples)
 
-    def _collected(self, data, label, given=(), **options):
+    def _collected(self, data, label, states=(), **options):
         self._pool, self.labels = Pool(), _Labels(self.model)
         # Only what `fit` would take for the input: a tuple is several inputs.
-        self.over((data,), label, given, **options)
+        self.over((data,), label, states, **options)
         return Statistics(self._pool.moments(), self.samples)
 
-    def step(self, batch, given):
-        self._given = given
+    def step(self, batch, states):
+        self._states = states
         self.forward(batch[0])
 
     def record(self, path, double, inputs, training=None, mask=None):
         outputs, moments = double.normalize_batch(inputs, mask)
         self.note("moments", path, *moments)
-        if not self._given:
+        if not self._states:
             return outputs
-        finished, *statistics = self._given[path]
+        finished, *statistics = self._states[path]
         of_batch = moments.mean, moments.variance
         variables = double.moving_mean, double.moving_variance
         new = [
@@ -340,11 +340,11 @@ def assign(layers, statistics):
             variable.assign(value)
 
 
-def _warn_of_few(found, prior):
-    if prior or not found:
+def _warn_of_few(statistics, prior):
+    if prior or not statistics:
         return
-    path = min(found, key=lambda path: found[path].count.min())
-    if (count := found[path].count.min()) < _FEW:
+    path = min(statistics, key=lambda path: statistics[path].count.min())
+    if (count := statistics[path].count.min()) < _FEW:
         warnings.warn(
             f"The statistics of '{path}' rest on {count:.0f} elements only, fewer than "
             f"{_FEW}. Take more data, or keep some of the old statistics: `prior`.",
