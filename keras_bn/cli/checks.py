@@ -6,7 +6,7 @@ from pathlib import Path
 
 from keras_bn.cli.arguments import MODEL_SUFFIXES
 from keras_bn.cli.errors import UsageError, refused
-from keras_bn.diagnosis.rules import ignored_kinds
+from keras_bn.cli.rule import rules
 from keras_bn.pages import files
 
 _FIGURES = (".png", ".svg", ".pdf")
@@ -52,24 +52,6 @@ def check(arguments):
             raise UsageError(f"{option}{file} must end in {' or '.join(suffixes)}")
         with refused(OSError):
             files.check_writable(file, arguments.force)
-
-
-def rules(values, option):
-    """The kinds of findings that an option gives, as a set.
-
-    Args:
-        values: lists of names with commas, as they were given.
-        option: its name, for the message.
-
-    Raises:
-        UsageError: for a name that is no rule.
-    """
-    names = [name.strip() for name in ",".join(values).split(",") if name.strip()]
-    try:
-        return ignored_kinds(names)
-    except ValueError as error:
-        reason = str(error).removeprefix("`ignore` ")
-        raise UsageError(f"{option} {reason}") from error
 
 
 def needs_keras(arguments):

@@ -3,9 +3,9 @@
 import shlex
 from dataclasses import replace
 
-from keras_bn.cli.checks import rules
 from keras_bn.cli.data import passing, read_data
 from keras_bn.cli.errors import noted, refused
+from keras_bn.cli.rule import rules
 from keras_bn.diagnosis.diagnose import diagnose
 from keras_bn.tools.convert import to_keras
 

@@ -44,7 +44,7 @@ def report(shown, int8=None):
         "origin": shown.origin.lines() if shown.origin else [],
         "tiles": _numbers(record),
         "groups": text.grouped(shown.findings),
-        "notes": _notes(shown),
+        "notes": text.omissions(shown),
         "table": table,
         "ids": table.ids,
         "rules": _rules(shown.findings),
@@ -333,16 +333,6 @@ def changes(shown):
 
 def _is_green_though_worse(shown):
     return bool(shown.worse) and worst(shown.after.findings) in ("note", "healthy")
-
-
-def _notes(shown):
-    notes = []
-    if shown.ignored:
-        notes.append(f"Ignored: {text.kinds(shown.ignored)}")
-    if shown.not_looked_for:
-        missing = ", ".join(shown.not_looked_for)
-        notes.append(f"Not looked for, since that needs data: {missing}")
-    return notes
 
 
 def _rules(findings):

@@ -37,8 +37,14 @@ def lines_of(report, command=None):
         lines.append("No problems found.")
     elif report.healthy:
         lines.append("No errors, no warnings.")
-    if report.ignored or report.not_looked_for:
-        lines.append("")
+    if omitted := omissions(report):
+        lines += ["", *omitted]
+    return lines
+
+
+def omissions(report):
+    """The lines about what a report leaves out."""
+    lines = []
     if report.ignored:
         lines.append(f"Ignored: {kinds(report.ignored)}")
     if report.not_looked_for:

@@ -89,18 +89,18 @@ def _modern(config, custom_objects):
 
 def _arguments(name, kind, inner):
     """The arguments of a class, without those that it no longer has."""
-    taken = inspect.signature(kind).parameters
+    names = inspect.signature(kind).parameters
     if issubclass(kind, keras.optimizers.Optimizer):
         inner = _of_optimizer(inner)
     if name == "MeanMetricWrapper" and isinstance(function := inner.get("fn"), str):
-        named = {"class_name": "function", "module": "builtins", "config": function}
-        return {**inner, "fn": {**named, "registered_name": function}}
-    gone = {"fn", "dynamic"} - set(taken)
+        config = {"class_name": "function", "module": "builtins", "config": function}
+        return {**inner, "fn": {**config, "registered_name": function}}
+    old = {"fn", "dynamic"} - set(names)
     defaults = [("name", None), ("reduction", "auto")]
     return {
         key: value
         for key, value in inner.items()
-        if (key in taken or value) and key not in gone and (key, value) not in defaults
+        if (key in names or value) and key not in old and (key, value) not in defaults
     }
 
 
@@ -110,9 +110,9 @@ def _of_optimizer(inner):
     Until Keras 2.2, the learning rate was called `lr`. `decay` lowered it in each step,
     as a schedule does now.
     """
-    gone = ("lr", "decay", "schedule_decay", "is_legacy_optimizer")
+    of_keras_2 = ("lr", "decay", "schedule_decay", "is_legacy_optimizer")
     rate, decay = inner.get("learning_rate", inner.get("lr")), inner.get("decay")
-    inner = {key: value for key, value in inner.items() if key not in gone}
+    inner = {key: value for key, value in inner.items() if key not in of_keras_2}
     if isinstance(rate, int | float) and decay:
         rate = {
             "module": "keras.optimizers.schedules",

@@ -178,9 +178,9 @@ def _arguments(config, inner):
     policy = inner.get("dtype")
     if isinstance(policy, dict) and str(policy.get("class_name")).startswith("Policy"):
         inner["dtype"] = policy["config"]["name"]
-    taken = inspect.signature(layer).parameters if layer else _GONE
+    parameters = inspect.signature(layer).parameters if layer else _GONE
     for key, neutral in _GONE.items():
-        if key not in taken and inner.get(key) == neutral:
+        if key not in parameters and inner.get(key) == neutral:
             del inner[key]
     if inner.get("score_mode") == "dot":
         del inner["score_mode"]  # the default, and a reader of .h5 takes it for a loss
@@ -192,10 +192,10 @@ def _arguments(config, inner):
             if not key.startswith("kernel_") or key == "kernel_size"
         }
     for key in _HELD:
-        if isinstance(held := inner.get(key), dict):
-            inner[key] = _placed(held)
-        elif isinstance(held, list):
-            inner[key] = [_placed(part) for part in held]
+        if isinstance(value := inner.get(key), dict):
+            inner[key] = _placed(value)
+        elif isinstance(value, list):
+            inner[key] = [_placed(part) for part in value]
     return inner
 
 
@@ -244,7 +244,7 @@ def _node(node, recurrent):
         return node
     keywords = node[0][3] if len(node[0]) == 4 else {}
     keywords = {key: value for key, value in keywords.items() if value is not None}
-    tensors = [_tensor(given[:3]) for given in node]
+    tensors = [_tensor(tensor[:3]) for tensor in node]
     if recurrent and len(tensors) > 1:
         tensors, keywords = tensors[:1], {**keywords, "initial_state": tensors[1:]}
     elif not any(_is_tensor(value) for value in keywords.values()):
@@ -271,8 +271,8 @@ def _is_tensor(value):
 
 def _tensor(place):
     """A symbolic tensor by its place in a graph, as Keras 3 writes it."""
-    given = {"shape": [], "dtype": "float32", "keras_history": place}
-    return {"class_name": "__keras_tensor__", "config": given}
+    inner = {"shape": [], "dtype": "float32", "keras_history": place}
+    return {"class_name": "__keras_tensor__", "config": inner}
 
 
 def _placed(config):
@@ -307,12 +307,12 @@ def _with_input(config):
     if first.get("class_name") == "InputLayer" or shape is None:
         return {**config, "config": inner}
     dtype = first["config"].get("dtype")
-    given = {
+    arguments = {
         "batch_shape": shape,
         "dtype": dtype if isinstance(dtype, str) else None,
         "name": f"{first['config'].get('name')}_input",
     }
-    added: dict = {"class_name": "InputLayer", "config": given}
+    layer: dict = {"class_name": "InputLayer", "config": arguments}
     if "module" in first:
-        added = {**added, "module": "keras.layers", "registered_name": None}
-    return {**config, "config": {**inner, "layers": [added, *inner["layers"]]}}
+        layer = {**layer, "module": "keras.layers", "registered_name": None}
+    return {**config, "config": {**inner, "layers": [layer, *inner["layers"]]}}

@@ -116,14 +116,14 @@ def _refusing(path, reason, copy=None):
     except (FileNotFoundError, PermissionError, MemoryError):
         raise
     except Exception as error:
-        said = sentence(error)
+        message = sentence(error)
         if copy is not None:
-            said = said.replace(str(copy), str(path))
-        if type(error) is ValueError and str(path) in said:
+            message = message.replace(str(copy), str(path))
+        if type(error) is ValueError and str(path) in message:
             raise
         if not _is_prose(error):
-            said = f"{reason} ({type(error).__name__}: {said})"
-        raise ValueError(f"{path} can't be loaded: {said}") from error
+            message = f"{reason} ({type(error).__name__}: {message})"
+        raise ValueError(f"{path} can't be loaded: {message}") from error
 
 
 def _is_prose(error):
