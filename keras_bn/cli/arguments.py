@@ -29,9 +29,6 @@ def parser():
 def _command(commands, name, summary, description):
     command = commands.add_parser(name, help=summary, description=description)
     command.set_defaults(command=name, parser=command)
-    command.add_argument(
-        "-q", "--quiet", action="store_true", help="print errors alone"
-    )
     return command
 
 
@@ -48,6 +45,7 @@ def _verify(commands):
     command.add_argument(
         "--seed", type=at_least(0), default=0, help="seed of the random numbers (0)"
     )
+    _quiet(command)
     _json(command)
 
 
@@ -120,6 +118,7 @@ def _check(commands):
     command.add_argument(
         "models", metavar="MODEL", nargs="+", help="a .keras or .h5 file"
     )
+    _quiet(command)
     _diagnosis(command)
     command.add_argument(
         "--format",
@@ -266,6 +265,7 @@ def _on_model(commands, name, summary, description, metavar="MODEL"):
     """A command on one model file."""
     command = _command(commands, name, summary, description)
     command.add_argument("model", metavar=metavar, help="a .keras or .h5 file")
+    _quiet(command)
     _json(command)
     _import(command)
     return command
@@ -319,6 +319,12 @@ def _diagnosis(command):
         "--exit-zero",
         action="store_true",
         help="exit with status 0 whatever is found, unless something fails",
+    )
+
+
+def _quiet(command):
+    command.add_argument(
+        "-q", "--quiet", action="store_true", help="print errors alone"
     )
 
 

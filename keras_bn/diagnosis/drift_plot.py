@@ -3,7 +3,13 @@
 import numpy as np
 
 from keras_bn.diagnosis.findings import TYPICAL_MEAN_DRIFT, TYPICAL_STDDEV_RATIO
-from keras_bn.diagnosis.plots import HEALTHY, QUIET, scale_ratios
+from keras_bn.diagnosis.plots import (
+    GAP_LIMIT,
+    HEALTHY,
+    MEAN_LIMIT,
+    QUIET,
+    scale_ratios,
+)
 
 # With more layers than this, a color shows the depth, and there is no legend.
 _NAMED = 10
@@ -46,9 +52,8 @@ def draw(rows):
     whole = [row for row in rows if row.layer == rows[-1].layer]
     epochs = [row.epoch for row in whole]
     gap.plot(epochs, [row.output_gap for row in whole], color="black", lw=2.5)
-    gap.annotate(
-        " output", (epochs[-1], whole[-1].output_gap), va="center", weight="bold"
-    )
+    last = epochs[-1], min(whole[-1].output_gap, GAP_LIMIT)
+    gap.annotate(" output", last, va="center", weight="bold")
 
     mean.axhspan(0, TYPICAL_MEAN_DRIFT, color=HEALTHY, alpha=0.1, lw=0)
     ratio.axhspan(
@@ -58,6 +63,16 @@ def draw(rows):
     limit = _largest(line.get_ydata() for line in ratio.get_lines())
     scale_ratios(ratio.yaxis, limit)
     ratio.set_ylim(1 / (1.08 * limit), 1.08 * limit)
+    _mark_beyond(ratio, 1 / limit, limit)
+    for axis, least, most in (
+        (mean, TYPICAL_MEAN_DRIFT, MEAN_LIMIT),
+        (gap, 0.01, GAP_LIMIT),
+    ):
+        values = np.concatenate([line.get_ydata() for line in axis.get_lines()])
+        largest = values[np.isfinite(values)].max(initial=0.0)
+        limit = float(np.clip(largest, least, most))
+        axis.set_ylim(0, 1.08 * limit)
+        _mark_beyond(axis, 0, limit)
     for axis, title, label in (
         (mean, "Moving mean, off the data's by", "standard deviations of the data"),
         (ratio, "Moving std / the data's", "ratio"),
@@ -69,8 +84,6 @@ def draw(rows):
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
-    for axis in (mean, gap):
-        axis.set_ylim(bottom=0)
     if len(layers) <= _NAMED:
         legend = figure.legend(
             *mean.get_legend_handles_labels(), loc="outside right center"
@@ -86,7 +99,7 @@ def draw(rows):
         bar.ax.set_yticklabels(["first\nlayer", "last\nlayer"])
     figure.supxlabel(
         "Solid: the median channel of a layer, healthy in the green band. Dotted: the "
-        "worst channel.",
+        "worst channel. An arrowhead: off the scale.",
         fontsize=10,
         color=QUIET,
     )
@@ -99,6 +112,15 @@ def _largest(lines):
     with np.errstate(divide="ignore", invalid="ignore"):
         logs = np.abs(np.log2(values))
     return 2 ** float(np.clip(logs[np.isfinite(logs)].max(initial=0.0), 1.0, 4.0))
+
+
+def _mark_beyond(axis, low, high):
+    """Put an arrowhead at the edge for what is off the scale."""
+    for line in axis.get_lines():
+        x, y = np.array(line.get_xdata()), np.array(line.get_ydata(), "float64")
+        style = {"color": line.get_color(), "s": 30, "linewidths": 0}
+        for edge, marker, beyond in ((low, "v", y < low), (high, "^", y > high)):
+            axis.scatter(x[beyond], np.full(beyond.sum(), edge), marker=marker, **style)
 
 
 def _stddev(logs):

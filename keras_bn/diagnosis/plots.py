@@ -10,9 +10,9 @@ from keras_bn.pages.plain import escaped
 COLORS = {"error": "#c1272d", "warning": "#b65c00", "note": "#2f6690"}
 HEALTHY, QUIET = "#2f7a3a", "#5f6b76"
 # What is beyond is drawn at the edge, so that one channel doesn't squeeze the others.
-_MEAN_LIMIT = 4.0
+MEAN_LIMIT = 4.0
 _RATIO_LIMIT = 16.0
-_GAP_LIMIT = 2.0
+GAP_LIMIT = 2.0
 # The height of a row in inches, and with many rows.
 _ROW, _LOW_ROW, _MANY = 0.45, 0.28, 20
 
@@ -135,7 +135,7 @@ def _gaps(axis, record, colors):
     gaps = [*(layer.gap for layer in record.layers), record.gap]
     colors = [*colors, "#444"]
     finite = [gap if np.isfinite(gap) else 0.0 for gap in gaps]
-    limit = float(np.clip(max(finite), 1.0, _GAP_LIMIT))
+    limit = float(np.clip(max(finite), 1.0, GAP_LIMIT))
     widths = np.minimum(finite, limit)
     axis.barh(range(len(gaps)), widths, height=0.55, color=colors, alpha=0.8)
     for row, (gap, width) in enumerate(zip(gaps, widths, strict=True)):
@@ -177,7 +177,7 @@ def _color(layer, findings):
 
 def mean_limit(drifts):
     """The limit of the axis for the drifts of the means."""
-    return _limit(drifts, 1.5 * WORST_MEAN_DRIFT, _MEAN_LIMIT)
+    return _limit(drifts, 1.5 * WORST_MEAN_DRIFT, MEAN_LIMIT)
 
 
 def ratio_limit(logs):

@@ -150,6 +150,8 @@ def test_layers_that_raise_are_listed(side, texts, capsys):
         (["verify", "--seed", "many"], "--seed"),
         (["verify", "--fast"], "--fast"),
         (["verify", "--json"], "--json"),
+        (["bench", "-q"], "-q"),
+        (["rule", "-q"], "-q"),
     ],
 )
 def test_usage_errors(arguments, named, capsys):

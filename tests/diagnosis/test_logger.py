@@ -281,3 +281,21 @@ def test_the_figure_of_many_layers():
     figure = logger.plot()
     assert not figure.legends
     assert len(figure.axes) == 4, "a colour bar instead of names"
+
+
+@pytest.mark.parametrize("outlier", [1e6, float("inf")])
+def test_an_outlier_does_not_flatten_the_figure(outlier):
+    pytest.importorskip("matplotlib", reason="it draws the figure")
+    logger = keras_bn.StatisticsLogger(data())
+    logger.rows = [
+        DriftRow(epoch, "bn", 0.1, outlier, 0.3, -outlier, outlier if epoch else 0.5)
+        for epoch in range(3)
+    ] + [DriftRow(2, "model", *[float("nan")] * 4, outlier)]
+    mean, ratio, gap = logger.plot().axes
+    for axis, largest in ((mean, 5), (ratio, 20), (gap, 3)):
+        low, high = axis.get_ylim()
+        assert high < largest
+        marks = np.concatenate([dots.get_offsets() for dots in axis.collections])
+        assert len(marks) == 3
+        assert (low <= marks[:, 1]).all()
+        assert (marks[:, 1] <= high).all()
