@@ -149,3 +149,33 @@ def test_the_op_is_differentiated_twice_with_any_parameters(shape, center, scale
 
     for got, want in zip(second(fused), second(written_out), strict=True):
         np.testing.assert_allclose(got.detach(), want.detach(), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("shape", [(4, 3, 8, 8), (8, 16, 33, 33)])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda y: y.add_(1),
+        lambda y: torch.nn.ReLU(inplace=True)(y),
+        lambda y: y.mul_(2).clamp_(max=1.5),
+    ],
+    ids=["add", "relu", "mul and clamp"],
+)
+def test_an_output_may_be_changed_in_place(shape, masked, change):
+    """Below 2**17 elements and above, by planes or not."""
+    rng = np.random.default_rng(0)
+    x, upstream = (tensor(rng.normal(2, 1, shape), "float64") for _ in range(2))
+    mask = None
+    if masked:
+        mask = torch.as_tensor(rng.random((shape[0], *shape[2:])) < 0.6)
+    steps = []
+    for before in (lambda y: y, torch.clone):
+        layer = layer_on(x, axis=1, momentum=0.0, dtype="float64")
+        inputs = x.clone().requires_grad_()
+        parameters = [inputs, *(v.value for v in layer.trainable_variables)]
+        y = change(before(layer(inputs, training=True, mask=mask)))
+        found = torch.autograd.grad(y, parameters, upstream)
+        steps.append([y, *found, *(v.value for v in layer.weights)])
+    for got, want in zip(*steps, strict=True):
+        np.testing.assert_allclose(got.detach(), want.detach(), rtol=1e-12, atol=1e-12)
