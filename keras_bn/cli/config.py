@@ -1,5 +1,6 @@
 """`[tool.keras-bn]` in `pyproject.toml`: defaults of `inspect` and `check`."""
 
+import re
 import sys
 from argparse import ArgumentTypeError
 from pathlib import Path
@@ -32,9 +33,9 @@ def configuration():
         file = parent / "pyproject.toml"
         try:
             text = file.read_text(encoding="utf-8")
-        except OSError:
+        except (OSError, UnicodeDecodeError):
             continue
-        if "[tool.keras-bn]" in text:
+        if re.search(r"^\s*\[tool\.keras-bn\]", text, re.MULTILINE):
             return _checked(file, _table(file, text))
     return {}
 

@@ -5,6 +5,7 @@ from keras_bn.cli.diagnosing import as_in_file, commands, diagnosed
 from keras_bn.cli.errors import UsageError, noted, refused
 from keras_bn.cli.models import channels, open_model, save
 from keras_bn.diagnosis import text
+from keras_bn.diagnosis.collect import momentum_of
 from keras_bn.pages.plain import escaped
 from keras_bn.tools.fold import Fold, plan_fold
 
@@ -41,7 +42,8 @@ def run(arguments):
         last = shown.after
         save(arguments, model, file=arguments.fix)
         results["fix"] = {"file": arguments.fix, **shown.to_dict()}
-        lines += ["", *notes, str(shown), "", f"Written: {arguments.fix}"]
+        lines += ["", *notes, *str(shown).splitlines()]
+        lines += ["", f"Written: {arguments.fix}"]
     output.show(arguments, results, _HEADER, rows, lines, words=["state"])
     if arguments.quiet and arguments.json != "-":
         print(*text.findings(report.findings, command), sep="\n")
@@ -82,7 +84,7 @@ def _listed(opened, report):
                 "class": f"{library}.BatchNormalization",
                 "channels": channels(layer),
                 "axis": layer.axis,
-                "momentum": layer.momentum,
+                "momentum": momentum_of(layer),
                 "epsilon": layer.epsilon,
                 "state": ", ".join(_state(path, report)),
                 "fold_into": fold.into,

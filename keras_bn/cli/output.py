@@ -29,7 +29,8 @@ def show(arguments, results, header, rows, lines, words=()):
     line, header, rows = plain.common(header, rows)
     above = [escaped(line), ""] if line else []
     table = plain.lines(plain.table(header, rows, words), place)
-    for text in [*above, *table, "", *lines]:
+    # Warnings among the lines name layers and files.
+    for text in [*above, *table, "", *map(escaped, lines)]:
         place.out(text, highlight=False)
     write_json(arguments, results)
 

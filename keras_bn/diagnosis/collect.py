@@ -300,7 +300,7 @@ def _held(model, layers):
                 layer=path,
                 keras=is_keras(layer),
                 epsilon=layer.epsilon,
-                momentum=_momentum(layer),
+                momentum=momentum_of(layer),
                 debias=layer.momentum is None or getattr(layer, "debias", False),
                 frozen=frozen,
                 moving_mean=mean,
@@ -315,7 +315,7 @@ def _held(model, layers):
     return records
 
 
-def _momentum(layer):
+def momentum_of(layer):
     """The momentum of a layer; of one that follows a schedule, that of now."""
     if not callable(layer.momentum):
         return layer.momentum

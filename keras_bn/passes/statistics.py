@@ -112,7 +112,9 @@ class Statistics(Mapping[str, Moments]):
                     name: Moments(*(file[f"{i}/{part}"] for part in Moments._fields))
                     for i, name in enumerate(paths)
                 }
-        except (KeyError, TypeError, AttributeError) as error:
+        except FileNotFoundError:
+            raise
+        except Exception as error:  # NumPy raises anything for a file that is damaged
             raise ValueError(
                 "`path` must be a file that `Statistics.save` has written. "
                 f"Received: {os.fspath(path)!r}"

@@ -82,6 +82,19 @@ def test_without_data_it_lists(files, tmp_path, capsys):
     assert (found["samples"], found["output_gap"]) == (0, None)
 
 
+def test_the_momentum_of_a_schedule_is_that_of_now(tmp_path, capsys):
+    schedule = keras.optimizers.schedules.ExponentialDecay(0.5, 1, 0.5)
+    norm = keras_bn.BatchNormalization(momentum=schedule, name="bn")
+    model = keras.Sequential([keras.Input((4,)), norm])
+    model.compile("sgd", "mse")
+    model.fit(*[np.ones((64, 4))] * 2, batch_size=32, verbose=0)
+    model.save(tmp_path / "model.keras")
+    assert run(tmp_path / "model.keras", "--json", tmp_path / "a.json") == 0
+    assert "  0.125  " in capsys.readouterr().out
+    (record,) = json.loads((tmp_path / "a.json").read_text())["layers"]
+    assert record["momentum"] == 0.125
+
+
 def test_a_sick_model(files, tmp_path, capsys):
     pytest.importorskip("matplotlib", reason="it draws the figure")
     page, figure = tmp_path / "a.html", tmp_path / "a.png"

@@ -152,6 +152,22 @@ def test_evil_names_are_data(tmp_path, monkeypatch, capsys):
     assert json.loads(FORMATS["sarif"](checked, unchecked, "error"))
 
 
+@pytest.mark.parametrize("command", ["inspect", "convert", "fold"])
+def test_warnings_about_evil_names_are_escaped(tmp_path, capsys, command):
+    file = tmp_path / "lost.keras"
+    name = EVIL.replace("\x00", "")  # which HDF5 refuses
+    norm = layers.BatchNormalization(name=name)
+    model = keras.Sequential([keras.Input((4,)), layers.Dense(4), norm])
+    norm.moving_mean.assign(np.full(4, np.nan))
+    model.save(file)
+    out = [] if command == "inspect" else [tmp_path / "out.keras"]
+    run(command, file, *out)
+    text = capsys.readouterr().out
+    assert f"of '{escaped(name)}' are lost" in text
+    assert all(line.isprintable() for line in text.splitlines())
+    assert not any(line.lstrip().startswith("::") for line in text.splitlines())
+
+
 def test_evil_names_can_be_drawn(tmp_path):
     pytest.importorskip("matplotlib", reason="it draws")
     name = EVIL + "$_{\\foo}$"
@@ -241,6 +257,16 @@ def test_configuration(folder, capsys, monkeypatch):
 def test_wrong_configuration(folder, capsys, line, words):
     (folder / "pyproject.toml").write_text(f"[tool.keras-bn]\n{line}\n")
     assert words in refused(capsys, "check", "many.keras")
+
+
+@pytest.mark.parametrize("other", [b"# [tool.keras-bn] may come\n", b"# \xff\n"])
+def test_what_is_no_configuration(folder, capsys, monkeypatch, other):
+    (folder / "pyproject.toml").write_text(CONFIGURED)
+    (folder / "inner").mkdir()
+    (folder / "inner" / "pyproject.toml").write_bytes(other)
+    monkeypatch.chdir(folder / "inner")
+    assert run("check", "../many.keras") == 0
+    assert json.loads(capsys.readouterr().out)["fail_on"] == "note"
 
 
 def test_rules_have_a_text(capsys):

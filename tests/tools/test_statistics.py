@@ -107,8 +107,14 @@ def test_files_and_pickles(tmp_path):
             assert again.samples == value.samples
             same(again, value, rtol=0)
     np.savez(tmp_path / "other.npz", x=np.ones(3))
-    with pytest.raises(ValueError, match=r"`Statistics\.save` has written"):
-        Statistics.load(tmp_path / "other.npz")
+    (tmp_path / "garbage.npz").write_bytes(b"garbage")
+    (tmp_path / "empty.npz").touch()
+    (tmp_path / "cut.npz").write_bytes((tmp_path / "monday.npz").read_bytes()[:200])
+    for name in "other", "garbage", "empty", "cut":
+        with pytest.raises(ValueError, match=r"`Statistics\.save` has written"):
+            Statistics.load(tmp_path / f"{name}.npz")
+    with pytest.raises(FileNotFoundError):
+        Statistics.load(tmp_path / "none.npz")
 
 
 def test_moving_statistics_have_no_count():
