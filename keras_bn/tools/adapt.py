@@ -101,7 +101,7 @@ def unadapt(model: keras.Layer) -> list[str]:
 def _set(model, verb, prior, memory):
     view = ModelView(model)
     view.check_built()
-    layers = own_layers(view, verb)
+    layers = own_layers(view, verb, stacklevel=3)
     # Refuse what is out of range before anything changes.
     BatchNormalization(adapt_prior=prior, adapt_memory=memory)
     same = [la for la in layers.values() if la.adapt_memory is None and memory is None]

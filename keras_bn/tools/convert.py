@@ -51,7 +51,7 @@ if "renorm" not in _TAKEN_BY_KERAS:
 def from_keras(
     model: ModelT, *, in_place: bool = False, compiled: bool = True
 ) -> ModelT:
-    """A copy of a model in which every Keras BatchNormalization is one of ours.
+    """A copy of a model with `keras_bn` layers in the place of Keras's.
 
     The copy has the same names, weights, trainable flags, dtype policies,
     regularizers, shared layers and random state. It shares no variable with the
@@ -81,8 +81,8 @@ def from_keras(
 
     Warns:
         UserWarning: for a model whose class makes its own layers and has none of them
-            in its config: `keras_bn.load_model` alone loads a file of it with our
-            layers.
+            in its config: `keras_bn.load_model` alone loads a file of it with
+            `keras_bn` layers.
 
     Example:
 
@@ -107,7 +107,7 @@ def convert(model, in_place=False, compiled=True):
 
 
 def to_keras(model: ModelT, *, in_place: bool = False, compiled: bool = True) -> ModelT:
-    """A copy of a model in which every layer of ours is Keras's BatchNormalization.
+    """A copy of a model with Keras's layers in the place of those of `keras_bn`.
 
     The inverse of `from_keras`, with the same guarantees, for layers whose options
     Keras has. Frozen statistics become Keras's `trainable=False`: such a layer gives
@@ -124,7 +124,7 @@ def to_keras(model: ModelT, *, in_place: bool = False, compiled: bool = True) ->
     Raises:
         TypeError: if `model` is not a Keras layer or model.
         ValueError: for a layer with an option that Keras does not have, naming both;
-            for a subclass of ours with its own `call`; and for a model from
+            for a subclass of the layer with its own `call`; and for a model from
             `keras_bn.quantize_aware`, whose layers Keras does not have.
 
     Warns:
@@ -168,11 +168,11 @@ def _convert(model, wanted, kind, in_place, compiled):
     if not in_place:
         model, _ = copy_model(model, compiled, view)
         view = ModelView(model)
-    if kind is not BatchNormalization:
-        separate(view)  # layers of Keras follow no notes
     layers = [layer for _, layer in view.layers if wanted(layer)]
     with scope(model):
         pairs = [(layer, _replacement(layer, kind)) for layer in layers]
+    if kind is not BatchNormalization:
+        separate(view)  # layers of Keras apply no deferred affine
     exchange(pairs, holders_alive(layers) if in_place else view.holders)
     _hand_over_variables(model, pairs)
     if in_place:

@@ -29,7 +29,7 @@ def freeze(
 def freeze(
     model: keras.Layer, *, affine: bool = False, fuse: bool = False
 ) -> list[str] | list[Fold]:
-    """Freeze the statistics of every batch normalization of ours in a model.
+    """Freeze the statistics of every `keras_bn.BatchNormalization` in a model.
 
     From now on training normalizes with the moving statistics and does not change a bit
     of them. Gamma and beta still train, unless `affine` is True. This is independent of
@@ -72,8 +72,8 @@ def freeze(
 
     Raises:
         TypeError: if `model` is not a Keras layer or model.
-        ValueError: if the model has no batch normalization of ours; with `fuse`, if it
-            is not built.
+        ValueError: if the model has no `keras_bn.BatchNormalization`; with `fuse`, if
+            it is not built.
 
     Source of the fusion: You et al., "Efficient ConvBN Blocks for Transfer Learning and
     Beyond", 2023 (arXiv 2305.11624).
@@ -164,31 +164,50 @@ def _changed(before, after):
     return [path for path in before if before[path] != after[path]]
 
 
-def own_layers(view, verb):
-    """The layers of ours in a model, by path; warns of others."""
-    layers = view.of_type(BatchNormalization)
-    theirs = [path for path, layer in view.layers if norms.is_keras(layer)]
-    if not layers:
-        raise ValueError(
-            f"'{view.model.name}' has no batch normalization of keras_bn to {verb}."
-            + (" Convert it by `keras_bn.from_keras(model)`." if theirs else "")
-        )
-    if theirs:
+def own_layers(view, verb, stacklevel=2):
+    """The `keras_bn` layers in a model, by path; warns of others.
+
+    Args:
+        view: the `ModelView` of the model.
+        verb: what is to be done to them, for the messages.
+        stacklevel: as of `warnings.warn`, for the caller of this function.
+
+    Raises:
+        ValueError: if there are none.
+    """
+    layers = check_any(view, verb)
+    if theirs := _theirs(view):
         _warn(
             f"{_listed(theirs)} are layers of Keras, which `{verb}` does not change. "
-            "Convert the model first: `keras_bn.from_keras(model)`."
+            "Convert the model first: `keras_bn.from_keras(model)`.",
+            stacklevel,
         )
     if unknown := [p for p, la in layers.items() if norms.computes_otherwise(la)]:
         _warn(
             f"{_listed(unknown)} are of subclasses with a `call` of their own. There, "
-            f"`{verb}` works only if that `call` uses the options of the layer."
+            f"`{verb}` works only if that `call` uses the options of the layer.",
+            stacklevel,
         )
     return layers
+
+
+def check_any(view, verb):
+    """The `keras_bn` layers in a model, by path; refuses a model that has none."""
+    if layers := view.of_type(BatchNormalization):
+        return layers
+    raise ValueError(
+        f"'{view.model.name}' has no batch normalization of keras_bn to {verb}."
+        + (" Convert it by `keras_bn.from_keras(model)`." if _theirs(view) else "")
+    )
+
+
+def _theirs(view):
+    return [path for path, layer in view.layers if norms.is_keras(layer)]
 
 
 def _listed(paths):
     return ", ".join(f"'{path}'" for path in paths)
 
 
-def _warn(message):
-    warnings.warn(message, stacklevel=4)
+def _warn(message, stacklevel):
+    warnings.warn(message, stacklevel=stacklevel + 2)

@@ -7,7 +7,8 @@ import numpy as np
 from keras_bn.passes.data import Logs
 from keras_bn.surgery.arrays import float64
 from keras_bn.surgery.private import require
-from keras_bn.tools.freeze import freeze
+from keras_bn.surgery.view import ModelView
+from keras_bn.tools.freeze import check_any, freeze
 from keras_bn.tools.steps import StepCallback
 
 
@@ -28,7 +29,8 @@ class FreezeAfter(StepCallback):
             how many steps an epoch has.
 
     Raises:
-        ValueError: if `steps` is no whole number, 0 or greater.
+        ValueError: if `steps` is no whole number, 0 or greater; and when `fit` begins,
+            if the model has no `keras_bn.BatchNormalization`.
 
     Example:
 
@@ -63,6 +65,8 @@ class FreezeAfter(StepCallback):
         self._restored_from = _steps_of_optimizer(model)
 
     def on_train_begin(self, logs: Logs = None) -> None:
+        if self.model.built:  # what could not be frozen later is refused now
+            check_any(ModelView(self.model), "freeze")
         self._count_restored()
 
     def on_epoch_begin(self, epoch: int, logs: Logs = None) -> None:

@@ -52,6 +52,23 @@ def test_freeze_after_in_a_loop_of_ones_own_and_without_a_length():
     assert model.layers[0].freeze_statistics
 
 
+@pytest.mark.parametrize(
+    ("layer", "advice"),
+    [
+        (keras.layers.BatchNormalization, r"Convert it by `keras_bn\.from_keras"),
+        (keras.layers.ReLU, r"to freeze\.$"),
+    ],
+)
+def test_what_could_not_be_frozen_later_is_refused_before_training(layer, advice):
+    model = keras.Sequential([keras.Input((2,)), layer(), keras.layers.Dense(2)])
+    model.compile("sgd", "mse")
+    x, before = np.ones((32, 2)), model.get_weights()
+    with pytest.raises(ValueError, match=advice):
+        model.fit(x, x, batch_size=8, verbose=0, callbacks=[keras_bn.FreezeAfter(3)])
+    for old, new in zip(before, model.get_weights(), strict=True):
+        np.testing.assert_array_equal(old, new)
+
+
 def test_freeze_after_takes_a_number_of_steps():
     for steps in -1, 1.5, True, "end":
         with pytest.raises(ValueError, match="`steps` must be a whole number"):

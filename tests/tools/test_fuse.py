@@ -571,6 +571,24 @@ def test_keras_gets_layers_as_its_classes_make_them(in_place, fused):
     np.testing.assert_allclose(theirs.predict(ROWS, verbose=0), expected, 1e-5)
 
 
+def test_a_refused_conversion_leaves_what_is_fused():
+    class WithMore(OURS):
+        def build(self, input_shape):
+            super().build(input_shape)
+            self.extra = self.add_weight(shape=(), name="extra")
+
+    parts = [keras.Input((6,)), layers.Dense(5, name="dense"), WithMore(name="bn")]
+    model = keras.Sequential(parts)
+    keras_bn.freeze(model, fuse=True)
+    assert asked(model, ROWS) == fused_into("dense")
+    with (
+        pytest.warns(UserWarning, match="no longer train"),
+        pytest.raises(ValueError, match="has the weights extra"),
+    ):
+        keras_bn.to_keras(model, in_place=True)
+    assert asked(model, ROWS) == fused_into("dense")
+
+
 @pytest.mark.parametrize("make", [nested, several, wrapped])
 @pytest.mark.filterwarnings("ignore:.*are layers of Keras")
 def test_whole_models_are_as_right_as_frozen(make):
