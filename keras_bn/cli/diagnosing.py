@@ -14,7 +14,7 @@ def as_in_file(opened):
     """The model with the layers of its file, so that the remedies fit them.
 
     Args:
-        opened: the `Opened` model, which has layers of ours.
+        opened: the `Opened` model, which has `keras_bn` layers.
     """
     if not opened.native:
         return opened.model

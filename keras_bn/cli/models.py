@@ -24,7 +24,7 @@ class Opened(NamedTuple):
     """A model from a file.
 
     Args:
-        model: the model, with layers of ours.
+        model: the model, with `keras_bn` layers.
         layers: its batch normalizations by path.
         native: whether the file has Keras's own layers.
         notes: warnings from loading it.

@@ -41,7 +41,7 @@ def diagnose(
     The report says which findings were not looked for.
 
     Args:
-        model: a built model, with layers of ours or Keras's.
+        model: a built model, with `keras_bn` or Keras layers.
         data: inputs as in training, as `fit` takes them: arrays, a `tf.data.Dataset`, a
             `keras.utils.PyDataset`, or a generator with `steps`. With labels, as a
             tuple `(x, y)` or in the data set, this also compares the loss of `evaluate`

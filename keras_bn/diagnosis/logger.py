@@ -44,7 +44,7 @@ class StatisticsLogger(DataCallback):
     """Records how far moving statistics are from the data's during training.
 
     Before the first epoch and after each, `data` goes through the model as in
-    `keras_bn.diagnose`. For each normalization, ours or Keras's, this compares the
+    `keras_bn.diagnose`. For each normalization, `keras_bn` or Keras, this compares the
     moving statistics with those of all the data at that layer: this is the error of
     inference. The change since the last epoch would be cheaper but says less: it is
     zero both for statistics that have arrived and for those that nothing updates.

@@ -90,7 +90,7 @@ def quantize_aware(
 
     Args:
         model: a built Functional or Sequential model, which does not change, with
-            batch normalizations of ours or Keras's. Those of Keras's become ours.
+            `keras_bn` or Keras batch normalizations. The copy has `keras_bn` layers.
         data: samples as in training, as `fit` takes them; a few hundred are enough.
         weight_bits: of each weight, from 2 to 8.
         activation_bits: of each activation, from 2 to 16. A file can be exported

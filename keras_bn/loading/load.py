@@ -40,19 +40,19 @@ _OF_KERAS = ("could not be ", "Could not ", "Unrecognized ", "Received")
 
 
 def load_model(path: str | os.PathLike[str], **kwargs: Any) -> keras.Model:
-    """Load a model that Keras 3 or Keras 2 saved, with our layers in it.
+    """Load a model that Keras 3 or Keras 2 saved, with `keras_bn` layers in it.
 
-    Like `keras.saving.load_model`, with every BatchNormalization replaced by ours. It
+    Like `keras.saving.load_model`, with every BatchNormalization a `keras_bn` layer. It
     also loads files that Keras 3 cannot: those of Keras 2 say `axis: [3]`, and those of
     a model compiled on PyTorch name an optimizer that only trains there. Keras's safe
     mode is on by default: it refuses a file that would run code of its own.
 
-    A model whose class makes its own layers gets ours too, with the options that its
+    A model whose class makes its own layers gets them too, with the options that its
     `.keras` file has of them, such as `freeze_statistics`.
 
     If moving statistics are lost (NaN, infinite, a negative variance), it warns and
     names the layers; `keras_bn.recalibrate` fixes the model.
-    `keras.saving.load_model` refuses such a file with our layers.
+    `keras.saving.load_model` refuses such a file with `keras_bn` layers.
 
     Args:
         path: a `.keras` or `.h5` file.

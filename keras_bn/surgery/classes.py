@@ -91,8 +91,8 @@ def warn_of_classes(view, stacklevel):
             f"{' and '.join(kinds)} in '{view.model.name}' makes its own layers, and "
             "its config names none of them. `keras_bn.load_model(path)` loads a .keras "
             "file of this model with the layers of keras_bn and what is frozen in "
-            "them; `keras.saving.load_model`, `clone_model` and pickle make what the "
-            "class makes.",
+            "them; `keras.saving.load_model` and pickle make what the class makes, "
+            "and so does `clone_model` where it makes such a class from its config.",
             stacklevel=stacklevel + 1,
         )
 

@@ -69,7 +69,7 @@ class Folds(Displayed, list[Fold]):
 
 
 def plan_fold(model: keras.Model) -> Folds:
-    """What `fold` would do to each batch normalization of a model, ours or Keras's.
+    """What `fold` would do to each batch normalization of a model.
 
     Args:
         model: a built model.
@@ -158,8 +158,8 @@ class FoldPlan:
 
     Args:
         view: the `ModelView` of a built model.
-        fusing: whether to plan for `freeze(model, fuse=True)` instead: normalizations
-            of ours alone, and only into a linear layer directly before them. `fused`
+        fusing: whether to plan for `freeze(model, fuse=True)` instead: `keras_bn`
+            layers alone, and only into a linear layer directly before them. `fused`
             then holds a `Fused` for each.
     """
 

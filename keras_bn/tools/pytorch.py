@@ -137,7 +137,7 @@ def to_torch(layer: BatchNormalization) -> Any:
         layer has them.
 
     Raises:
-        TypeError: for anything but a layer of ours.
+        TypeError: for anything but a `keras_bn.BatchNormalization`.
         ValueError: for a layer that isn't built, has options that PyTorch lacks, or is
             of a subclass with its own `call`.
 

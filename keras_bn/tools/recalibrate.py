@@ -45,7 +45,7 @@ def recalibrate(
     fails or you press Ctrl-C, the model does not change.
 
     Args:
-        model: a built model, with layers of ours or Keras's.
+        model: a built model, with `keras_bn` or Keras layers.
         data: what `fit` takes as its `x`: arrays, a `tf.data.Dataset`, a
             `keras.utils.PyDataset`, or a generator with `steps`. Labels and sample
             weights in it have no effect.

@@ -10,7 +10,7 @@ from support.steps import array
 
 
 def model_of(together, dtype="float64", between=None):
-    """A regression model with two layers of ours, and a layer between them if given."""
+    """A regression model with two `keras_bn` layers, and one between them if given."""
     keras.utils.set_random_seed(0)
 
     def block(units):
