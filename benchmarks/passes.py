@@ -1,4 +1,4 @@
-"""Passes over data beside `predict` and `fit`: `python -m benchmarks.passes`.
+"""Passes over data and `adapt` beside `predict` and `fit`: python -m benchmarks.passes.
 
 CPU time, in turn in one process: ratios that hold on a machine that is not quiet, too.
 Each pass goes over the same data after everything has been traced, but for the whole
@@ -49,8 +49,12 @@ def row(name, model, size, samples, rounds):
         with once:
             once.at_once(x, **quiet)
 
+    following = keras_bn.from_keras(model)
+    keras_bn.adapt(following, prior=16)
+    following.predict(x[:BATCH], **quiet)
     passes = {
         "fit": lambda: model.fit(x, y, batch_size=BATCH, verbose=0),
+        "adapt": lambda: following.predict(x, **quiet),
         "recalibrate": lambda: recalibrated(x),
         "diagnose": lambda: diagnosis.collect((x, y), **quiet),
         "log": lambda: logged.collect(x, **quiet),

@@ -1,14 +1,17 @@
 """New images look different: their own statistics repair what that breaks.
 
 A small convolutional network learns the digits as they are, and then meets them paler,
-brighter or noisy. Nothing is trained again; `keras_bn.recalibrate` puts in statistics
-of unlabelled new images: of all there are, and of few of them, blended with those of
-training, which count as `prior` images. The prior for a seed is the best one in the
-other seeds. And, to see it go wrong, a stream of images that are all of one class.
+brighter or noisy. `keras_bn.recalibrate` puts in statistics of unlabelled new images:
+of all there are, and of few of them, blended with those of training, which count as
+`prior` images. `keras_bn.adapt` blends them with those of each batch that comes. The
+prior for a seed is the best one in the other seeds. TENT normalizes by the batch, and
+after each one trains gamma and beta, and nothing else, to make predictions more
+certain. And, to see it go wrong, a stream of images that are all of one class.
 
-Source: Schneider et al., "Improving robustness against common corruptions by covariate
+Sources: Schneider et al., "Improving robustness against common corruptions by covariate
 shift adaptation", 2020: new statistics repair much of it; with few images, a prior is
-needed.
+needed. Wang et al., "Tent: Fully test-time adaptation by entropy minimization", 2021:
+it repairs more than new statistics alone.
 """
 
 from common import claims, data, drawing, gallery  # isort: skip
@@ -25,9 +28,9 @@ import tensorflow as tf
 import keras_bn
 
 CLAIM = (
-    "The statistics of the new images repair much of what their different look breaks; "
-    "of few images, better blended with a prior; and a stream of one class does harm, "
-    "with a warning."
+    "The statistics of the new images repair much of what their different look breaks, "
+    "those of each batch too; of few images, better blended with a prior; entropy "
+    "minimization repairs more; and a stream of one class does harm, with a warning."
 )
 SHIFTS = {
     "contrast": lambda x, rng: 0.5 + 0.6 * (x - 0.5),
@@ -37,6 +40,8 @@ SHIFTS = {
 FEW = (2, 8)
 COUNTS = (*FEW, 300)
 PRIORS = (0, 1, 4, 16, 64, 256)
+BATCHES = (8, 32)
+RATE = 1e-3  # of Adam, as TENT has it for images of 32 by 32
 STREAM, STREAM_PRIORS = 40, (0, 10, 40, 160, 640)
 
 
@@ -62,6 +67,21 @@ def main(argv=None):
             for shift in SHIFTS
         ],
     )
+    example.table(
+        "Accuracy while following the batches, median",
+        [
+            "",
+            *(h for size in BATCHES for h in (f"batches of {size}", "& prior")),
+            f"TENT, batches of {BATCHES[-1]}",
+        ],
+        [
+            [
+                shift,
+                *(f"{np.median(values):.1%}" for values in following(figures, shift)),
+            ]
+            for shift in SHIFTS
+        ],
+    )
     example.say("", f"The warning of the stream: {figures[0]['stream']['warning']}")
     return example.conclude(CLAIM, parts_of(figures), figures, draw(figures, digits))
 
@@ -76,7 +96,7 @@ def train(digits, seed, epochs):
 
 
 def measure(model, digits, seed):
-    """Accuracy under each shift and on the stream, before and after recalibration."""
+    """Accuracy under each shift and on the stream, before and after each remedy."""
     rng = np.random.default_rng(seed)
     order = rng.permutation(len(digits.x_val))
     x, y = digits.x_val[order], digits.y_val[order]
@@ -87,11 +107,12 @@ def measure(model, digits, seed):
 
 
 def adapt(model, x, y):
-    """Recalibrate on the first images, and evaluate on the others.
+    """Recalibrate on the first images, or follow the others; evaluate on these.
 
     Returns:
-        A dict: accuracy `before`, and `after`, one row per count of images, one column
-        per prior.
+        A dict: accuracy `before`; `after` recalibration, one row per count of images,
+        one column per prior; `followed`, one row per size of batch, one column per
+        prior; and with `tent`.
     """
     x_val, y_val = x[COUNTS[-1] :], y[COUNTS[-1] :]
 
@@ -107,7 +128,49 @@ def adapt(model, x, y):
             ]
             for count in COUNTS
         ],
+        "followed": [
+            [followed(model, x_val, y_val, size, prior) for prior in PRIORS]
+            for size in BATCHES
+        ],
+        "tent": tent(model, x_val, y_val, BATCHES[-1]),
     }
+
+
+def followed(model, x, y, size, prior):
+    """Accuracy of inference that pools its statistics with those of each batch."""
+    keras_bn.adapt(model, prior=prior)
+    right = [accuracy(model, *batch) * len(batch[0]) for batch in batches(x, y, size)]
+    keras_bn.unadapt(model)
+    return sum(right) / len(x)
+
+
+def tent(model, x, y, size):
+    """Accuracy under entropy minimization: each batch is predicted, then learned from.
+
+    The statistics are those of the batch, in both.
+    """
+    learner = keras.models.clone_model(model)
+    learner.set_weights(model.get_weights())
+    base, head = learner.layers
+    for layer in [*base.layers, head]:
+        layer.trainable = isinstance(layer, keras_bn.BatchNormalization)
+    learner.compile(keras.optimizers.Adam(RATE), entropy)
+    right = 0.0
+    for images, classes in batches(x, y, size):
+        right += accuracy(learner, images, classes, training=True) * len(images)
+        learner.train_on_batch(images, classes)  # the loss does not look at the classes
+    return right / len(x)
+
+
+def entropy(_, logits):
+    """The entropy of the predictions, in nats."""
+    logs = keras.ops.log_softmax(logits)
+    return -keras.ops.sum(keras.ops.exp(logs) * logs, axis=-1)
+
+
+def batches(x, y, size):
+    for start in range(0, len(x), size):
+        yield x[start : start + size], y[start : start + size]
 
 
 def follow_stream(model, x, y):
@@ -154,9 +217,9 @@ def by(figures, shift, count, prior):
     return np.array([one[shift]["after"][row][column] for one in figures])
 
 
-def with_good_prior(figures, shift, count):
+def with_good_prior(figures, shift, how, row):
     """Accuracy with the prior that is best in the other seeds, one per seed."""
-    after = np.array([one[shift]["after"][COUNTS.index(count)] for one in figures])
+    after = np.array([one[shift][how][row] for one in figures])
     others = after.sum(0) - after if len(after) > 1 else after
     return after[range(len(after)), others.argmax(1)]
 
@@ -167,7 +230,21 @@ def row(figures, shift):
     yield by(figures, shift, COUNTS[-1], 0)
     for few in FEW:
         yield by(figures, shift, few, 0)
-        yield with_good_prior(figures, shift, few)
+        yield with_good_prior(figures, shift, "after", COUNTS.index(few))
+
+
+def following(figures, shift):
+    """What the table of batches shows of a shift: lists of one accuracy per seed."""
+    for i in range(len(BATCHES)):
+        yield each_batch(figures, shift, i)
+        yield with_good_prior(figures, shift, "followed", i)
+    yield [one[shift]["tent"] for one in figures]
+
+
+def each_batch(figures, shift, i):
+    """Accuracy with the statistics of each batch alone, one per seed."""
+    column = PRIORS.index(0)
+    return np.array([one[shift]["followed"][i][column] for one in figures])
 
 
 def parts_of(figures):
@@ -185,12 +262,14 @@ def parts_of(figures):
         parts += [
             claims.Part(
                 f"{shift}: accuracy from {few} images with a good prior, less without",
-                with_good_prior(figures, shift, few) - by(figures, shift, few, 0),
+                with_good_prior(figures, shift, "after", COUNTS.index(few))
+                - by(figures, shift, few, 0),
                 above=0,
                 form="{:+.3f}",
             )
             for few in FEW
         ]
+        parts += following_parts(figures, shift, before)
     stream = [one["stream"] for one in figures]
     return [
         *parts,
@@ -206,6 +285,27 @@ def parts_of(figures):
             above=0,
             form="{:.0f}",
         ),
+    ]
+
+
+def following_parts(figures, shift, before):
+    small, large = BATCHES
+    tent = [one[shift]["tent"] for one in figures]
+    differences = {
+        f"accuracy in batches of {large} with a good prior, less before": (
+            with_good_prior(figures, shift, "followed", 1) - before
+        ),
+        f"accuracy in batches of {small} with a good prior, less without": (
+            with_good_prior(figures, shift, "followed", 0)
+            - each_batch(figures, shift, 0)
+        ),
+        f"accuracy with TENT, less with statistics of batches of {large} alone": (
+            tent - each_batch(figures, shift, 1)
+        ),
+    }
+    return [
+        claims.Part(f"{shift}: {says}", values, above=0, form="{:+.3f}")
+        for says, values in differences.items()
     ]
 
 

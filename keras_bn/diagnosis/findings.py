@@ -162,7 +162,8 @@ def _momentum_too_slow(layer, record):
             "momentum-too-slow",
             layer.layer,
             WARNING,
-            f"After {record.steps} steps at momentum {layer.momentum:g}, {left:.0%} of "
+            f"After {record.steps} step{'s' * (record.steps > 1)} at momentum "
+            f"{layer.momentum:g}, {left:.0%} of "
             "the moving statistics is still the initial value. They are off by "
             f"{_drift(layer)}. Training with momentum={momentum:g} prevents that.",
             str(_recalibrate(layer)),
