@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from keras_bn.tools.fold import Fold, Folds, fold, plan_fold
     from keras_bn.tools.freeze import freeze, unfreeze
     from keras_bn.tools.freeze_after import FreezeAfter
+    from keras_bn.tools.functional import functional
     from keras_bn.tools.pytorch import from_torch, to_torch
     from keras_bn.tools.recalibrate import Recalibrate, recalibrate
     from keras_bn.tools.replace import replace
@@ -75,6 +76,7 @@ __all__ = [
     "freeze",
     "from_keras",
     "from_torch",
+    "functional",
     "load_model",
     "plan_fold",
     "pooled",
@@ -124,6 +126,7 @@ _MODULES = {
     "freeze": "tools.freeze",
     "from_keras": "tools.convert",
     "from_torch": "tools.pytorch",
+    "functional": "tools.functional",
     "load_model": "loading.load",
     "plan_fold": "tools.fold",
     "pooled": "passes.statistics",

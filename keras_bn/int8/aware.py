@@ -27,6 +27,7 @@ from keras_bn.surgery.exchange import (
     optimizers,
     trained_by,
 )
+from keras_bn.surgery.functional import opened
 from keras_bn.surgery.graph import graph_of, scope
 from keras_bn.surgery.insert import insert
 from keras_bn.surgery.norms import is_frozen, is_normalization
@@ -89,8 +90,9 @@ def quantize_aware(
     writes the file, whose layers compute what those of the copy do.
 
     Args:
-        model: a built Functional or Sequential model, which does not change, with
-            `keras_bn` or Keras batch normalizations. The copy has `keras_bn` layers.
+        model: a built model, which does not change, with `keras_bn` or Keras batch
+            normalizations: Functional, Sequential, or one that `keras_bn.functional`
+            can open. The copy has `keras_bn` layers.
         data: samples as in training, as `fit` takes them; a few hundred are enough.
         weight_bits: of each weight, from 2 to 8.
         activation_bits: of each activation, from 2 to 16. A file can be exported
@@ -99,12 +101,13 @@ def quantize_aware(
         compiled: whether the copy is compiled if the model is.
 
     Returns:
-        A model of the same class, with further layers for the activations.
+        A model of the same class, with further layers for the activations. Of a
+        subclassed model it is a Functional model, not compiled.
 
     Raises:
         TypeError: if `model` is not a Keras model.
-        ValueError: for bits out of range, no data, models that are not Functional or
-            Sequential, layers that the converter cannot make integer, by name, and an
+        ValueError: for bits out of range, no data, models that `keras_bn.functional`
+            refuses, layers that the converter cannot make integer, by name, and an
             optimizer that has no state for a weight that trains now.
         RuntimeError: on another backend than TensorFlow.
 
@@ -138,7 +141,14 @@ def quantize_aware(
     tflite.check_aware("keras_bn.quantize_aware")
     _check_bits("weight_bits", weight_bits, 8)
     _check_bits("activation_bits", activation_bits, 16)
-    original = ModelView(model)
+    with opened(ModelView(model), strict=True) as (view, _):
+        return _aware(
+            view, data, weight_bits, activation_bits, steps, batch_size, compiled
+        )
+
+
+def _aware(original, data, weight_bits, activation_bits, steps, batch_size, compiled):
+    model: Any = original.model
     check_graph(original)
     check_layers(original)
     if original.of_type(FakeQuantizer):

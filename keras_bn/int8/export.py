@@ -16,6 +16,7 @@ from keras_bn.int8.samples import example_of, random_samples, samples_of
 from keras_bn.pages import files
 from keras_bn.surgery.calls import check_graph
 from keras_bn.surgery.copying import copy_model
+from keras_bn.surgery.functional import opened
 from keras_bn.surgery.private import require
 from keras_bn.surgery.view import ModelView
 from keras_bn.tools.fold import FoldPlan
@@ -45,8 +46,9 @@ def export_int8(
     written: no operation in it computes in floats.
 
     Args:
-        model: a built Functional or Sequential model, which does not change. Either any
-            such model, with `data`; or one from `keras_bn.quantize_aware`.
+        model: a built model, which does not change: Functional, Sequential, or one that
+            `keras_bn.functional` can open. Either any such model, with `data`; or one
+            from `keras_bn.quantize_aware`.
         path: where to write the file; one that exists is replaced.
         data: samples as in training, as `fit` takes them: arrays, a `tf.data.Dataset`,
             a `keras.utils.PyDataset`, or a generator with `steps`. A few hundred are
@@ -66,7 +68,7 @@ def export_int8(
 
     Raises:
         TypeError: if `model` is not a Keras model.
-        ValueError: for models that are not Functional or Sequential, layers that the
+        ValueError: for models that `keras_bn.functional` refuses, layers that the
             converter cannot make integer, by name, and models that do not compute in
             float32; if there is no data, or none is given and the model is not from
             `quantize_aware`. Nothing is written then.
@@ -126,9 +128,14 @@ def integer_file(
         `(bytes, Int8Report)`.
     """
     tflite.check_backend("export_int8")
-    view = ModelView(model)
+    with opened(ModelView(model), strict=True) as (view, _):
+        return _file(view, data, steps, batch_size, equalize, correct_bias, per_channel)
+
+
+def _file(view, data, steps, batch_size, equalize, correct_bias, per_channel):
     check_graph(view)
     check_layers(view)
+    model = view.model
     if view.of_type(FakeQuantizer):
         if equalize or correct_bias:
             raise ValueError(

@@ -41,6 +41,8 @@ AutocastScope = _imported(
     "keras.src.backend.AutocastScope",  # up to Keras 3.15
     "keras.src.backend.common.AutocastScope",
 )
+# The mask of a tensor, symbolic or not.
+get_keras_mask = _imported("keras.src.backend.get_keras_mask")
 # Any data that `fit` takes, as batches, and the adapters that tell their kind.
 _TRAINERS = "keras.src.trainers"
 EpochIterator = _imported(f"{_TRAINERS}.epoch_iterator.EpochIterator")
@@ -101,6 +103,7 @@ NAMES: tuple[Private, ...] = (
         "graph",
         "any structure of inputs as a flat list, as a call of the model takes it",
     ),
+    Private("get_keras_mask", "graph", "the mask that a tensor carries"),
     # Copying and replacing layers.
     Private("Node", "copy", "calls are copied with the layers that they call"),
     Private("SymbolicArguments", "copy", "and so are their arguments"),

@@ -9,6 +9,7 @@ from keras_bn.pages.plain import escaped
 from keras_bn.surgery.classes import as_graphs
 from keras_bn.surgery.copying import copy_model
 from keras_bn.surgery.exchange import bypass, exchange
+from keras_bn.surgery.functional import opened
 from keras_bn.surgery.graph import graph_of, input_of, scope
 from keras_bn.surgery.norms import (
     MadeByTool,
@@ -93,7 +94,10 @@ def plan_fold(model: keras.Model) -> Folds:
     bn_2 stays: 'relu' before it is not linear; it is an output of the model
     """
     require("keras_bn.plan_fold", "layers", "graph")
-    return FoldPlan(ModelView(model)).folds
+    view = ModelView(model)
+    view.check_built()
+    with opened(view) as (graph, closed):
+        return FoldPlan(graph, view, closed).folds
 
 
 def fold(model: keras.Model) -> keras.Model:
@@ -114,9 +118,14 @@ def fold(model: keras.Model) -> keras.Model:
 
     Returns:
         A new model with the outputs of the given one in inference. It is not compiled,
-        and not meant for training. Where a class makes its own layers in its
-        constructor, the result is a plain Functional or Sequential model instead, for
-        its graph is no longer that of the class.
+        and not meant for training. Where something folds in a subclassed model, it is
+        a Functional model of the shapes that the given one was built with. Where a
+        class makes its own layers in its constructor, the result is a plain Functional
+        or Sequential model instead, for its graph is no longer that of the class.
+
+    Subclassed models, and layers of your own that hold layers, are opened as by
+    `keras_bn.functional`; where that cannot be, they stay as they are, and `plan_fold`
+    says why.
 
     Raises:
         TypeError: if `model` is not a Keras model.
@@ -132,7 +141,13 @@ def fold(model: keras.Model) -> keras.Model:
     ['Dense']
     """
     require("keras_bn.fold", "layers", "graph", "copy")
-    return FoldPlan(ModelView(model)).folded_model()
+    view = ModelView(model)
+    view.check_built()
+    with opened(view) as (graph, closed):
+        plan = FoldPlan(graph, view, closed)
+        if plan.folded:
+            return plan.folded_model()
+    return FoldPlan(view).folded_model()
 
 
 class Fused(NamedTuple):
@@ -158,14 +173,17 @@ class FoldPlan:
 
     Args:
         view: the `ModelView` of a built model.
+        named: the view that has the paths, if it is not the same.
+        closed: why layers are not open, by path, as `surgery.functional.opened` says.
         fusing: whether to plan for `freeze(model, fuse=True)` instead: `keras_bn`
             layers alone, and only into a linear layer directly before them. `fused`
             then holds a `Fused` for each.
     """
 
-    def __init__(self, view, fusing=False):
+    def __init__(self, view, named=None, closed=None, fusing=False):
+        named = named or view
         view.check_built()
-        self._view, self._fusing = view, fusing
+        self._view, self._named, self._fusing = view, named, fusing
         self.fused: list[Fused] = []
         self.folded: dict[int, keras.layers.Layer] = {}
         self.edits: dict[int, Linear] = {}
@@ -178,15 +196,16 @@ class FoldPlan:
                 folds[id(norm)] = self._place(node)
         within = {
             id(layer.folded_normalization)
-            for _, layer in view.layers
+            for _, layer in named.layers
             if isinstance(layer, MadeByTool)
         }
         self.folds = Folds()
-        for path, layer in view.layers:
+        for path, layer in named.layers:
             if computes_otherwise(layer):
                 self.folds.append(Fold(path, None, _OTHERWISE))
             elif self._concerns(layer):
-                reason = _WITHIN if id(layer) in within else _OUTSIDE
+                outside = _outside(path, closed or {}, named.path(named.model))
+                reason = _WITHIN if id(layer) in within else outside
                 self.folds.append(folds.get(id(layer)) or Fold(path, None, reason))
 
     def _concerns(self, layer):
@@ -214,7 +233,7 @@ class FoldPlan:
 
     def _place(self, node):
         norm = node.operation
-        path = self._view.path(norm)
+        path = self._named.path(norm)
         try:
             self._check_alone(norm)
             if node.arguments.kwargs.get("training"):
@@ -239,7 +258,7 @@ class FoldPlan:
             if place == self._after:
                 self.forward.add(path)
             self._calls.bypass(node)
-            return Fold(path, self._view.path(target))
+            return Fold(path, self._named.path(target))
         return Fold(path, None, "; ".join(reasons))
 
     def _before(self, node, norm):
@@ -357,6 +376,17 @@ class FoldPlan:
 _OUTSIDE = "it is an attribute of a layer, and only graphs show what is next to it"
 _WITHIN = "it is folded already, by the layer of `quantize_aware` around it"
 _OTHERWISE = "its class has a `call` of its own, so what it computes is not known"
+
+
+def _outside(path, closed, whole):
+    """Why a normalization is in no graph, given the layers that are not open."""
+    around = [p for p in closed if path.startswith(f"{p}/") or p == whole]
+    if not around:
+        return _OUTSIDE
+    holder = max(around, key=lambda p: (p != whole, len(p)))
+    if holder == whole:
+        return closed[holder].removesuffix(".")
+    return f"'{holder}' around it cannot be opened: {closed[holder]}"
 
 
 class _Remaining:

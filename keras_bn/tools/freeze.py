@@ -8,6 +8,7 @@ import keras
 from keras_bn.layer import BatchNormalization
 from keras_bn.surgery import norms
 from keras_bn.surgery.classes import warn_of_classes
+from keras_bn.surgery.functional import opened
 from keras_bn.surgery.private import require
 from keras_bn.surgery.view import ModelView
 from keras_bn.tools.fold import Fold, FoldPlan
@@ -95,7 +96,7 @@ def freeze(
     require("keras_bn.freeze", "layers", *(("graph", "fuse") if fuse else ()))
     view = ModelView(model)
     layers = own_layers(view, "freeze")
-    plan = FoldPlan(view, fusing=True) if fuse else None
+    plan = _plan(view) if fuse else None
     fused = plan.fused if plan else []
     ids = {id(norm) for norm, *_ in fused}
     before = _frozen(layers)
@@ -146,6 +147,12 @@ def unfreeze(model: keras.Layer, *, affine: bool = False) -> list[str]:
         if affine:
             layer.freeze_affine = False
     return _changed(before, _frozen(layers))
+
+
+def _plan(view):
+    view.check_built()
+    with opened(view) as (graph, closed):
+        return FoldPlan(graph, view, closed, fusing=True)
 
 
 def _frozen(layers):

@@ -53,6 +53,7 @@ TOOLS = {
     "replace": lambda: keras_bn.replace(model),
     "to_keras": lambda: keras_bn.to_keras(model, in_place=True),
     "fold": lambda: keras_bn.fold(model),
+    "functional": lambda: keras_bn.functional(model),
     "plan_fold": lambda: keras_bn.plan_fold(model),
     "freeze": lambda: keras_bn.freeze(model),
     "unfreeze": lambda: keras_bn.unfreeze(model),

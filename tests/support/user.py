@@ -28,6 +28,7 @@ def converted(model: keras.Model, sequential: keras.Sequential) -> None:
     assert_type(keras_bn.quantize_aware(sequential, np.zeros((2, 4))), keras.Sequential)
     assert_type(keras_bn.from_keras(model, in_place=True), keras.Model)
     assert_type(keras_bn.fold(model), keras.Model)
+    assert_type(keras_bn.functional(model, keras.Input((4,))), keras.Model)
     assert_type(keras_bn.replace(sequential, "group"), keras.Sequential)
     keras_bn.replace(model, lambda norm: keras.layers.LayerNormalization())
     assert_type(keras_bn.load_model(Path("model.keras")), keras.Model)

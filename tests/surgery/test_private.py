@@ -50,6 +50,14 @@ def sublayers_come_in_the_order_of_the_weights():
     assert [layer.name for layer in block.last._layers] == ["two"]
 
 
+@shows("get_keras_mask")
+def a_tensor_carries_a_mask():
+    tokens = keras.Input((3,))
+    assert private.get_keras_mask(tokens) is None
+    embedded = keras.layers.Embedding(4, 2, mask_zero=True)(tokens)
+    assert private.get_keras_mask(embedded).shape == (None, 3)
+
+
 @shows("Sequential._functional")
 def a_built_sequential_has_a_graph():
     model = keras.Sequential([keras.layers.Dense(2)])
