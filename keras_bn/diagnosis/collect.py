@@ -331,7 +331,7 @@ def _flags(layers):
             id(layer),
             is_frozen(layer),
             getattr(layer, "fused", False),
-            getattr(layer, "adapt_prior", None),
+            layer.get_config(),
         )
         for path, layer in layers.items()
     ]

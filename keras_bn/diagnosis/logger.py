@@ -50,8 +50,8 @@ class StatisticsLogger(DataCallback):
     zero both for statistics that have arrived and for those that nothing updates.
 
     It costs two passes over `data`, at the speed of `predict`: a few hundred samples
-    are enough. Nothing in
-    the model changes. Beside `keras_bn.Recalibrate`, it records the drift that remains.
+    are enough. Nothing in the model changes. Beside `keras_bn.Recalibrate`, it records
+    the drift that remains.
 
     It does not end a training: where no data is left, or the file can no longer be
     written, it warns once.
@@ -165,7 +165,7 @@ class StatisticsLogger(DataCallback):
 
     def _record(self, epoch):
         try:
-            # Made anew if a layer has been frozen or replaced: this is traced.
+            # Made anew if a layer has been replaced or has other options: it is traced.
             if self._collector is None or not self._collector.is_current():
                 self._collector = Collector(self._target)
             record = self._collector.collect(self._data, **self._options)

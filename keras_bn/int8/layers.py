@@ -207,7 +207,8 @@ class FakeQuantizedLinear(_Wrapper):
         x = inputs if self.between is None else self._depthwise(inputs, training)
         kernel = getattr(self.layer, self.linear.last)
         plain = self._linear(x, ops.convert_to_tensor(kernel), self.layer.bias)
-        return self.normalization(plain, training=training)
+        mask = mask if self.supports_masking else None
+        return self.normalization(plain, training=training, mask=mask)
 
     def _scale_and_bias(self):
         """The scale of the kernel, and the bias, with the normalization folded in."""

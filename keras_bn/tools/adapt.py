@@ -1,8 +1,11 @@
 """Models whose inference follows the inputs that they meet."""
 
+import warnings
+
 import keras
 
 from keras_bn.layer import BatchNormalization, traces
+from keras_bn.surgery.classes import made_by_classes
 from keras_bn.surgery.exchange import exchange, holders_alive, models_alive
 from keras_bn.surgery.graph import scope
 from keras_bn.surgery.private import require
@@ -44,6 +47,10 @@ def adapt(
         ValueError: for a `prior` or `memory` out of range, or both; and if the model
             has no `keras_bn.BatchNormalization`, or is one itself and has to be made
             anew.
+
+    Warns:
+        UserWarning: for a `memory` in a model whose class makes its own layers: a file
+            of it would not load.
 
     Source: Schneider et al., "Improving robustness against common corruptions by
     covariate shift adaptation", 2020 (arXiv 2006.16971). They average means and
@@ -113,6 +120,13 @@ def _set(model, verb, prior, memory):
         )
     with scope(model):
         pairs = [(layer, _rebuilt(layer, prior, memory)) for layer in others]
+    if memory is not None and (kinds := made_by_classes(view)):
+        warnings.warn(
+            f"A file of '{model.name}' will not load: "
+            f"{' and '.join(sorted(set(kinds.values())))} makes its own layers, "
+            "without the weights that `memory` takes. `prior` takes none.",
+            stacklevel=3,
+        )
     if pairs:
         exchange(pairs, holders_alive(others))
         for holder in models_alive([new for _, new in pairs]):

@@ -299,3 +299,15 @@ def test_an_outlier_does_not_flatten_the_figure(outlier):
         assert len(marks) == 3
         assert (low <= marks[:, 1]).all()
         assert (marks[:, 1] <= high).all()
+
+
+def test_options_that_are_set_during_fit_count():
+    class Larger(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            self.model.get_layer("bn").epsilon = 50.0
+
+    model = made()
+    logger = keras_bn.StatisticsLogger(data())
+    fit(model, Larger(), logger, epochs=2)
+    gap = keras_bn.diagnose(model, data(), verbose=0).record.gap
+    assert logger.rows[-1].output_gap == pytest.approx(gap, rel=1e-5)

@@ -236,3 +236,34 @@ def test_what_is_refused():
     default = keras_bn.BatchNormalization().get_config()
     assert not any(name.startswith("adapt") for name in default)
     assert not any("adapt" in n for n, _ in walk(model))
+
+
+class Maker(keras.Model):
+    """Makes its own layers, so that a file of it has none."""
+
+    def __init__(self, units=3, **options):
+        inputs = keras.Input((4,))
+        outputs = layers.BatchNormalization(name="norm")(layers.Dense(units)(inputs))
+        super().__init__(inputs, outputs, **options)
+        self.units = units
+
+    def get_config(self):
+        return {"units": self.units}
+
+
+@pytest.mark.filterwarnings("ignore:Maker in .* makes its own layers")
+@pytest.mark.parametrize("options", [{"prior": 4}, {"memory": 0.9}])
+def test_files_of_classes_that_make_their_own_layers(tmp_path, options):
+    model, file = keras_bn.from_keras(Maker()), tmp_path / "model.keras"
+    how = {"custom_objects": {"Maker": Maker}}
+    if "prior" in options:
+        keras_bn.adapt(model, **options)
+        model.save(file)
+        loaded = keras_bn.load_model(file, **how)
+        assert loaded.get_layer("norm").adapt_prior == 4
+    else:
+        with pytest.warns(UserWarning, match=r"will not load: Maker.* `prior` takes n"):
+            keras_bn.adapt(model, **options)
+        model.save(file)
+        with pytest.raises(ValueError, match="expected 4 variables"):
+            keras_bn.load_model(file, **how)

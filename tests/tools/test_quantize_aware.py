@@ -552,3 +552,19 @@ def test_values_that_are_not_finite_are_named_as_in_the_model():
     model = keras.Sequential([keras.Input((6,)), *stack])
     with pytest.raises(ValueError, match="The values at 'log' are not finite"):
         keras_bn.quantize_aware(model, x)
+
+
+def test_a_pass_over_data_leaves_out_what_is_masked():
+    x = np.random.default_rng(0).normal(3.0, 2.0, (40, 5, 2)).astype("float32")
+    x[:, 3:] = 0.0
+    dense = layers.Dense(3)
+    means = []
+    for parts in (
+        [dense, keras_bn.BatchNormalization(name="bn")],
+        [FakeQuantizedLinear(dense, keras_bn.BatchNormalization(name="bn"))],
+    ):
+        model = keras.Sequential([keras.Input((5, 2)), layers.Masking(), *parts])
+        (found,) = keras_bn.recalibrate(model, x, verbose=0).values()
+        assert (found.count == 120).all()
+        means.append(found.mean)
+    np.testing.assert_allclose(*means, rtol=1e-5)
