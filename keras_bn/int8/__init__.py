@@ -1,5 +1,7 @@
 """Models for int8: training with quantization, and export to an integer `.tflite` file.
 
+On any backend a model trains; a file is made where TensorFlow is.
+
 TensorFlow is imported here inside functions of two files only: `tflite.py`, with the
 converter and the interpreter, and `fake.py`, with the ops of fake quantization.
 """

@@ -14,6 +14,7 @@ from keras_bn.int8.layers import (
     FakeQuantizedNormalization,
     FakeQuantizer,
 )
+from keras_bn.int8.listed import check_listed
 from keras_bn.int8.measure import not_finite
 from keras_bn.int8.samples import batch_of, in_order
 from keras_bn.passes.data import batches
@@ -87,7 +88,8 @@ def quantize_aware(
 
     Variables keep their names, values and trainable flags. If the model was compiled,
     so is the copy, with the state of its optimizer. `keras_bn.export_int8(copy, path)`
-    writes the file, whose layers compute what those of the copy do.
+    writes the file, whose layers compute what those of the copy do. It needs Keras's
+    TensorFlow backend; a copy from another one is saved, and loaded there.
 
     Args:
         model: a built model, which does not change, with `keras_bn` or Keras batch
@@ -109,7 +111,7 @@ def quantize_aware(
         ValueError: for bits out of range, no data, models that `keras_bn.functional`
             refuses, layers that the converter cannot make integer, by name, and an
             optimizer that has no state for a weight that trains now.
-        RuntimeError: on another backend than TensorFlow.
+        RuntimeError: if TensorFlow is older than 2.17.
 
     Source: Jacob et al., "Quantization and Training of Neural Networks for Efficient
     Integer-Arithmetic-Only Inference", 2018; Krishnamoorthi, "Quantizing deep
@@ -137,8 +139,9 @@ def quantize_aware(
     True
     """
     require("keras_bn.quantize_aware", "layers", "graph", "copy", "data")
-    tflite.check_backend("keras_bn.quantize_aware")
-    tflite.check_aware("keras_bn.quantize_aware")
+    converts = keras.backend.backend() == "tensorflow"
+    if converts:
+        tflite.check_aware("keras_bn.quantize_aware")
     _check_bits("weight_bits", weight_bits, 8)
     _check_bits("activation_bits", activation_bits, 16)
     with opened(ModelView(model), strict=True) as (view, _):
@@ -151,6 +154,8 @@ def _aware(original, data, weight_bits, activation_bits, steps, batch_size, comp
     model: Any = original.model
     check_graph(original)
     check_layers(original)
+    if activation_bits == 8 and not converts:
+        check_listed(original)
     if original.of_type(FakeQuantizer):
         raise ValueError(
             f"'{model.name}' is from `quantize_aware` already. Train it, then write it "
@@ -168,7 +173,7 @@ def _aware(original, data, weight_bits, activation_bits, steps, batch_size, comp
     as_graphs(view)
     sample = _set_ranges(view, data, steps, batch_size)
     # Whether a file can be made shows now, and not after training.
-    if activation_bits == 8:
+    if activation_bits == 8 and converts:
         paths = {path for path, _ in original.layers}
         with constant(view, trained=True):
             convert(copy, sample, quoted=functools.partial(_quoted, paths))

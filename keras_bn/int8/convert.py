@@ -123,14 +123,19 @@ def convert(model, example, samples=None, per_channel=True, quoted="'{}'".format
     except tflite.ConversionError as error:
         at = sorted({index for index in tagged(str(error)) if index in calls})
         paths = [quoted(calls[index].path) for index in at]
-        raise _refusal(model, paths, error) from error
+        raise refusal(model, paths, error) from error
     try:
         tflite.check_runs(content, dict(zip(names.inputs, example, strict=True)))
     except tflite.RunError as error:
         raise ValueError(
             f"TFLite cannot run the file of '{model.name}': {error}."
         ) from error
-    interpreter = tflite.Interpreter(content)
+    try:
+        interpreter = tflite.Interpreter(content)
+    except RuntimeError as error:
+        raise ValueError(
+            f"TFLite cannot load the file of '{model.name}': {error}."
+        ) from error
     operations = interpreter.operations()
     left: dict[str, list[str]] = {}
     for i, operation in enumerate(operations):
@@ -139,7 +144,7 @@ def convert(model, example, samples=None, per_channel=True, quoted="'{}'".format
             left.setdefault(path, []).append(operation.name)
     if left:
         parts = [f"{', '.join(names)} of {path}" for path, names in left.items()]
-        raise _refusal(model, left, f"it leaves {'; '.join(parts)} in floats")
+        raise refusal(model, left, f"it leaves {'; '.join(parts)} in floats")
     return content, interpreter
 
 
@@ -157,7 +162,7 @@ def _path_of(operations, calls):
     return calls[max(calls)].path
 
 
-def _refusal(model, paths, why):
+def refusal(model, paths, why):
     """The error that says which layers cannot be made integer."""
     names = ", ".join(paths) or "a layer"
     lines = [line.strip() for line in str(why).splitlines() if line.strip()]

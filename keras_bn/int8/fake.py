@@ -1,10 +1,12 @@
-"""Fake quantization by TensorFlow's ops: rounding in floats, with gradients.
+"""Fake quantization by the backend's op: rounding in floats, with gradients.
 
-The only place that names these ops. Their gradient is that of the identity for values
-within the range, and 0 for those outside of it.
+On TensorFlow it is the op that the converter knows; Keras has one for the others, which
+gives the same bits. Its gradient is that of the identity for values within the range,
+and 0 for those outside of it.
 """
 
-from keras_bn.int8.tflite import check_backend
+import keras
+from keras.quantizers import fake_quant_with_min_max_vars
 
 
 def per_tensor(x, low, high, bits=8):
@@ -15,10 +17,11 @@ def per_tensor(x, low, high, bits=8):
         low, high: scalars, 0 or less and 0 or greater, not equal.
         bits: from 2 to 16.
     """
-    check_backend("keras_bn.quantize_aware")
-    import tensorflow as tf
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
 
-    return tf.quantization.fake_quant_with_min_max_vars(x, low, high, num_bits=bits)
+        return tf.quantization.fake_quant_with_min_max_vars(x, low, high, num_bits=bits)
+    return fake_quant_with_min_max_vars(x, low, high, num_bits=bits)
 
 
 def per_channel(x, limit, bits=8):
@@ -29,9 +32,13 @@ def per_channel(x, limit, bits=8):
         limit: the largest value of each channel, greater than 0.
         bits: from 2 to 16.
     """
-    check_backend("keras_bn.quantize_aware")
-    import tensorflow as tf
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
 
-    return tf.quantization.fake_quant_with_min_max_vars_per_channel(
-        x, -limit, limit, num_bits=bits, narrow_range=True
+        # Keras's op transposes before and after, which costs a copy of the weights.
+        return tf.quantization.fake_quant_with_min_max_vars_per_channel(
+            x, -limit, limit, num_bits=bits, narrow_range=True
+        )
+    return fake_quant_with_min_max_vars(
+        x, -limit, limit, num_bits=bits, narrow_range=True, axis=-1
     )

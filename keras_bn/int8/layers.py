@@ -81,7 +81,8 @@ class FakeQuantizer(_Aware):
     def call(self, inputs, training=None):
         if self.observed is not None:
             if 0 not in inputs.shape:
-                self.observed.append((float(ops.min(inputs)), float(ops.max(inputs))))
+                values = ops.stop_gradient(inputs)
+                self.observed.append((float(ops.min(values)), float(ops.max(values))))
             return inputs
         low, high = ops.convert_to_tensor(self.low), ops.convert_to_tensor(self.high)
         if training and self.trainable and self.fixed is None:
