@@ -139,8 +139,7 @@ def quantize_aware(
     True
     """
     require("keras_bn.quantize_aware", "layers", "graph", "copy", "data")
-    converts = keras.backend.backend() == "tensorflow"
-    if converts:
+    if keras.backend.backend() == "tensorflow":
         tflite.check_aware("keras_bn.quantize_aware")
     _check_bits("weight_bits", weight_bits, 8)
     _check_bits("activation_bits", activation_bits, 16)
@@ -152,6 +151,7 @@ def quantize_aware(
 
 def _aware(original, data, weight_bits, activation_bits, steps, batch_size, compiled):
     model: Any = original.model
+    converts = keras.backend.backend() == "tensorflow"
     check_graph(original)
     check_layers(original)
     if activation_bits == 8 and not converts:

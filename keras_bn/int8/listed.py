@@ -37,7 +37,8 @@ def check_listed(view):
     Raises:
         ValueError: naming them.
     """
-    refused, names = {}, set()
+    refused: dict[str, None] = {}
+    names = set()
     for node in view.calls:
         operation = node.operation
         if graph_of(operation) is not None:
