@@ -4,33 +4,31 @@ from keras_bn.cli.arguments import FOLD_TOLERANCE
 from keras_bn.cli.errors import refused, sentence
 from keras_bn.cli.models import open_model, save
 from keras_bn.cli.output import show
-from keras_bn.surgery.view import ModelView
 from keras_bn.tools.compare import random_inputs, relative_difference
-from keras_bn.tools.fold import FoldPlan
+from keras_bn.tools.fold import fold, plan_fold
 
 
 def run(arguments):
     model, _, native, notes = open_model(arguments)
     with refused(TypeError, ValueError):
-        plan = FoldPlan(ModelView(model))
-        folded = plan.folded_model()
+        folds, folded = plan_fold(model), fold(model)
     difference, compared = _compare(model, folded)
-    folded_into = {f.layer: f.into for f in plan.folds if f.into is not None}
+    folded_into = {f.layer: f.into for f in folds if f.into is not None}
     results = {
         "folded": folded_into,
-        "stays": {f.layer: f.reason for f in plan.folds if f.into is None},
+        "stays": {f.layer: f.reason for f in folds if f.into is None},
         "relative_difference": difference,
     }
     right = difference is None or difference <= FOLD_TOLERANCE
     if right:
         save(arguments, folded, native)
-        total = len(plan.folds)
+        total = len(folds)
         closing = (
             f"{len(folded_into)} of {total} folded, {compared}: {arguments.output}"
         )
     else:
         closing = f"{compared}: nothing written"
-    rows = [[f.layer, f.into or "stays", f.reason] for f in plan.folds]
+    rows = [[f.layer, f.into or "stays", f.reason] for f in folds]
     show(arguments, results, ["layer", "into", "why"], rows, [*notes, closing], ["why"])
     return 0 if right else 1
 

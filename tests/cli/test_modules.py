@@ -8,6 +8,7 @@ import keras
 import numpy as np
 import pytest
 from keras import layers
+from support.backend import array
 from support.command_line import refused, run
 
 from keras_bn.cli.modules import imported
@@ -195,3 +196,39 @@ def test_modules_that_cannot_be_imported(folder, capsys, name):
     path = list(sys.path)
     assert WRONG[name] in refused(capsys, "inspect", "in.keras", "--import", name)
     assert sys.path == path
+
+
+SUBCLASSED = """
+import keras
+
+
+@keras.saving.register_keras_serializable(package="my")
+class Net(keras.Model):
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.dense = keras.layers.Dense(3, name="dense")
+        self.norm = keras.layers.BatchNormalization(name="norm")
+
+    def call(self, inputs):
+        return self.norm(self.dense(inputs))
+"""
+
+
+def test_a_subclassed_model_folds_as_inspect_says(folder, forget, capsys):
+    (folder / "my_net.py").write_text(SUBCLASSED)
+    with imported(["my_net"]):
+        model = sys.modules["my_net"].Net()
+        x = np.random.default_rng(0).normal(size=(6, 4)).astype("float32")
+        expected = model(x)
+        model.save("net.keras")
+    with_module = "--import", "my_net"
+    forget()
+    assert run("inspect", "net.keras", *with_module, "--json", "a.json") == 0
+    (layer,) = json.loads(Path("a.json").read_text())["layers"]
+    forget()
+    assert run("fold", "net.keras", "f.keras", *with_module, "--json", "b.json") == 0
+    folded = json.loads(Path("b.json").read_text())["folded"]
+    assert folded == {layer["layer"]: layer["fold_into"]} == {"norm": "dense"}
+    loaded = keras.saving.load_model("f.keras")
+    assert not any("Norm" in type(part).__name__ for part in loaded.layers)
+    np.testing.assert_allclose(array(loaded(x)), array(expected), rtol=1e-4, atol=1e-5)
