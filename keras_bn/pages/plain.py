@@ -106,7 +106,11 @@ def lines(grid, console=None):
     from rich.measure import Measurement
 
     if console is None:
-        console = Console(file=io.StringIO(), color_system=None)
+        console = Console(
+            file=io.StringIO(),
+            color_system=None,
+            force_jupyter=False,  # a notebook would show it beside the report
+        )
     room = console.options.update(width=10**5)
     fit, before = Measurement.get(console, room, grid), console.width
     wanted = before if console.is_terminal else fit.maximum

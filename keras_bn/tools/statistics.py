@@ -105,6 +105,19 @@ def set_statistics(model: keras.Model, statistics: Mapping[str, Moments]) -> Non
     Raises:
         ValueError: if the layers or their shapes are not those of the model, or if a
             layer rests on no element. Nothing has changed then.
+
+    Example:
+
+    >>> import keras, keras_bn, numpy as np
+    >>> model = keras.Sequential(
+    ...     [keras.Input((1,)), keras_bn.BatchNormalization(name="bn")]
+    ... )
+    >>> parts = [np.full((100, 1), value) for value in (1.0, 3.0)]
+    >>> found = [keras_bn.statistics(model, part, verbose=0) for part in parts]
+    >>> keras_bn.set_statistics(model, keras_bn.pooled(found))
+    >>> layer = model.get_layer("bn")
+    >>> print(layer.moving_mean.numpy(), layer.moving_variance.numpy())
+    [2.] [1.]
     """
     layers = present(model)
     new = Statistics(statistics)
