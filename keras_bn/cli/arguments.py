@@ -246,6 +246,21 @@ def _export_int8(commands):
         action="store_true",
         help="correct biases for the mean error of rounding the weights",
     )
+    command.add_argument(
+        "--activations",
+        type=int,
+        choices=(8, 16),
+        default=8,
+        help="bits of the activations (8)",
+    )
+    command.add_argument(
+        "--keep-float",
+        metavar="NAME",
+        action="append",
+        default=[],
+        help="a layer, or a pattern of layers, that may stay in floats where TFLite "
+        "has no integers for it; may be given several times",
+    )
 
 
 _COMMANDS = (

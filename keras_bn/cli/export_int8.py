@@ -29,6 +29,8 @@ def run(arguments):
             **options,
             equalize=arguments.equalize,
             correct_bias=arguments.correct_bias,
+            activations=arguments.activations,
+            keep_float=arguments.keep_float,
         )
     right = report.error <= arguments.tolerance
     if right:
@@ -51,6 +53,8 @@ _WORDS = {
     "`data`": "`--data DATA`",
     "`equalize`": "`--equalize`",
     "`correct_bias`": "`--correct-bias`",
+    "`activations`": "`--activations`",
+    "`keep_float`": "`--keep-float`",
 }
 
 

@@ -77,8 +77,16 @@ def names_of(model):
     return Names(once(t.name for t in graph.inputs), once(graph.output_names))
 
 
-def convert(model, example, samples=None, per_channel=True, quoted="'{}'".format):
-    """The content of a file, with no operation of floats in it.
+def convert(
+    model,
+    example,
+    samples=None,
+    per_channel=True,
+    quoted="'{}'".format,
+    bits=8,
+    keep_float=(),
+):
+    """The content of a file, with no operation of floats in it but those named.
 
     Args:
         model: a Functional or Sequential model.
@@ -87,9 +95,11 @@ def convert(model, example, samples=None, per_channel=True, quoted="'{}'".format
             them.
         per_channel: as in `integer_file`.
         quoted: gives what an error says for the path of a layer.
+        bits: of the activations.
+        keep_float: paths of the calls that may be in floats.
 
     Returns:
-        `(bytes, Interpreter)`.
+        `(bytes, Interpreter, floats)`: the last are the paths of those that are.
 
     Raises:
         ValueError: naming the layers that the converter cannot make integer.
@@ -118,7 +128,12 @@ def convert(model, example, samples=None, per_channel=True, quoted="'{}'".format
 
     try:
         content = tflite.convert(
-            function, inputs, None if samples is None else measured, per_channel
+            function,
+            inputs,
+            None if samples is None else measured,
+            per_channel,
+            bits,
+            bool(keep_float),
         )
     except tflite.ConversionError as error:
         at = sorted({index for index in tagged(str(error)) if index in calls})
@@ -138,14 +153,18 @@ def convert(model, example, samples=None, per_channel=True, quoted="'{}'".format
         ) from error
     operations = interpreter.operations()
     left: dict[str, list[str]] = {}
+    floats: dict[str, None] = {}
     for i, operation in enumerate(operations):
         if _computes_in_floats(operation):
-            path = quoted(_path_of(operations[i:], calls))
-            left.setdefault(path, []).append(operation.name)
+            path = _path_of(operations[i:], calls)
+            if path in keep_float:
+                floats[path] = None
+            else:
+                left.setdefault(quoted(path), []).append(operation.name)
     if left:
         parts = [f"{', '.join(names)} of {path}" for path, names in left.items()]
         raise refusal(model, left, f"it leaves {'; '.join(parts)} in floats")
-    return content, interpreter
+    return content, interpreter, list(floats)
 
 
 def _computes_in_floats(operation):

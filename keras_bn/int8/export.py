@@ -1,6 +1,8 @@
 """Writing a model as a fully integer `.tflite` file."""
 
+import fnmatch
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import keras
@@ -34,6 +36,8 @@ def export_int8(
     batch_size: int | None = None,
     equalize: bool = False,
     correct_bias: bool = False,
+    activations: int = 8,
+    keep_float: Sequence[str] = (),
 ) -> Int8Report:
     """Write a model as a `.tflite` file that computes with integers alone.
 
@@ -61,6 +65,11 @@ def export_int8(
         correct_bias: whether to correct biases for the mean error that rounding the
             weights causes. The mean inputs follow from the gamma and beta of the batch
             normalization before the layer.
+        activations: bits of the activations, of inputs and outputs too: 8, or 16, which
+            lose less and take more time. Kernels have 8.
+        keep_float: paths of layers, or patterns as `"block*"`, that may stay in floats
+            where TFLite has no integers for them, as `ELU` or `LayerNormalization`. The
+            report says which did. None by default.
 
     Returns:
         An `Int8Report`: the error of each layer against float, the worst first.
@@ -103,6 +112,8 @@ def export_int8(
         batch_size=batch_size,
         equalize=equalize,
         correct_bias=correct_bias,
+        activations=activations,
+        keep_float=keep_float,
     )
     files.write_whole(path, lambda part: part.write_bytes(content), force=True)
     return report
@@ -117,6 +128,8 @@ def integer_file(
     equalize=False,
     correct_bias=False,
     per_channel=True,
+    activations=8,
+    keep_float=(),
 ):
     """The content of the file that `export_int8` writes, and its report.
 
@@ -128,11 +141,35 @@ def integer_file(
         `(bytes, Int8Report)`.
     """
     tflite.check_backend("export_int8")
+    if activations not in (8, 16):
+        raise ValueError(
+            f"`activations` must be 8 or 16. Received: activations={activations!r}"
+        )
     with opened(ModelView(model), strict=True) as (view, _):
-        return _file(view, data, steps, batch_size, equalize, correct_bias, per_channel)
+        return _file(
+            view,
+            data,
+            steps,
+            batch_size,
+            equalize,
+            correct_bias,
+            per_channel,
+            activations,
+            keep_float,
+        )
 
 
-def _file(view, data, steps, batch_size, equalize, correct_bias, per_channel):
+def _file(
+    view,
+    data,
+    steps,
+    batch_size,
+    equalize,
+    correct_bias,
+    per_channel,
+    activations,
+    keep_float,
+):
     check_graph(view)
     check_layers(view)
     model = view.model
@@ -141,6 +178,11 @@ def _file(view, data, steps, batch_size, equalize, correct_bias, per_channel):
             raise ValueError(
                 "`equalize` and `correct_bias` are for models that are not from "
                 "`keras_bn.quantize_aware`, whose weights are trained for int8."
+            )
+        if activations != 8 or keep_float:
+            raise ValueError(
+                "`activations` and `keep_float` are for models that are not from "
+                "`keras_bn.quantize_aware`, which rounds all activations to 8 bits."
             )
         return _from_aware(view, data, steps, batch_size)
     if data is None:
@@ -160,7 +202,14 @@ def _file(view, data, steps, batch_size, equalize, correct_bias, per_channel):
         if correct_bias:
             converted, of = copy_model(reference, compiled=False, view=folded)
             corrected = correct(folded, of, view, plan, scales)
-    content, interpreter = convert(converted, samples[0], samples, per_channel)
+    content, interpreter, floats = convert(
+        converted,
+        samples[0],
+        samples,
+        per_channel,
+        bits=activations,
+        keep_float=_matching(converted, keep_float),
+    )
     outputs, layers = compare(
         interpreter, model, reference, samples[:_COMPARED], names_of(converted)
     )
@@ -174,7 +223,28 @@ def _file(view, data, steps, batch_size, equalize, correct_bias, per_channel):
         equalized,
         corrected,
         {fold.layer: fold.reason for fold in plan.folds if fold.into is None},
+        floats,
     )
+
+
+def _matching(model, patterns):
+    """The paths of a model that `keep_float` names."""
+    if isinstance(patterns, str):
+        raise ValueError(
+            "`keep_float` must be a list of paths or patterns. Received: "
+            f"keep_float={patterns!r}"
+        )
+    paths = [path for path, _ in ModelView(model).layers]
+    matching = set()
+    for pattern in patterns:
+        matches = fnmatch.filter(paths, pattern)
+        if not matches:
+            raise ValueError(
+                f"`keep_float` names {pattern!r}, and '{model.name}' has no such layer "
+                "after its normalizations are folded."
+            )
+        matching.update(matches)
+    return matching
 
 
 def _from_aware(view, data, steps, batch_size):
@@ -189,7 +259,7 @@ def _from_aware(view, data, steps, batch_size):
     samples = [] if random else samples_of(model, data, steps, batch_size)
     example = example_of(model) if random else samples[0]
     with constant(view):
-        content, interpreter = convert(model, example)
+        content, interpreter, _ = convert(model, example)
     names = names_of(model)
     if random:
         samples = random_samples(interpreter, example, names.inputs, _COMPARED)

@@ -1,7 +1,7 @@
 """How far a file of integers is from the model of floats, layer by layer."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from keras_bn.pages import plain
@@ -54,6 +54,7 @@ class Int8Report(Section):
         equalized: the pairs of layers whose channels were equalized, as paths.
         corrected: the paths of the layers whose bias was corrected.
         kept: batch normalizations that could not be folded, with the reason, by path.
+        floats: the paths of the layers that compute in floats, of `keep_float`.
     """
 
     model: str
@@ -65,6 +66,7 @@ class Int8Report(Section):
     equalized: list[tuple[str, str]]
     corrected: list[str]
     kept: dict[str, str]
+    floats: list[str] = field(default_factory=list)
 
     @property
     def error(self) -> float:
@@ -81,8 +83,9 @@ class Int8Report(Section):
 
     def _about(self):
         drawn = " drawn at random" if self.drawn else ""
+        integer = "in part in floats" if self.floats else "all integer"
         return (
-            f"{self.size:,} bytes, all integer; compared with float on "
+            f"{self.size:,} bytes, {integer}; compared with float on "
             f"{self.samples} samples{drawn}"
         )
 
@@ -93,6 +96,8 @@ class Int8Report(Section):
             lines.append(f"pairs of layers equalized: {len(self.equalized)}")
         if self.corrected:
             lines.append(f"biases corrected: {len(self.corrected)}")
+        if self.floats:
+            lines.append(f"in floats: {', '.join(map(escaped, self.floats))}")
         if self.kept:
             many = len(self.kept)
             lines.append(f"normalizations not folded: {many} (plan_fold says why)")
@@ -126,6 +131,7 @@ class Int8Report(Section):
             "equalized": [list(pair) for pair in self.equalized],
             "corrected": list(self.corrected),
             "kept": dict(self.kept),
+            "floats": list(self.floats),
         }
 
     def section(self) -> Content:

@@ -104,7 +104,7 @@ def graph(function):
     return tf.function(function, autograph=False, reduce_retracing=True)
 
 
-def convert(function, inputs, samples=None, per_channel=True):
+def convert(function, inputs, samples=None, per_channel=True, bits=8, floats=False):
     """A function of tensors as the content of a fully integer file.
 
     Args:
@@ -114,6 +114,8 @@ def convert(function, inputs, samples=None, per_channel=True):
             the inputs, which the converter measures the ranges with; None if the
             function has fake quantization everywhere.
         per_channel: whether each output channel of a kernel has a scale of its own.
+        bits: of the activations with `samples`, 8 or 16.
+        floats: whether what has no counterpart of integers may stay in floats.
 
     Returns:
         bytes.
@@ -135,13 +137,18 @@ def convert(function, inputs, samples=None, per_channel=True):
         holder.captured = list(concrete.graph.variables)
         converter = tf.lite.TFLiteConverter.from_concrete_functions([concrete], holder)
         converter.optimizations = [tf.lite.Optimize.DEFAULT]
-        converter.inference_input_type = tf.int8
-        converter.inference_output_type = tf.int8
+        dtype = {8: tf.int8, 16: tf.int16}[bits]
+        converter.inference_input_type = converter.inference_output_type = dtype
         private.set_per_channel(converter, per_channel)
         if samples is not None:
             converter.representative_dataset = samples
-            builtin = tf.lite.OpsSet.TFLITE_BUILTINS_INT8
-            converter.target_spec.supported_ops = [builtin]
+            sets = tf.lite.OpsSet
+            integer = {
+                8: sets.TFLITE_BUILTINS_INT8,
+                16: sets.EXPERIMENTAL_TFLITE_BUILTINS_ACTIVATIONS_INT16_WEIGHTS_INT8,
+            }[bits]
+            builtin = [sets.TFLITE_BUILTINS] if floats else []
+            converter.target_spec.supported_ops = [integer, *builtin]
         try:
             return converter.convert()
         except Exception as error:  # it raises whatever its parts raise

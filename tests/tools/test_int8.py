@@ -574,3 +574,62 @@ def test_another_backend_is_told(monkeypatch):
     monkeypatch.setattr(keras.backend, "backend", lambda: "jax")
     with pytest.raises(RuntimeError, match=r"export_int8.*TensorFlow.*'jax'"):
         integer_file(chain(), images())
+
+
+def mixed():
+    """A model with an ELU, for which there are no integers, between convolutions."""
+    stack = [
+        layers.Conv2D(8, 3, name="conv"),
+        layers.ELU(name="elu"),
+        layers.DepthwiseConv2D(3, name="depthwise"),
+        layers.ReLU(),
+        layers.Flatten(),
+        layers.Dense(5, name="head"),
+    ]
+    return keras.Sequential([keras.Input((8, 8, 3)), *stack], name="mixed")
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+@pytest.mark.parametrize("pattern", ["elu", "el*"])
+def test_named_layers_stay_in_floats(bits, pattern):
+    options = {"activations": bits, "keep_float": [pattern]}
+    content, report = integer_file(mixed(), images(), **options)
+    assert report.floats == report.to_dict()["floats"] == ["elu"]
+    assert "in part in floats" in str(report)
+    assert "in floats: elu" in str(report)
+    assert report.error < (0.05 if bits == 8 else 0.01)
+    operations = tflite.Interpreter(content).operations()
+    floats = {o.name for o in operations if "float32" in o.dtypes}
+    assert floats == {"DEQUANTIZE", "ELU", "QUANTIZE"}
+    convolution = next(o for o in operations if o.name == "CONV_2D")
+    assert f"int{bits}" in convolution.dtypes
+
+
+def test_activations_of_16_bits_lose_less():
+    model = small()
+    errors = []
+    for bits in 8, 16:
+        content, report = integer_file(model, images(), activations=bits)
+        assert report.floats == []
+        names = set().union(
+            *(o.dtypes for o in tflite.Interpreter(content).operations())
+        )
+        assert not any(name.startswith("float") for name in names)
+        errors.append(report.error)
+    # What is left is that of the kernels.
+    assert errors[1] < 0.8 * errors[0]
+
+
+def test_what_may_stay_in_floats_is_named_rightly():
+    model = mixed()
+    for bits in 8, 16:
+        with pytest.raises(ValueError, match="integer"):
+            integer_file(model, images(), activations=bits)
+        with pytest.raises(ValueError, match="'elu'"):
+            integer_file(model, images(), activations=bits, keep_float=["conv"])
+    with pytest.raises(ValueError, match="names 'gelu', and 'mixed' has no such"):
+        integer_file(model, images(), keep_float=["gelu"])
+    with pytest.raises(ValueError, match="must be a list"):
+        integer_file(model, images(), keep_float="elu")
+    with pytest.raises(ValueError, match="must be 8 or 16"):
+        integer_file(model, images(), activations=4)
