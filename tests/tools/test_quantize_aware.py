@@ -380,7 +380,10 @@ def chain(*stack, shape=(8, 8, 3)):
 REFUSED = {
     "optimizer": (unknown, "optimizer.*has no state for head/kernel"),
     "elu": (lambda: chain(layers.ELU(name="last")), "'last'"),
-    "inside": (lambda: chain(layers.Dense(2, activation="elu", name="d")), "activation of 'd'"),
+    "inside": (
+        lambda: chain(layers.Dense(2, activation="elu", name="d")),
+        "activation of 'd'",
+    ),
     "renorm": (lambda: chain(renorm()), "'norm' has renorm"),
     "axis": (
         lambda: chain(layers.ReLU(), layers.BatchNormalization(1, name="norm")),
