@@ -23,7 +23,7 @@ from keras_bn.surgery.exchange import (
     rekey,
     retrack,
 )
-from keras_bn.surgery.graph import scope
+from keras_bn.surgery.graph import is_of_workers, scope_of_copies
 from keras_bn.surgery.private import Node, SymbolicArguments, Tracker
 from keras_bn.surgery.view import ModelView
 
@@ -60,7 +60,7 @@ def copy_model(model, compiled=True, view=None):
         `(copy, of)`: the copy, and a function from each layer to its copy.
     """
     copier = _Copier(view or ModelView(model), compiled)
-    with scope(model):
+    with scope_of_copies(model):
         return copier.whole(model), copier
 
 
@@ -116,7 +116,7 @@ class _Copier:
         if isinstance(value, _COPIED):
             return self._object(value)
         if _is_strategy(value):
-            return value
+            return _strategy_of_copies(value)
         if _is_plain_variable(value):
             known = {"trainable": value.trainable, "name": value.name.split(":")[0]}
             return kind(value.numpy(), **known)
@@ -175,7 +175,7 @@ class _Copier:
                 options[name] = getattr(value, name)
         if value._value is None:
             return value
-        new = type(value)(keras.ops.convert_to_numpy(value), **options)
+        new = type(value)(_array(value), **options)
         own = {"_value", "_shape", "_ndim"}
         vars(new).update({k: v for k, v in vars(value).items() if k not in own})
         if _is_torch_tensor(value._value):
@@ -317,8 +317,30 @@ def _leads_to_keras(value):
 
 
 def _is_strategy(value):
-    """Whether a value is a distribution strategy, which all copies share."""
+    """Whether a value is a distribution strategy."""
     return hasattr(type(value), "num_replicas_in_sync")
+
+
+def _strategy_of_copies(strategy):
+    """The strategy of copies: the same; of workers, the present one."""
+    if not is_of_workers(strategy):
+        return strategy
+    from keras_bn.backends.tensorflow import workers
+
+    return workers.present_strategy()
+
+
+def _array(variable):
+    """The value of a variable; the share of this process, where workers add it up.
+
+    So they do with the state of metrics, and each waits for all to read it.
+    """
+    strategy: Any = getattr(variable._value, "distribute_strategy", None)
+    shared = getattr(variable, "synchronization", None) == "on_read"
+    if not shared or not is_of_workers(strategy):
+        return keras.ops.convert_to_numpy(variable)
+    shares = map(np.asarray, strategy.experimental_local_results(variable._value))
+    return sum(shares) if variable.aggregation == "sum" else next(shares)
 
 
 def _is_torch_tensor(value):

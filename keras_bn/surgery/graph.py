@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+from typing import Any
 
 import keras
 
@@ -52,9 +53,38 @@ def graph_of(layer):
 
 
 def scope(model):
-    """The scope in which to make new variables for copies of a model."""
+    """The scope in which to make new variables of a model."""
     strategy = getattr(model, "distribute_strategy", None)
     return contextlib.nullcontext() if strategy is None else strategy.scope()
+
+
+def scope_of_copies(model):
+    """The scope in which to make copies of a model, and layers for them.
+
+    In the scope of several processes, a variable waits for all of them. One of them may
+    make a copy alone, and then it belongs to the present strategy, as `clone_model` has
+    it.
+    """
+    strategy = getattr(model, "distribute_strategy", None)
+    return contextlib.nullcontext() if is_of_workers(strategy) else scope(model)
+
+
+def is_of_workers(strategy):
+    """Whether a value is a strategy of one process for each worker."""
+    if not hasattr(type(strategy), "cluster_resolver"):
+        return False
+    from keras_bn.backends.tensorflow import workers
+
+    return workers.is_of_workers(strategy)
+
+
+def count_workers(model):
+    """How many processes have a model together."""
+    strategy: Any = getattr(model, "distribute_strategy", None)
+    if not is_of_workers(strategy):
+        return 1
+    jobs = strategy.cluster_resolver.cluster_spec().as_dict()
+    return max(1, sum(map(len, jobs.values())))
 
 
 def nodes(graph):

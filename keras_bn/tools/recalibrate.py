@@ -16,6 +16,7 @@ from keras_bn.tools.statistics import (
     layers_of,
     present,
     warn_of_data,
+    warn_of_workers,
     with_prior,
 )
 from keras_bn.tools.steps import StepCallback
@@ -73,8 +74,8 @@ def recalibrate(
 
     Warns:
         UserWarning: if a statistic rests on fewer than 100 elements, if the data ends
-            before `steps` batches, and for layers that it skips because their class
-            has its own `call`.
+            before `steps` batches, for layers that it skips because their class has
+            its own `call`, and for a model that other workers have, too.
 
     Source: Schneider et al., "Improving robustness against common corruptions by
     covariate shift adaptation", 2020. They average means and variances; this pools the
@@ -135,6 +136,7 @@ def replace_statistics(
     check_counts(statistics)
     warn_of_data(collector, statistics, prior)
     warn_of_others(model, stacklevel=4)
+    warn_of_workers(model, stacklevel=4)
     assign(layers, with_prior(layers, statistics, prior))
     return statistics
 

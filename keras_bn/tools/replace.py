@@ -9,7 +9,7 @@ import keras
 from keras_bn.layer.arguments import AFFINE
 from keras_bn.surgery.copying import copy_model
 from keras_bn.surgery.exchange import exchange
-from keras_bn.surgery.graph import scope
+from keras_bn.surgery.graph import scope_of_copies
 from keras_bn.surgery.norms import MadeByTool, warn_of_others
 from keras_bn.surgery.private import require
 from keras_bn.surgery.view import ModelView
@@ -88,7 +88,7 @@ def replace(
                 "normalization. Replace the layers of the model that it was made from."
             )
     warn_of_others(model)
-    with scope(model):
+    with scope_of_copies(model):
         new_layers = {path: _made(make, norm, path) for path, norm in layers.items()}
     _check_all_different(new_layers)
     _check_calls(view, {id(layers[path]): new for path, new in new_layers.items()})

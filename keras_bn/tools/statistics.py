@@ -16,6 +16,7 @@ from keras_bn.passes.progress import Progress
 from keras_bn.passes.recorder import with_values
 from keras_bn.passes.statistics import Statistics, check_fit, pooled
 from keras_bn.surgery.arrays import float64, moving, rolled_back
+from keras_bn.surgery.graph import count_workers
 from keras_bn.surgery.norms import is_frozen, normalizations, warn_of_others
 from keras_bn.surgery.private import require
 
@@ -119,11 +120,13 @@ def set_statistics(model: keras.Model, statistics: Mapping[str, Moments]) -> Non
     >>> print(layer.moving_mean.numpy(), layer.moving_variance.numpy())
     [2.] [1.]
     """
+    require("keras_bn.set_statistics", "layers")
     layers = present(model)
     new = Statistics(statistics)
     left = {p: la for p, la in layers.items() if p in new or not is_frozen(la)}
     check_fit(new, _moving(left), "The statistics do not fit the model")
     check_counts(new)
+    warn_of_workers(model)
     assign(layers, new)
 
 
@@ -156,6 +159,7 @@ def using(
     >>> print(model.layers[0].moving_mean.numpy())
     [0.]
     """
+    require("keras_bn.using", "layers")
     variables = [
         variable
         for layer in present(model).values()
@@ -351,6 +355,17 @@ def assign(layers, statistics):
     with rolled_back(variable for variable, _ in assignments):
         for variable, value in assignments:
             variable.assign(value)
+
+
+def warn_of_workers(model, stacklevel=3):
+    """Warn that statistics are assigned in this process only."""
+    if (workers := count_workers(model)) > 1:
+        warnings.warn(
+            f"'{model.name}' has a replica in each of {workers} workers, and only that "
+            "of this process gets the statistics. Do the same on all workers, with the "
+            "same data; otherwise their replicas differ.",
+            stacklevel=stacklevel,
+        )
 
 
 def _warn_of_few(statistics, prior):

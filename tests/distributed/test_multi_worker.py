@@ -21,6 +21,7 @@ from support.worker import (
     checkpoint_of,
     model_around,
     trainee,
+    with_metrics,
 )
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
@@ -102,9 +103,9 @@ def test_every_file_has_what_every_worker_has(folder):
                 np.testing.assert_array_equal(found, state[key])
 
 
-def in_one_process(steps):
+def in_one_process(steps, model=None):
     """A model after so many steps of training without any workers."""
-    model, _ = trainee()
+    model = model or trainee()[0]
     loop = Loop(tf.distribute.get_strategy(), model, [sum(SHARES)])
     for step in range(steps):
         loop.step(step)
@@ -117,6 +118,24 @@ def test_training_is_that_of_one_process(folder):
     for weight, got in zip(in_one_process(STEPS).weights, one.values(), strict=True):
         assert np.max(np.abs(array(weight) - got)) < 1e-12, weight.path
     compare_bits(one, other)
+
+
+@pytest.mark.slow
+def test_one_worker_alone_makes_copies_while_the_other_trains_on(tmp_path):
+    codes, logs = run(tmp_path, "alone")
+    assert codes == [0, 0], "\n".join(logs)
+    one, other = arrays(tmp_path, "trained alone")
+    compare_bits(one, other)
+    alone = in_one_process(STEPS, with_metrics())
+    for weight, got in zip(alone.weights, one.values(), strict=True):
+        assert np.max(np.abs(array(weight) - got)) < 1e-12, weight.path
+    with np.load(tmp_path / "copies.npz") as outputs:
+        for name, output in outputs.items():
+            np.testing.assert_allclose(output, outputs["model"], 0, 1e-12, err_msg=name)
+    compare_bits(*arrays(tmp_path, "recalibrated"))
+    for index in range(2):
+        said = json.loads((tmp_path / f"warnings {index}.json").read_text())
+        assert len([each for each in said if "in each of 2 workers" in each]) == 1
 
 
 def compare_bits(one, other):

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import sys
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -173,6 +174,53 @@ def fit(strategy, index, folder):
     else:
         said = ""
     (folder / f"fit {index}.json").write_text(json.dumps(said))
+
+
+def alone(strategy, index, folder):
+    """Train, and halfway have one worker alone do what makes copies of the model."""
+    with strategy.scope():
+        model = with_metrics()
+    loop = Loop(strategy, model, SHARES)
+    for step in range(STEPS):
+        loop.step(step)
+        if index == 1 and step == STEPS // 2:
+            copies(model, folder)
+    np.savez(folder / f"trained alone {index}.npz", *map(array, model.weights))
+    # On all workers with the same data, which a warning asks for.
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        keras_bn.recalibrate(model, rows(128)[0], verbose=0)
+    said = [str(warning.message) for warning in caught]
+    (folder / f"warnings {index}.json").write_text(json.dumps(said))
+    np.savez(folder / f"recalibrated {index}.npz", *map(array, model.weights))
+
+
+def with_metrics():
+    """A model without `Deadly`, compiled with what copies must take along."""
+    model = model_of(True)
+    model.compile(keras.optimizers.SGD(0.1, momentum=0.9), "mse", metrics=["mae"])
+    return model
+
+
+def copies(model, folder):
+    """What the copies of a model compute, and how far their training is."""
+    x, y = rows(16)
+    theirs = keras_bn.to_keras(model)
+    models = {
+        "model": model,
+        "folded": keras_bn.fold(model),
+        "of Keras": theirs,
+        "again": keras_bn.from_keras(theirs),
+    }
+    model.save(folder / "alone.keras")
+    models["loaded"] = keras_bn.load_model(folder / "alone.keras")
+    outputs = {name: array(each(x)) for name, each in models.items()}
+    np.savez(folder / "copies.npz", **outputs)
+    for name in ("of Keras", "again"):
+        assert models[name].optimizer.iterations == model.optimizer.iterations
+    # A copy is of this process alone, so that its own `fit` waits for nobody.
+    models["again"].fit(x, y, verbose=0)
+    assert keras_bn.replace(model).count_params()
 
 
 def main(folder, *tasks):

@@ -351,7 +351,7 @@ def test_without_any_of_them_the_layer_works_and_each_tool_says_a_sentence(
         if inspect.isfunction(value)
         or (isinstance(value, type) and issubclass(value, keras.callbacks.Callback))
     }
-    others = {"compare", "from_torch", "renorm_ramp", "to_torch"}
+    others = {"compare", "from_torch", "pooled", "renorm_ramp", "to_torch"}
     assert set(on_renamed_keras) == tools - others
 
 
