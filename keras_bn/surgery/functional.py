@@ -25,13 +25,13 @@ class NotAGraphError(ValueError):
     """A `call` that cannot be the calls of a graph."""
 
 
-def is_open(model):
+def is_open(view):
     """Whether graphs show every call of a model already.
 
     Args:
-        model: a Keras layer or model.
+        view: the `ModelView` of the model.
     """
-    return not any(_has_own_call(layer) for _, layer in walk(model))
+    return not any(_has_own_call(layer) for _, layer in view.layers)
 
 
 def functional(model, inputs=None):
@@ -68,7 +68,7 @@ def opened(view, strict=False):
     Raises:
         NotAGraphError: with `strict`, as `functional`.
     """
-    if not isinstance(view.model, keras.Model) or is_open(view.model):
+    if not isinstance(view.model, keras.Model) or is_open(view):
         yield view, {}
         return
     with contextlib.ExitStack() as stack:

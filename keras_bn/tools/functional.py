@@ -58,11 +58,12 @@ def functional(model: keras.Model, inputs: Any = None) -> keras.Model:
     ['dense', 'norm']
     """
     require("keras_bn.functional", "layers", "graph")
-    ModelView(model).check_built()
+    view = ModelView(model)
+    view.check_built()
     if not isinstance(model, keras.Model):
         raise TypeError(
             f"`model` must be a Keras model. Received: a {type(model).__name__}"
         )
-    if inputs is None and graph_of(model) is not None and surgery.is_open(model):
+    if inputs is None and graph_of(model) is not None and surgery.is_open(view):
         return model
     return surgery.functional(model, inputs)

@@ -1,4 +1,4 @@
-"""Steps and inference that JAX exports for a batch of any size."""
+"""Steps that JAX exports for a batch of any size, or differentiates in forward mode."""
 
 import numpy as np
 import pytest
@@ -45,3 +45,21 @@ def test_what_needs_no_size_is_exported(training, options):
         y, _ = call.call(x)
         expected = layer(x, training=training)
         np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_training_step_differentiates_in_forward_mode():
+    layer = keras_bn.BatchNormalization(name="bn")
+    layer.build((None, 3))
+    state = [v.value for v in layer.non_trainable_variables]
+    weights = [v.value for v in layer.trainable_variables]
+    rng = np.random.default_rng(0)
+    x, upstream, tangent = rng.normal(size=(3, 8, 3))
+
+    def call(x):
+        return layer.stateless_call(weights, state, x, training=True)[0]
+
+    _, forward = jax.jvp(call, (x,), (tangent,))
+    (backward,) = jax.vjp(call, x)[1](upstream.astype(call(x).dtype))
+    np.testing.assert_allclose(
+        (forward * upstream).sum(), (backward * tangent).sum(), rtol=1e-4
+    )
