@@ -7,6 +7,8 @@ from pathlib import Path
 import applications
 import backbones
 import pytest
+import splice_sites
+from support.backend import only
 
 import keras_bn
 from keras_bn.tools.compare import random_inputs, relative_difference
@@ -61,3 +63,20 @@ def test_a_wrong_figure_of_a_backbone_is_seen():
         assert not backbones.holds({**good, key: float("nan")})
     assert not backbones.holds({**good, "frozen": 2})
     assert set(backbones.SUBSET) <= set(backbones.BACKBONES)
+
+
+@only("tensorflow", "SavedModels are its own")
+def test_a_network_that_was_trained_elsewhere():
+    if not (files := splice_sites.files_of()):
+        pytest.skip("spliceai is not installed")
+    assert splice_sites.holds(splice_sites.check(files[0]))
+
+
+def test_a_wrong_figure_of_such_a_network_is_seen():
+    good = {**dict.fromkeys(splice_sites.COLUMNS, 0.0), "folded": 16}
+    assert splice_sites.holds(good)
+    for key in "loaded", "fold", "export":
+        assert not splice_sites.holds({**good, key: float("nan")})
+    assert not splice_sites.holds({**good, "findings": 1})
+    assert not splice_sites.holds({**good, "folded": 0})
+    assert splice_sites.files_of("no/such/folder") == []
