@@ -125,40 +125,55 @@ class Layout:
     def shifted(self, x, mask):
         """The input less a value near the mean of each channel.
 
-        The value is a constant to differentiation. It is an element of the channel,
-        plus the mean of what the first few elements, or all of them, are off from it.
-        Under XLA the two parts stay apart: XLA may compute a sum in several places, and
-        round it in several ways. An element of the input is the same everywhere, and
-        what small numbers lose to rounding is small.
+        The value is a constant to differentiation: the mean of the first few elements,
+        added up in float64, where a sum of equal numbers is exact. With a mask, and
+        under XLA, it is an element of the channel plus the mean of what all elements,
+        or the first few, are off from it. The two parts stay apart, as XLA may compute
+        a sum in several places, and round it in several ways. An element of the input
+        is the same everywhere, and what small numbers lose to rounding is small.
 
         Returns:
             `(near, rest, d)`: the two parts, and `x - (near + rest)`.
         """
+        few = None if mask is not None else self._few(x)
+        if few is not None and not self._xla:
+            near = ops.cast(self._average(ops.cast(few, "float64")), x.dtype)
+            return near, 0.0, x - near
         near = self.near(x, mask)
-        if (few := self._few(x, mask)) is None:
+        if few is None:
             d = x - self.spread(near)
             rest = self._mean(ops.stop_gradient(d), mask)
             return near, rest, d - self.spread(rest)
-        rest = self.sum(few - near) / self.count(few, None)
-        return near, rest, (x - near) - rest if self._xla else x - (near + rest)
+        rest = self._average(few - near)
+        return near, rest, (x - near) - rest
 
     def near(self, x, mask):
-        """An element of each channel that counts, as a constant; 0 if there is none."""
+        """An element of each channel that counts, as a constant; 0 if there is none.
+
+        With a mask it is the largest one. Outside of XLA only the first few samples are
+        searched for it: without one, sums lose digits, but are the same everywhere.
+        """
         x = ops.stop_gradient(x)
         if mask is not None:
-            return self._largest(x, mask)
+            few = None if self._xla else self._few(x)
+            if few is None:
+                return self._largest(x, mask)
+            return self._largest(few, mask[: self._few_samples(x)])
         rank = range(len(x.shape))
         return self.sum(x[tuple(slice(1 if i in self._rows else None) for i in rank)])
 
-    def _few(self, x, mask):
-        """The first samples, as constants; None if they would not do."""
-        if mask is not None or 0 in self._axes:
+    def _few(self, x):
+        """The first samples, as constants; None if they are channels."""
+        if 0 in self._axes:
             return None
+        return ops.stop_gradient(x[: self._few_samples(x)])
+
+    def _few_samples(self, x):
         each = math.prod(x.shape[axis] or 1 for axis in self._rows[1:])
         size, batch = -(-SHIFT_ROWS // max(each, 1)), x.shape[0]
         if isinstance(batch, int):
             size = max(size, batch // SHIFT_SHARE)
-        return ops.stop_gradient(x[:size])
+        return size
 
     def _largest(self, x, mask):
         if any(x.shape[axis] == 0 for axis in self._rows):
@@ -166,6 +181,9 @@ class Layout:
         lowest = ops.full_like(x, float("-inf"))
         largest = self.max(x if mask is None else ops.where(mask, x, lowest))
         return where(ops.isfinite(largest), largest)
+
+    def _average(self, x):
+        return ops.mean(x, self._rows, keepdims=self._keepdims)
 
     def _mean(self, x, mask):
         count = self.count(x, mask)
@@ -255,7 +273,7 @@ class Grouped(Layout):
     def near(self, x, mask):
         return self._largest(ops.stop_gradient(x), mask)
 
-    def _few(self, x, mask):
+    def _few(self, x):
         return None
 
     def sum(self, x):
