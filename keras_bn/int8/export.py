@@ -234,7 +234,7 @@ def _matching(model, patterns):
             "`keep_float` must be a list of paths or patterns. Received: "
             f"keep_float={patterns!r}"
         )
-    paths = [path for path, _ in ModelView(model).layers]
+    paths = [path for path, _ in ModelView(model).layers] if patterns else []
     matching = set()
     for pattern in patterns:
         matches = fnmatch.filter(paths, pattern)
