@@ -69,7 +69,7 @@ def forward(x, mask, gamma, beta, *, epsilon, layout, merge=None):
     near, rest, shifted = layout.shifted(x, mask)
     count = layout.count(x, mask)
     mean, variance, centred = statistics(shifted, mask, ops.maximum(count, 1), layout)
-    mean = rest + mean
+    mean = mean if rest is None else rest + mean
     if merge is not None:
         (count, mean, variance), near = merge(Moments(count, mean, variance), near)
         centred = (x - layout.spread(near)) - layout.spread(mean)

@@ -133,12 +133,13 @@ class Layout:
         is the same everywhere, and what small numbers lose to rounding is small.
 
         Returns:
-            `(near, rest, d)`: the two parts, and `x - (near + rest)`.
+            `(near, rest, d)`: the two parts, the second None if there is one alone; and
+            the input less both.
         """
         few = None if mask is not None else self._few(x)
         if few is not None and not self._xla:
             near = ops.cast(self._average(ops.cast(few, "float64")), x.dtype)
-            return near, 0.0, x - near
+            return near, None, x - near
         near = self.near(x, mask)
         if few is None:
             d = x - self.spread(near)
