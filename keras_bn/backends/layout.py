@@ -170,7 +170,8 @@ class Layout:
         return ops.stop_gradient(x[: self._few_samples(x)])
 
     def _few_samples(self, x):
-        each = math.prod(x.shape[axis] or 1 for axis in self._rows[1:])
+        # A list: torch.compile does not take a generator there.
+        each = math.prod([x.shape[axis] or 1 for axis in self._rows[1:]])
         size, batch = -(-SHIFT_ROWS // max(each, 1)), x.shape[0]
         if isinstance(batch, int):
             size = max(size, batch // SHIFT_SHARE)
@@ -198,7 +199,8 @@ class Layout:
 
     def max(self, x):
         """The largest of everything that belongs to one channel, likewise."""
-        return ops.max(x, self._rows, keepdims=self._keepdims)
+        # `ops.max` breaks the graph of torch.compile.
+        return ops.amax(x, self._rows, keepdims=self._keepdims)
 
     def spread(self, value):
         """A statistic as it broadcasts against the input: as it is."""
@@ -282,7 +284,7 @@ class Grouped(Layout):
         return self._by_group(x, ops.sum, ops.segment_sum)
 
     def max(self, x):
-        return self._by_group(x, ops.max, ops.segment_max)
+        return self._by_group(x, ops.amax, ops.segment_max)
 
     def _by_group(self, x, reduce, by_segment):
         samples = reduce(x, self._rows[1:], keepdims=True) if self._rows[1:] else x

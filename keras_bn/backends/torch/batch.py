@@ -78,7 +78,8 @@ def _shifted(image, gamma, beta, epsilon):
     """The same, computed on the input less a shift."""
     near, rest, shifted = layout.Layout(image, (1,)).shifted(image, None)
     y, mean, variance = _op(shifted, gamma, beta, epsilon)
-    return y, (near + rest).reshape(-1) + mean, variance
+    shift = near if rest is None else near + rest
+    return y, shift.reshape(-1) + mean, variance
 
 
 def standardize(x: Tensor, mean: Tensor, scale: Tensor, beta: Tensor) -> Tensor:
