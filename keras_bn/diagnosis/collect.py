@@ -77,7 +77,9 @@ class _Gap:
         """Add the sum of squares, and the `Moments` of the outputs in training."""
         if training.count:
             self._squares += float(squares)
-            self._training = merged(self._training, training, np)
+            # Where gamma or beta is not finite, so are these.
+            with np.errstate(invalid="ignore"):
+                self._training = merged(self._training, training, np)
 
     @property
     def value(self):
@@ -270,8 +272,9 @@ class Collector(Pass):
         if not total:
             return Moments(0.0, np.zeros(()), np.zeros(()))
         share = count / total
-        centre = (share * mean).sum()
-        spread = (share * (variance + (mean - centre) ** 2)).sum()
+        with np.errstate(invalid="ignore"):  # of gamma and beta that are not finite
+            centre = (share * mean).sum()
+            spread = (share * (variance + (mean - centre) ** 2)).sum()
         return Moments(total, centre, spread)
 
     def _with_data(self, record, moments):

@@ -10,6 +10,7 @@ import contextlib
 import inspect
 import itertools
 import re
+import sys
 import traceback
 from collections import Counter
 
@@ -142,6 +143,10 @@ class _Opened:
             traces = [self._traced(training) for training in (True, False)]
             if len(self.closed) == before:
                 (_, first), (outputs, second) = traces
+                if not second:  # the model itself could not be opened
+                    unknown = None, "its `call` is Keras's"
+                    _, why = self.closed.get(id(self._model), unknown)
+                    raise _RefusedError(_refusal(self._model, why))
                 culprit = _first_difference(first, second)
                 if culprit is None:
                     self._share_training(first[-1].nodes, second[-1].nodes)
@@ -401,12 +406,21 @@ def _has_own_call(layer):
         return False
     plain = (keras.Operation, keras.layers.Layer, keras.Model)
     for kind in type(layer).__mro__:
-        if "call" in vars(kind) or "__call__" in vars(kind):
-            package = kind.__module__.partition(".")[0]
-            if package in ("keras", "keras_bn") and kind not in plain:
-                return False
+        calls = "call" in vars(kind) or "__call__" in vars(kind)
+        if calls and _is_librarys(kind) and kind not in plain:
+            return False
     owner = next(k for k in type(layer).__mro__ if "call" in vars(k))
     return owner not in plain and graph_of(layer) is None
+
+
+def _is_librarys(kind):
+    """Whether a class stands in a module of Keras or of this package."""
+    package = kind.__module__.partition(".")[0]
+    module = sys.modules.get(kind.__module__)
+    return (
+        package in ("keras", "keras_bn")
+        and getattr(module, kind.__name__, None) is kind
+    )
 
 
 def _holds(layer, own):

@@ -116,7 +116,7 @@ def test_a_plan_for_xla(large):
         return x
 
     run(tf.zeros((65, 32, 32, 64) if large else (8, 32, 32, 32)))
-    assert plans == [Plan("plain", (3,), once=not large)]
+    assert plans == [Plan("plain", (3,), xla=True, once=not large)]
 
 
 @only("tensorflow", "elsewhere a GPU has the same plans")

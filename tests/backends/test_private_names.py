@@ -83,7 +83,9 @@ def test_without_them_the_numbers_are_the_same(shape, samples, monkeypatch):
     without(monkeypatch)
     got = trained(shape, samples)
     for a, b in zip(got, want, strict=True):
-        np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-4 * np.abs(b).max())
+        # Biases before a normalization have no gradient but what rounding leaves.
+        tolerance = max(2e-4 * np.abs(b).max(), 2e-5)
+        np.testing.assert_allclose(a, b, rtol=2e-3, atol=tolerance)
 
 
 def test_images_with_their_channels_first(monkeypatch):

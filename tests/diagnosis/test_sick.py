@@ -204,7 +204,40 @@ SICK = {
         lambda: (well(plain(KERAS), years()), years()),
         lambda: (well(biased(), TABLE), TABLE),
     ],
+    "non-finite-data": [
+        lambda: (well(dense(), TABLE), holed(TABLE, np.nan)),
+        lambda: (well(convnet(), IMAGES), holed(IMAGES, np.inf)),
+        lambda: (well(dense(KERAS), TABLE), holed(TABLE, -np.inf)),
+    ],
+    "non-finite-parameters": [
+        lambda: (changed(well(dense(), TABLE), "gamma", lambda v: v * np.nan), TABLE),
+        lambda: (
+            changed(well(convnet(), IMAGES), "beta", lambda v: v + np.inf),
+            IMAGES,
+        ),
+        lambda: (
+            changed(well(dense(KERAS), TABLE), "beta", lambda v: v - np.inf),
+            TABLE,
+        ),
+    ],
+    "follows-inputs": [
+        lambda: (well(dense(adapt_prior=0), TABLE), TABLE),
+        lambda: (adapting(well(convnet(BN), IMAGES), prior=16), IMAGES),
+        lambda: (adapting(well(dense(), TABLE), memory=0.5), TABLE),
+    ],
 }
+
+
+def holed(x, value):
+    """The data with one value that is not finite."""
+    x = x.copy()
+    x[3].flat[1] = value
+    return x
+
+
+def adapting(model, **options):
+    keras_bn.adapt(model, **options)
+    return model
 
 
 def two_in_a_row():

@@ -68,7 +68,7 @@ def test_it_says_what_it_has_not_looked_for():
     report = keras_bn.diagnose(made())
     missing = [kind for kind, rule in RULES.items() if rule.needs_data]
     assert report.not_looked_for == missing
-    assert len(missing) == 4
+    assert len(missing) == 5
     assert f"needs data: {', '.join(missing)}" in str(report)
     assert ", ".join(missing) in report.to_html()
     assert report.to_dict()["not_looked_for"] == missing

@@ -509,11 +509,11 @@ def test_inference_never_looks_at_the_groups():
         (
             {"renorm": True, "renorm_clipping": {"rmax": 1, "rmin": 2}},
             "rmax should be greater than or equal to rmin in `renorm_clipping`. "
-            "Received: rmax=1, rmin=2",
+            "Received: rmax=1.0, rmin=2.0",
         ),
         (
             {"renorm": True, "renorm_clipping": {"dmax": -1}},
-            "dmax should be non-negative in `renorm_clipping`. Received: dmax=-1",
+            "dmax should be non-negative in `renorm_clipping`. Received: dmax=-1.0",
         ),
         (
             {"renorm_momentum": 2},

@@ -37,6 +37,8 @@ OTHER = {
     "debias": True,
     "freeze_statistics": True,
     "freeze_affine": "gamma",
+    "adapt_prior": 4.0,
+    "adapt_memory": 0.5,
     # Of keras.layers.Layer:
     "name": "first",
     "dtype": "mixed_float16",

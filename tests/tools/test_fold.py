@@ -44,7 +44,9 @@ def check(model, left=0, tolerance=1e-5):
     for variable, was in zip(model.variables, before, strict=True):
         np.testing.assert_array_equal(variable.numpy(), was)
     stays = [each.layer for each in plan if each.into is None]
-    assert norms(folded) == stays
+    # Layers that were opened are no longer around those that stay.
+    names = [path.rpartition("/")[2] for path in stays]
+    assert [path.rpartition("/")[2] for path in norms(folded)] == names
     assert len(stays) == left, [str(each) for each in plan]
     assert type(folded) is type(model)
     return folded
@@ -177,7 +179,7 @@ def test_arithmetic_is_in_float64_and_dtypes_stay():
 
 
 @pytest.mark.parametrize(
-    ("make", "left"), zip(GRAPHS, [0, 0, 2, 1, 2, 3, 6], strict=True)
+    ("make", "left"), zip(GRAPHS, [0, 0, 2, 1, 2, 3, 4], strict=True)
 )
 def test_every_kind_of_model(make, left):
     check(randomized(make()), left)

@@ -164,7 +164,8 @@ def test_models_with_constructors_of_their_own(make):
     assert np.abs(array(ours(data)) - expected).max() > 1e-4
     if not isinstance(model, Holding):
         folded = keras_bn.fold(model)
-        assert type(folded) is type(model)
+        # A class that makes its own layers would make the normalizations again.
+        assert isinstance(folded, keras.Sequential | keras.Model)
         assert not [la for _, la in walk(folded) if isinstance(la, KERAS)]
         np.testing.assert_allclose(array(folded(data)), expected, rtol=1e-4, atol=1e-5)
     assert keras_bn.from_keras(model, in_place=True) is model

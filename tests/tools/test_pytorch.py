@@ -374,7 +374,7 @@ def test_a_state_dict_without_any_statistics(state):
         (4, 4, r"`axis` must be between -4 and 3.*axis=4"),
         (1, 0, "rank 2 or more"),
         (4, [1], "one axis"),
-        (4, 1.0, "`axis` must be an int"),
+        (4, 1.5, "`axis` must be an int"),
         ("2", 1, "`rank` must be an int"),
     ],
 )
