@@ -102,6 +102,9 @@ class _Opened:
         self._model, self._keep = model, keep
         self._inputs = _inputs_of(model) if inputs is None else ((inputs,), {})
         self._layers = [layer for _, layer in walk(model)]
+        if any(isinstance(la, keras.layers.TorchModuleWrapper) for la in self._layers):
+            # Even on symbolic tensors a module runs, and changes its own statistics.
+            raise _RefusedError(_refusal(model, "it holds modules of PyTorch"))
         self._own = {id(la) for la in self._layers if _has_own_call(la)}
         self.closed: dict = {}
         self._refusal = ""

@@ -722,6 +722,7 @@ def test_modules_of_pytorch_are_copied(tool):
     model.fit(x, x[:, :3], verbose=0)
     expected, values = model.predict(x, verbose=0), [array(t) for t in tensors(model)]
     copy = tool(model)
+    np.testing.assert_array_equal(model.predict(x, verbose=0), expected)
     np.testing.assert_allclose(copy.predict(x, verbose=0), expected, 1e-5, 1e-6)
     storage = [{t.data_ptr() for t in tensors(each)} for each in (model, copy)]
     assert not set.intersection(*storage)

@@ -391,7 +391,7 @@ def test_optimizers_as_keras_2_0_wrote_them(old, decay, tmp_path):
         del file["optimizer_weights"]
     loaded = keras_bn.load_model(path)
     optimizer = loaded.optimizer
-    assert type(optimizer) is getattr(keras.optimizers, kind)
+    assert isinstance(optimizer, getattr(keras.optimizers, kind))
     if decay is None:
         assert expected.items() <= optimizer.get_config().items()
     # Keras 2: lr / (1 + decay * iterations).
