@@ -2,6 +2,22 @@
 
 import pytest
 
+from keras_bn.int8 import tflite
+from support import backend
+
+
+def _old_converter():
+    if backend.NAME != "tensorflow":
+        return False
+    version = tuple(map(int, backend.tf.__version__.split(".")[:2]))
+    return version < tflite.OLDEST_AWARE
+
+
+# For tests of `quantize_aware` on TensorFlow.
+takes_fake_quantization = pytest.mark.skipif(
+    _old_converter(), reason="the converter can't take fake quantization yet"
+)
+
 
 def slow(*values):
     """A case for CI."""

@@ -9,6 +9,7 @@ import pytest
 from keras import layers
 from support import classes
 from support.backend import only
+from support.marks import takes_fake_quantization
 from support.zoo import randomized
 
 import keras_bn
@@ -72,6 +73,7 @@ def test_a_class_that_takes_its_graph_stays_and_so_does_one_without_change():
     assert type(keras_bn.fold(alone)) is Training
 
 
+@takes_fake_quantization
 @only("tensorflow", "quantize_aware runs there")
 @pytest.mark.parametrize("make", [classes.Net, classes.Stack])
 def test_the_file_of_an_aware_model_loads(make, tmp_path):

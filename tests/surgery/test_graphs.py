@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from keras import layers
 from support.backend import only
+from support.marks import takes_fake_quantization
 from support.zoo import randomized
 
 import keras_bn
@@ -137,6 +138,7 @@ def test_every_tool_takes_it(make, tmp_path):
     keras_bn.recalibrate(model, x, verbose=0)
 
 
+@takes_fake_quantization
 @only("tensorflow", "its converter")
 @pytest.mark.parametrize("make", [base_of_several_models, everything_by_keyword])
 def test_as_integers(make, tmp_path):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from keras import layers
 from support.backend import only
+from support.marks import takes_fake_quantization
 
 import keras_bn
 
@@ -59,6 +60,7 @@ def test_no_pass_warns_of_the_structure(structure, name):
         PASSES[name](model_of(structure), *data())
 
 
+@takes_fake_quantization
 @only("tensorflow", "int8 runs there")
 @pytest.mark.parametrize("structure", ["list", "dict"])
 @pytest.mark.parametrize("name", INTEGERS)

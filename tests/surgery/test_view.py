@@ -112,6 +112,10 @@ def test_a_layer_in_two_graphs_is_called_in_one_place(make, count):
     assert relative_difference(model(x), folded(x)) < 1e-5
 
 
+@pytest.mark.skipif(
+    tuple(map(int, keras.__version__.split(".")[:2])) < (3, 13),
+    reason="a Functional model of this Keras does not know models in its attributes",
+)
 def test_a_tensor_that_another_graph_takes_is_not_folded():
     base = part()
     model = keras.Model(base.input, base.output)
