@@ -11,7 +11,7 @@ LAYERS = frozenset(
     AdditiveAttention Attention Average AveragePooling3D Bidirectional Conv3D
     Conv3DTranspose ConvLSTM1D ConvLSTM2D ConvLSTM3D Discretization ELU Embedding GRU
     GroupNormalization LSTM LayerNormalization Masking MaxPooling3D MultiHeadAttention
-    Normalization RMSNormalization Rescaling SimpleRNN UnitNormalization
+    Normalization RMSNormalization Rescaling SimpleRNN UnitNormalization UpSampling3D
     """.split()  # noqa: SIM905 (a list would take thirty lines)
 )
 # Functions of `keras.activations` and `keras.ops`.
