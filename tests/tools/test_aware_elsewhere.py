@@ -9,20 +9,16 @@ import pytest
 from keras import layers, ops
 from support import aware_side, backend
 from support.alone import run_alone
+from support.marks import takes_fake_quantization
 
 import keras_bn
-from keras_bn.int8 import fake, tflite
+from keras_bn.int8 import fake
 from keras_bn.int8.export import integer_file
 from keras_bn.int8.listed import FUNCTIONS, LAYERS, check_listed
 from keras_bn.surgery.view import ModelView
 
-pytestmark = pytest.mark.usefixtures("seeded")
+pytestmark = [pytest.mark.usefixtures("seeded"), takes_fake_quantization]
 ON_TENSORFLOW = backend.NAME == "tensorflow"
-if (
-    ON_TENSORFLOW
-    and tuple(map(int, backend.tf.__version__.split(".")[:2])) < tflite.OLDEST_AWARE
-):
-    pytest.skip("the converter can't take fake quantization yet", True)
 
 
 def rounded(x, low, high, bits, least=0):

@@ -8,7 +8,7 @@ import pytest
 from keras import layers, ops
 from support import backend
 from support.backend import array
-from support.marks import slow
+from support.marks import slow, takes_fake_quantization
 from support.zoo import randomized
 
 import keras_bn
@@ -22,11 +22,7 @@ tf = backend.tensorflow("its ops round")
 
 from test_int8 import KINDS, error, images, small  # noqa: E402
 
-OLD = tuple(map(int, tf.__version__.split(".")[:2])) < tflite.OLDEST_AWARE
-pytestmark = [
-    pytest.mark.usefixtures("seeded"),
-    pytest.mark.skipif(OLD, reason="the converter can't take fake quantization yet"),
-]
+pytestmark = [pytest.mark.usefixtures("seeded"), takes_fake_quantization]
 
 
 def test_an_old_tensorflow_is_refused(monkeypatch):
