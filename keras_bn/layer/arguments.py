@@ -189,8 +189,18 @@ OPTIONS: dict[str, Callable[[Any], Any]] = {
     "adapt_prior": check_prior,
     "adapt_memory": check_memory,
 }
+# Those that Keras's layer has not, with the value that means "not used".
+BEYOND_KERAS = {
+    "virtual_batch_size": None,
+    "unbiased": False,
+    "debias": False,
+    "freeze_statistics": False,
+    "freeze_affine": False,
+    "adapt_prior": None,
+    "adapt_memory": None,
+}
 # These are in a config only if they are used, so that other versions can read it.
-LEFT_OUT = {"freeze_affine": False, "adapt_prior": None, "adapt_memory": None}
+LEFT_OUT = ("freeze_affine", "adapt_prior", "adapt_memory")
 
 
 def check_together(options: Any) -> None:

@@ -365,8 +365,8 @@ class BatchNormalization(StoredOptions, ValidStatistics):
     def get_config(self) -> dict[str, Any]:
         serialize = keras.saving.serialize_keras_object
         config = {name: serialize(getattr(self, name)) for name in arguments.OPTIONS}
-        for name, unused in arguments.LEFT_OUT.items():
-            if getattr(self, name) == unused:
+        for name in arguments.LEFT_OUT:
+            if getattr(self, name) == arguments.BEYOND_KERAS[name]:
                 del config[name]
         if isinstance(self.axis, list):
             # Keras's reader of .h5 files drops `axis` if it lists several.

@@ -10,6 +10,8 @@ from typing import Any
 import keras
 import numpy as np
 
+from keras_bn.layer.arguments import BEYOND_KERAS
+
 _allowed = contextvars.ContextVar("invalid_statistics_allowed", default=False)
 
 # The statistics of a layer that must not be negative, and the others.
@@ -17,15 +19,9 @@ _VARIANCES = ("moving_variance", "moving_stddev", "renorm_stddev")
 _MEANS = ("moving_mean", "renorm_mean")
 
 
-# Options of ours that Keras's layer has not and that can be set on a built layer, with
-# the value that means "not used".
-_OPTIONS = {
-    "virtual_batch_size": None,
-    "unbiased": False,
-    "freeze_statistics": False,
-    "freeze_affine": False,
-    "adapt_prior": None,
-}
+# Options that Keras's layer has not and that can be set on a built layer: the others
+# need weights of their own.
+_OPTIONS = BEYOND_KERAS.keys() - {"debias", "adapt_memory"}
 _ASSET = "keras_bn.json"
 
 
@@ -46,14 +42,14 @@ class StoredOptions(keras.layers.Layer):
         if file is None or not file.exists():
             return
         options = json.loads(file.read_text(encoding="utf-8"))
-        for name in _OPTIONS.keys() & options.keys():
+        for name in _OPTIONS & options.keys():
             setattr(self, name, options[name])
 
 
 def options_beside(layer: keras.layers.Layer) -> dict[str, Any]:
     """The options of a layer that are stored beside its weights, where used."""
-    options = {name: getattr(layer, name) for name in _OPTIONS}
-    return {n: value for n, value in options.items() if value != _OPTIONS[n]}
+    options = {name: getattr(layer, name) for name in sorted(_OPTIONS)}
+    return {n: value for n, value in options.items() if value != BEYOND_KERAS[n]}
 
 
 class ValidStatistics(keras.layers.Layer):

@@ -7,7 +7,7 @@ from typing import TypeVar
 import keras
 
 from keras_bn.layer import BatchNormalization
-from keras_bn.layer.arguments import AFFINE
+from keras_bn.layer.arguments import AFFINE, BEYOND_KERAS
 from keras_bn.layer.traces import renew
 from keras_bn.surgery.classes import warn_of_classes
 from keras_bn.surgery.copying import copy_model
@@ -34,13 +34,11 @@ from keras_bn.tools.fuse import separate
 
 # A copy of a model is of the class of the model.
 ModelT = TypeVar("ModelT", bound=keras.Layer)
-# Arguments that only our layer has, with the value that means "not used".
+# Options that no layer of Keras's has. Frozen ones it may express by `trainable`.
 _BEYOND_KERAS = {
-    "virtual_batch_size": None,
-    "unbiased": False,
-    "debias": False,
-    "adapt_prior": None,
-    "adapt_memory": None,
+    name: unused
+    for name, unused in BEYOND_KERAS.items()
+    if not name.startswith("freeze")
 }
 # Older releases of Keras have no renorm.
 _TAKEN_BY_KERAS = inspect.signature(keras.layers.BatchNormalization).parameters
