@@ -69,13 +69,23 @@ def forward(x, mask, gamma, beta, *, epsilon, layout, merge=None):
     near, rest, shifted = layout.shifted(x, mask)
     count = layout.count(x, mask)
     mean, variance, centred = statistics(shifted, mask, ops.maximum(count, 1), layout)
-    mean = mean if rest is None else rest + mean
+    mean = beyond(rest, mean)
     if merge is not None:
         (count, mean, variance), near = merge(Moments(count, mean, variance), near)
         centred = (x - layout.spread(near)) - layout.spread(mean)
     saved = Saved(centred, variance, gamma, ops.maximum(count, 1), mask)
     y = normalize(saved, beta, epsilon=epsilon, layout=layout)
     return y, Moments(count, near + mean, variance), saved
+
+
+def beyond(rest, mean):
+    """How far a mean is from `near`, given the other values of `Layout.shifted`.
+
+    Args:
+        rest: the second part of the shift; None where it has one part alone.
+        mean: the mean of the input less the shift.
+    """
+    return mean if rest is None else rest + mean
 
 
 def statistics(shifted, mask, count, layout):

@@ -134,7 +134,8 @@ class Layout:
 
         Returns:
             `(near, rest, d)`: the two parts, the second None if there is one alone; and
-            the input less both.
+            the input less both. The mean of `d` leads back to that of the input by
+            `near + formulas.beyond(rest, mean)`.
         """
         few = None if mask is not None else self._few(x)
         if few is not None and not self._xla:

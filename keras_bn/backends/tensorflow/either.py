@@ -40,8 +40,8 @@ def forward(x, gamma, beta, *, epsilon, layout):
     large = count >= FUSED_FROM / x.shape[-1]
     y, mean, variance = tf.cond(large, by_op, by_formulas)
     kept = fused.Kept(shifted, gamma, [mean, variance], n)
-    mean = mean if rest is None else rest + mean
-    return y, Moments(count, near + mean, variance), kept
+    mean = near + formulas.beyond(rest, mean)
+    return y, Moments(count, mean, variance), kept
 
 
 def backward(kept: fused.Kept, upstream, *, epsilon, layout):

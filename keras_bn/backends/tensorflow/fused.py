@@ -49,8 +49,8 @@ def forward(x, gamma, beta, *, epsilon, layout, gpu=False):
     y, mean, variance, *reserve = op(shifted, gamma, beta, epsilon)
     variance = variance * (tf.maximum(count - 1, 1) / n) if gpu else reserve[1]
     kept = Kept(shifted, gamma, reserve, n)
-    mean = mean if rest is None else rest + mean
-    return y, Moments(count, near + mean, variance), kept
+    mean = near + formulas.beyond(rest, mean)
+    return y, Moments(count, mean, variance), kept
 
 
 def backward(kept: Kept, upstream, *, epsilon, layout):

@@ -2,7 +2,7 @@
 
 import torch
 
-from keras_bn.backends import autodiff, layout
+from keras_bn.backends import autodiff, formulas, layout
 from keras_bn.backends.plan import Plan
 from keras_bn.backends.torch import planes, replicas
 from keras_bn.moments import Moments, Tensor
@@ -78,8 +78,8 @@ def _shifted(image, gamma, beta, epsilon):
     """The same, computed on the input less a shift."""
     near, rest, shifted = layout.Layout(image, (1,)).shifted(image, None)
     y, mean, variance = _op(shifted, gamma, beta, epsilon)
-    shift = near if rest is None else near + rest
-    return y, shift.reshape(-1) + mean, variance
+    mean = near + formulas.beyond(rest, mean.reshape(near.shape))
+    return y, mean.reshape(-1), variance
 
 
 def standardize(x: Tensor, mean: Tensor, scale: Tensor, beta: Tensor) -> Tensor:
