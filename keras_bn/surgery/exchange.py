@@ -79,14 +79,19 @@ def bypass(view, layers):
             users = operation._outbound_nodes
             users[:] = [node for node in users if id(node.operation) not in gone]
         replace(graph, instead)
-        graph._nodes, graph._nodes_by_depth, graph._operations, by_depth = map_graph(
-            graph.inputs, graph.outputs
-        )
-        graph._operations_by_depth = by_depth
+        redraw(graph)
         graph.output_names = [t._keras_history.operation.name for t in graph.outputs]
     for holder in view.holders:
         replace(holder, gone)
     promises.bypassed(view.holders, layers)
+
+
+def redraw(graph):
+    """Note what a Functional model calls now, between its inputs and outputs."""
+    graph._nodes, graph._nodes_by_depth, graph._operations, by_depth = map_graph(
+        graph.inputs, graph.outputs
+    )
+    graph._operations_by_depth = by_depth
 
 
 def _take_other_inputs(node, instead):

@@ -1,9 +1,8 @@
 """Putting further layers behind others in the graphs of a model, in place."""
 
 from keras_bn.surgery import promises
-from keras_bn.surgery.exchange import note_nodes, replace
+from keras_bn.surgery.exchange import redraw, replace
 from keras_bn.surgery.graph import graph_of, nodes
-from keras_bn.surgery.private import map_graph
 
 
 def insert(view, places):
@@ -28,7 +27,7 @@ def insert(view, places):
         for tensor, layers in here:
             _insert(graph, tensor, layers, view.consumers(tensor))
         if here:
-            _redraw(holder, graph, [layer for _, layers in here for layer in layers])
+            _note(holder, graph, [layer for _, layers in here for layer in layers])
     promises.inserted(view.holders, places)
 
 
@@ -47,13 +46,9 @@ def _insert(graph, tensor, layers, consumers):
         replace(graph, {id(tensor): new})
 
 
-def _redraw(holder, graph, layers):
+def _note(holder, graph, layers):
     """Note the new layers in a model and in its graph."""
-    graph._nodes, graph._nodes_by_depth, graph._operations, by_depth = map_graph(
-        graph.inputs, graph.outputs
-    )
-    graph._operations_by_depth = by_depth
-    note_nodes(graph)
+    redraw(graph)
     for model in {id(holder): holder, id(graph): graph}.values():
         for layer in layers:
             model._tracker.track(layer)
