@@ -11,6 +11,7 @@ from typing import Any
 
 import keras
 
+from keras_bn.layer import traces
 from keras_bn.surgery import promises
 from keras_bn.surgery.graph import input_of, nodes, walk
 from keras_bn.surgery.private import make_node_key, map_graph
@@ -35,6 +36,20 @@ def exchange(pairs, holders):
     except promises.BrokenPromiseError:
         _exchange([(new, old) for old, new in pairs], holders)
         raise
+
+
+def exchange_alive(pairs):
+    """Replace layers in all of memory; models that hold them compile their steps again.
+
+    Args:
+        pairs: as in `exchange`.
+
+    Raises:
+        BrokenPromiseError: as `exchange`.
+    """
+    exchange(pairs, _holders_alive([old for old, _ in pairs]))
+    for model in _models_alive([new for _, new in pairs]):
+        traces.renew(model)
 
 
 def _exchange(pairs, holders):
@@ -109,7 +124,7 @@ def detach(layers):
         layer._inbound_nodes, layer._outbound_nodes = [], []
 
 
-def holders_alive(layers):
+def _holders_alive(layers):
     """All Keras layers and models in memory that hold one of some layers."""
     wanted = {id(layer) for layer in layers}
     return [
@@ -120,7 +135,7 @@ def holders_alive(layers):
     ]
 
 
-def models_alive(layers):
+def _models_alive(layers):
     """All built models in memory that hold one of some layers, to any depth."""
     wanted = {id(v) for layer in layers if layer.built for v in layer.variables}
     return [

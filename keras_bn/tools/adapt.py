@@ -4,9 +4,10 @@ import warnings
 
 import keras
 
-from keras_bn.layer import BatchNormalization, traces
+from keras_bn.layer import BatchNormalization
+from keras_bn.layer.arguments import check_memory, check_prior
 from keras_bn.surgery.classes import made_by_classes
-from keras_bn.surgery.exchange import exchange, holders_alive, models_alive
+from keras_bn.surgery.exchange import exchange_alive
 from keras_bn.surgery.graph import scope
 from keras_bn.surgery.private import require
 from keras_bn.surgery.rebuild import rebuild
@@ -109,10 +110,13 @@ def _set(model, verb, prior, memory):
     view = ModelView(model)
     view.check_built()
     layers = own_layers(view, verb, stacklevel=3)
-    # Refuse what is out of range before anything changes.
-    BatchNormalization(adapt_prior=prior, adapt_memory=memory)
-    same = [la for la in layers.values() if la.adapt_memory is None and memory is None]
-    others = [la for la in layers.values() if not any(la is other for other in same)]
+    prior, memory = check_prior(prior), check_memory(memory)
+    # Those that have, or get, weights for a running average.
+    others = [
+        layer
+        for layer in layers.values()
+        if memory is not None or layer.adapt_memory is not None
+    ]
     if any(layer is model for layer in others):
         raise ValueError(
             f"'{model.name}' is a normalization itself, and `memory` takes other "
@@ -128,11 +132,10 @@ def _set(model, verb, prior, memory):
             stacklevel=3,
         )
     if pairs:
-        exchange(pairs, holders_alive(others))
-        for holder in models_alive([new for _, new in pairs]):
-            traces.renew(holder)
-    for layer in same:
-        layer.adapt_prior = prior
+        exchange_alive(pairs)
+    for layer in layers.values():
+        if memory is None and layer.adapt_memory is None:
+            layer.adapt_prior = prior
     return list(layers)
 
 

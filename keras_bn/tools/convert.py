@@ -8,13 +8,11 @@ import keras
 
 from keras_bn.layer import BatchNormalization
 from keras_bn.layer.arguments import AFFINE, BEYOND_KERAS
-from keras_bn.layer.traces import renew
 from keras_bn.surgery.classes import warn_of_classes
 from keras_bn.surgery.copying import copy_model
 from keras_bn.surgery.exchange import (
     exchange,
-    holders_alive,
-    models_alive,
+    exchange_alive,
     optimizers,
     rekey,
     replace,
@@ -171,11 +169,11 @@ def _convert(model, wanted, kind, in_place, compiled):
         pairs = [(layer, _replacement(layer, kind)) for layer in layers]
     if kind is not BatchNormalization:
         separate(view)  # layers of Keras apply no deferred affine
-    exchange(pairs, holders_alive(layers) if in_place else view.holders)
-    _hand_over_variables(model, pairs)
     if in_place:
-        for holder in models_alive(new for _, new in pairs):
-            renew(holder)
+        exchange_alive(pairs)
+    else:
+        exchange(pairs, view.holders)
+    _hand_over_variables(model, pairs)
     return model
 
 
