@@ -13,6 +13,7 @@ import types
 import keras
 
 from keras_bn.layer import BatchNormalization
+from keras_bn.surgery.arrays import restored
 from keras_bn.surgery.copying import copy_model
 from keras_bn.surgery.graph import walk
 from keras_bn.surgery.rebuild import rebuild
@@ -92,21 +93,19 @@ def state_kept(model):
     metrics = list(getattr(model, "metrics", []))
     for metric in metrics:
         variables += metric.variables
-    before = [keras.ops.convert_to_numpy(variable) for variable in variables]
     # A module of PyTorch has statistics that Keras does not know of.
     modules = [
         (layer.module, copy.deepcopy(layer.module.state_dict()))
         for _, layer in walk(model)
         if isinstance(layer, keras.layers.TorchModuleWrapper)
     ]
-    try:
-        yield
-    finally:
-        for variable, value in zip(variables, before, strict=True):
-            variable.assign(value)
-        for module, state in modules:
-            module.load_state_dict(state)
-        # Keras makes the metrics of a loss when it first computes it.
-        for metric in getattr(model, "metrics", []):
-            if all(metric is not known for known in metrics):
-                metric.reset_state()
+    with restored(variables):
+        try:
+            yield
+        finally:
+            for module, state in modules:
+                module.load_state_dict(state)
+            # Keras makes the metrics of a loss when it first computes it.
+            for metric in getattr(model, "metrics", []):
+                if all(metric is not known for known in metrics):
+                    metric.reset_state()

@@ -31,13 +31,33 @@ def is_initial(layer) -> bool:
 
 
 @contextlib.contextmanager
+def restored(variables):
+    """Give variables their values back after the block."""
+    give_back = _giving_back(variables)
+    try:
+        yield
+    finally:
+        give_back()
+
+
+@contextlib.contextmanager
 def rolled_back(variables):
     """Give variables their values back if the block fails or is interrupted."""
-    variables = list(variables)
-    before = [keras.ops.convert_to_numpy(variable) for variable in variables]
+    give_back = _giving_back(variables)
     try:
         yield
     except BaseException:
+        give_back()
+        raise
+
+
+def _giving_back(variables):
+    """A function that gives variables the values that they have now."""
+    variables = list(variables)
+    before = [keras.ops.convert_to_numpy(variable) for variable in variables]
+
+    def give_back():
         for variable, value in zip(variables, before, strict=True):
             variable.assign(value)
-        raise
+
+    return give_back

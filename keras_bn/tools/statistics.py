@@ -15,7 +15,7 @@ from keras_bn.passes.data import Verbose, check_call
 from keras_bn.passes.progress import Progress
 from keras_bn.passes.recorder import with_values
 from keras_bn.passes.statistics import Statistics, check_fit, pooled
-from keras_bn.surgery.arrays import float64, moving, rolled_back
+from keras_bn.surgery.arrays import float64, moving, restored, rolled_back
 from keras_bn.surgery.graph import count_workers
 from keras_bn.surgery.norms import is_frozen, normalizations, warn_of_others
 from keras_bn.surgery.private import require
@@ -166,13 +166,9 @@ def using(
         for name in _NAMES
         if (variable := getattr(layer, name, None)) is not None
     ]
-    before = [keras.ops.convert_to_numpy(variable) for variable in variables]
-    set_statistics(model, statistics)
-    try:
+    with restored(variables):
+        set_statistics(model, statistics)
         yield model
-    finally:
-        for variable, value in zip(variables, before, strict=True):
-            variable.assign(value)
 
 
 def _moving(layers):
