@@ -15,6 +15,9 @@ import keras_bn
 
 CHANNELS = [127, 128, 129, 255, 256, 257, 264, 511, 512, 513]
 SIZES = [(8, 70), (64, 30), (560,), (6, 7, 7), (32, 14, 14)]
+# XLA adds up thousands of rows in one thread, one after the other: 3e-5. Two roundings
+# of one shift gave 4e-3.
+NEAR = 5e-5
 
 
 def draw(shape, mean, deviation=1.0):
@@ -48,7 +51,7 @@ def test_a_step_of_large_mean_is_the_oracles(sizes, channels, dtype, mode):
     others = [c for c in range(channels) if c != 3]
     for name, value in want.items():
         error = relative_error(got[name][..., others], value[..., others])
-        assert error < (2**-8 if half else 2e-5), name
+        assert error < (2**-8 if half else NEAR), name
 
 
 CONSTANTS = np.array([1e20, -3e18, 1e8 + 8, 0.1, -7.3])
@@ -92,7 +95,7 @@ def test_a_mask_that_leaves_out_the_first_rows(sizes, channels, mode):
     want = oracle_step(layer, x, upstream, axes, ones, zeros, mask)
     for name, value in want.items():
         keep = mask if value.ndim == x.ndim else ...
-        assert relative_error(got[name][keep], value[keep]) < 2e-5, name
+        assert relative_error(got[name][keep], value[keep]) < NEAR, name
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -30,13 +30,13 @@ def trained():
     """A model after some steps of SGD: every kind of rounding is in it."""
     image = keras.Input((8, 8, 3))
     x = layers.Conv2D(6, 3, use_bias=False, name="conv")(image)
-    x = skip = layers.ReLU()(layers.BatchNormalization(name="bn")(x))
+    x = skip = layers.ReLU(name="relu")(layers.BatchNormalization(name="bn")(x))
     x = layers.DepthwiseConv2D(3, padding="same", name="depthwise")(x)
     x = layers.BatchNormalization(name="depthwise_bn")(x)
-    x = layers.ReLU()(layers.Add()([x, skip]))
+    x = layers.ReLU(name="sum_relu")(layers.Add(name="sum")([x, skip]))
     x = layers.SeparableConv2D(5, 3, activation="tanh", name="separable")(x)
     x = layers.BatchNormalization(name="alone")(x)
-    x = layers.GlobalAveragePooling2D()(x)
+    x = layers.GlobalAveragePooling2D(name="pool")(x)
     model = keras.Model(image, layers.Dense(3, name="head")(x))
     rng = np.random.default_rng(1)
     for variable in model.variables:
