@@ -183,7 +183,8 @@ class Layout:
             return self.parameter(None, 0.0, x.dtype)
         lowest = ops.full_like(x, float("-inf"))
         largest = self.max(x if mask is None else ops.where(mask, x, lowest))
-        return where(ops.isfinite(largest), largest)
+        # Where nothing counts, TensorFlow's `segment_max` gives the lowest number.
+        return where(ops.isfinite(2.0 * largest), largest)
 
     def _average(self, x):
         return ops.mean(x, self._rows, keepdims=self._keepdims)

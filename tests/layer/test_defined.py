@@ -83,9 +83,10 @@ def test_a_step_of_fit_on_an_empty_batch_leaves_the_weights_alone():
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_empty_batch_of_unknown_size_has_zero_gradients(mode):
+@pytest.mark.parametrize("size", [None, 3])
+def test_empty_batch_of_unknown_size_has_zero_gradients(size, mode):
     tf = backend.tensorflow("sizes are always known elsewhere")
-    layer = built((None, 3))
+    layer = built((None, 3), virtual_batch_size=size)
 
     def run(x):
         with tf.GradientTape() as tape:

@@ -132,9 +132,10 @@ def test_keras_hands_the_mask_on(training, mode):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_fully_masked_batch_leaves_statistics_alone(mode):
+@pytest.mark.parametrize("size", [None, 3, 16])
+def test_fully_masked_batch_leaves_statistics_alone(size, mode):
     x, upstream, mask = draw((8, 5, 3), -1)
-    layer, _, _ = ours((8, 5, 3), -1, dtype="float32")
+    layer, _, _ = ours((8, 5, 3), -1, dtype="float32", virtual_batch_size=size)
     got = Step(layer, mode, np.zeros_like(mask))(x, upstream)
     np.testing.assert_array_equal(got["moving_mean"], np.zeros(3))
     np.testing.assert_array_equal(got["moving_variance"], np.ones(3))
