@@ -12,6 +12,12 @@ from keras_bn.surgery.calls import run
 from keras_bn.surgery.graph import graph_of
 from keras_bn.surgery.norms import adapts
 
+_MEASURES = (
+    " `keras_bn.export_int8` of a model that is not from `keras_bn.quantize_aware` "
+    "takes more activations, as hard_sigmoid and softplus, for it measures the ranges "
+    "of the values within them."
+)
+
 
 def check_layers(view):
     """Refuse layers that integers cannot compute."""
@@ -138,7 +144,7 @@ def convert(
     except tflite.ConversionError as error:
         at = sorted({index for index in tagged(str(error)) if index in calls})
         paths = [quoted(calls[index].path) for index in at]
-        raise refusal(model, paths, error) from error
+        raise refusal(model, paths, error, samples is not None) from error
     try:
         tflite.check_runs(content, dict(zip(names.inputs, example, strict=True)))
     except tflite.RunError as error:
@@ -163,7 +169,8 @@ def convert(
                 left.setdefault(quoted(path), []).append(operation.name)
     if left:
         parts = [f"{', '.join(names)} of {path}" for path, names in left.items()]
-        raise refusal(model, left, f"it leaves {'; '.join(parts)} in floats")
+        why = f"it leaves {'; '.join(parts)} in floats"
+        raise refusal(model, left, why, samples is not None)
     return content, interpreter, list(floats)
 
 
@@ -181,8 +188,12 @@ def _path_of(operations, calls):
     return calls[max(calls)].path
 
 
-def refusal(model, paths, why):
-    """The error that says which layers cannot be made integer."""
+def refusal(model, paths, why, measured):
+    """The error that says which layers cannot be made integer.
+
+    Args:
+        measured: whether the converter measures ranges within a layer.
+    """
     names = ", ".join(paths) or "a layer"
     lines = [line.strip() for line in str(why).splitlines() if line.strip()]
     errors = [line for line in lines if "error: " in line] or lines
@@ -190,4 +201,5 @@ def refusal(model, paths, why):
         f"TensorFlow's converter cannot make {names} of '{model.name}' integer: "
         f"{errors[0].rpartition('error: ')[2]}. Replace what it names by other layers, "
         "or take it out of the model that is exported."
+        + ("" if measured else _MEASURES)
     )

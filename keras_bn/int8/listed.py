@@ -1,4 +1,4 @@
-"""What TensorFlow's converter cannot make integer, for where it cannot be asked."""
+"""What `quantize_aware` cannot make integer, for where no converter can be asked."""
 
 import keras
 
@@ -53,8 +53,8 @@ def check_listed(view):
             refused[path if alone else f"the activation of {path}"] = None
             names.add(activation.__name__)
     if refused:
-        why = f"it has no integers for {', '.join(sorted(names))}"
-        raise refusal(view.model, refused, why)
+        why = f"it has no integers for {', '.join(sorted(names))} in training"
+        raise refusal(view.model, refused, why, measured=False)
 
 
 def _is_listed(function):

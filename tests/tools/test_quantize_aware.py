@@ -536,13 +536,25 @@ def test_no_weights_are_zero_while_it_is_checked_that_a_file_can_be_made():
         assert constants.bias.any() == trained
 
 
-@pytest.mark.parametrize("activation", ["hard_sigmoid", "softplus"])
-def test_a_refused_activation_is_named_as_in_the_model(activation):
+@pytest.mark.parametrize("activation", ["hard_sigmoid", "softplus", "selu", "mish"])
+def test_a_refused_activation_is_named_and_where_it_is_taken(activation, tmp_path):
     model = keras.Sequential(
         [keras.Input((6,)), layers.Dense(4, activation=activation, name="dense")]
     )
-    with pytest.raises(ValueError, match="cannot make the activation of 'dense' of"):
-        keras_bn.quantize_aware(model, images(24, (6,)))
+    x = images(24, (6,))
+    with pytest.raises(
+        ValueError,
+        match=r"cannot make the activation of 'dense' of .* in floats.* "
+        "`keras_bn.export_int8` of a model that is not .* takes more activations",
+    ):
+        keras_bn.quantize_aware(model, x)
+    assert keras_bn.export_int8(model, tmp_path / "model.tflite", x).error < 0.2
+
+
+def test_export_does_not_point_to_itself(tmp_path):
+    model = keras.Sequential([keras.Input((6,)), layers.Dense(4, activation="elu")])
+    with pytest.raises(ValueError, match=r"model that is exported\.$"):
+        keras_bn.export_int8(model, tmp_path / "model.tflite", images(24, (6,)))
 
 
 def test_values_that_are_not_finite_are_named_as_in_the_model():
