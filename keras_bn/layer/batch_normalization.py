@@ -211,6 +211,7 @@ class BatchNormalization(StoredOptions, ValidStatistics):
         except ValueError:
             super().__setattr__(name, before)
             raise
+        self.set_later = (*(n for n in self.set_later if n != name), name)
         if self.built and (self._apply_option(name) or getattr(self, name) != before):
             traces.forget([self])
 

@@ -10,18 +10,21 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_bn.layer.arguments import BEYOND_KERAS
+from keras_bn.layer.arguments import BEYOND_KERAS, OPTIONS
 
-_allowed = contextvars.ContextVar("invalid_statistics_allowed", default=False)
+# The custom objects of the `keras_bn.load_model` that is running; None for none.
+_loading: contextvars.ContextVar[dict[str, Any] | None] = contextvars.ContextVar(
+    "loading", default=None
+)
 
 # The statistics of a layer that must not be negative, and the others.
 _VARIANCES = ("moving_variance", "moving_stddev", "renorm_stddev")
 _MEANS = ("moving_mean", "renorm_mean")
 
 
-# Options that Keras's layer has not and that can be set on a built layer: the others
-# need weights of their own.
-_OPTIONS = BEYOND_KERAS.keys() - {"debias", "adapt_memory"}
+# Options that can be set on a built layer: the others need weights of their own.
+_OPTIONS = OPTIONS.keys() - {"axis", "center", "scale", "renorm", "debias"}
+_OPTIONS -= {"adapt_memory"}
 _ASSET = "keras_bn.json"
 
 
@@ -31,6 +34,9 @@ class StoredOptions(keras.layers.Layer):
     A model whose class makes its own layers has no options of theirs in its config.
     `keras_bn.load_model` reads them from here; for Keras's own layer they are nothing.
     """
+
+    # Names of options in the order in which they were set, each time it is set last.
+    set_later: tuple[str, ...] = ()
 
     def save_assets(self, folder: str) -> None:
         if options := options_beside(self):
@@ -42,14 +48,28 @@ class StoredOptions(keras.layers.Layer):
         if file is None or not file.exists():
             return
         options = json.loads(file.read_text(encoding="utf-8"))
-        for name in _OPTIONS & options.keys():
-            setattr(self, name, options[name])
+        for name, value in options.items():
+            # Most models have it from their config, where the user's classes are known.
+            if name in _OPTIONS and value != _serialized(self, name):
+                value = keras.saving.deserialize_keras_object(value, _loading.get())
+                setattr(self, name, value)
 
 
 def options_beside(layer: keras.layers.Layer) -> dict[str, Any]:
-    """The options of a layer that are stored beside its weights, where used."""
-    options = {name: getattr(layer, name) for name in sorted(_OPTIONS)}
-    return {n: value for n, value in options.items() if value != BEYOND_KERAS[n]}
+    """The options of a layer that are stored beside its weights.
+
+    They are those that Keras's layer has not, where used, and those set later.
+    """
+    used = [n for n, unused in BEYOND_KERAS.items() if getattr(layer, n) != unused]
+    return {
+        name: _serialized(layer, name)
+        for name in (*sorted({*used} - {*layer.set_later}), *layer.set_later)
+        if name in _OPTIONS
+    }
+
+
+def _serialized(layer, name):
+    return keras.saving.serialize_keras_object(getattr(layer, name))
 
 
 class ValidStatistics(keras.layers.Layer):
@@ -77,7 +97,7 @@ class ValidStatistics(keras.layers.Layer):
             self._check_stored(variable.name, variable)
 
     def _check_stored(self, name: str, value: Any) -> None:
-        channel = None if _allowed.get() else invalid_channel(name, value)
+        channel = None if _loading.get() is not None else invalid_channel(name, value)
         if channel is not None:
             rule = "negative or not finite" if name in _VARIANCES else "not finite"
             value = np.asarray(keras.ops.convert_to_numpy(value))[channel]
@@ -108,10 +128,10 @@ def invalid_channel(name: str, value: Any) -> tuple[int, ...] | None:
 
 
 @contextlib.contextmanager
-def allow_invalid_statistics() -> Iterator[None]:
-    """Let layers load invalid statistics in this context."""
-    token = _allowed.set(True)
+def loading(custom_objects: dict[str, Any]) -> Iterator[None]:
+    """Let layers load invalid statistics in this context, and options of classes."""
+    token = _loading.set(custom_objects)
     try:
         yield
     finally:
-        _allowed.reset(token)
+        _loading.reset(token)

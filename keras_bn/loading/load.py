@@ -14,7 +14,7 @@ import h5py
 import keras
 
 from keras_bn.layer import BatchNormalization
-from keras_bn.layer.stored import allow_invalid_statistics, invalid_channel
+from keras_bn.layer.stored import invalid_channel, loading
 from keras_bn.loading.compilation import modern_training
 from keras_bn.loading.configs import OURS, SyncBatchNormalization, is_code, modern
 from keras_bn.pages.plain import sentence
@@ -83,7 +83,7 @@ def load_model(path: str | os.PathLike[str], **kwargs: Any) -> keras.Model:
     with _refusing(path, "it is damaged, or no Keras model"):
         kind = _kind(path)
     custom = dict(kwargs.pop("custom_objects", None) or {})
-    with tempfile.TemporaryDirectory() as folder, allow_invalid_statistics():
+    with tempfile.TemporaryDirectory() as folder, loading(custom):
         copy = Path(folder) / f"model{kind}"
         exchange = _exchange_in_archive if kind == ".keras" else _exchange_in_hdf5
         with _refusing(path, "it is damaged, or no Keras model"):

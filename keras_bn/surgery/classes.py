@@ -90,7 +90,7 @@ def warn_of_classes(view, stacklevel):
         warnings.warn(
             f"{' and '.join(kinds)} in '{view.model.name}' makes its own layers, and "
             "its config names none of them. `keras_bn.load_model(path)` loads a .keras "
-            "file of this model with the layers of keras_bn and what is frozen in "
+            "file of this model with the layers of keras_bn and the options set in "
             "them; `keras.saving.load_model` and pickle make what the class makes, "
             "and so does `clone_model` where it makes such a class from its config.",
             stacklevel=stacklevel + 1,

@@ -5,7 +5,9 @@ import inspect
 from keras_bn.surgery.exchange import refresh_parameters
 
 # The attributes to copy besides the arguments.
-_ATTRIBUTES = ("_trainable", "_path", "_parent_path", "_remat_mode", "_called")
+_ATTRIBUTES = (
+    *("_trainable", "_path", "_parent_path", "_remat_mode", "_called", "set_later"),
+)
 
 
 def rebuild(layer, kind, without=(), **changes):
