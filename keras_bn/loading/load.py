@@ -259,7 +259,7 @@ class _Converted(keras.Model):
 
     @classmethod
     def from_config(cls, config, custom_objects=None):
-        model = keras.saving.deserialize_keras_object(config["model"])
+        model = keras.saving.deserialize_keras_object(_with_shapes(config["model"]))
         return convert(model) if _is_keras_in(model) else model
 
 
@@ -275,6 +275,31 @@ def _converted(config):
     if "compile_config" in config:
         outer["compile_config"] = config["compile_config"]
     return outer
+
+
+def _with_shapes(config):
+    """A config in which layers are built with tuples, as they were before saving.
+
+    JSON makes lists of them, and `build` of a user's layer may add them to tuples.
+    """
+    if isinstance(config, list):
+        return [_with_shapes(part) for part in config]
+    if not isinstance(config, dict):
+        return config
+    parts = {key: _with_shapes(part) for key, part in config.items()}
+    if isinstance(shapes := parts.get("build_config"), dict):
+        parts["build_config"] = {key: _shape(part) for key, part in shapes.items()}
+    return parts
+
+
+def _shape(part):
+    """A shape, or a structure of shapes, with tuples for lists of sizes."""
+    if isinstance(part, dict):
+        return {key: _shape(inner) for key, inner in part.items()}
+    if isinstance(part, list):
+        kind = list if any(isinstance(p, list | dict) for p in part) else tuple
+        return kind(map(_shape, part))
+    return part
 
 
 def _is_keras_in(model):

@@ -10,7 +10,7 @@ import warnings
 import keras
 
 from keras_bn.layer import BatchNormalization
-from keras_bn.surgery.graph import children, functional_class
+from keras_bn.surgery.graph import children, functional_class, graph_of
 
 
 def as_graphs(view):
@@ -55,13 +55,23 @@ def made_by_classes(view):
         A dict of the names of the classes that make them, by path. It is empty for a
         model that cannot be saved with its config.
     """
+    makers = _makers(view, view.of_type(BatchNormalization))
+    return {path: type(layer).__name__ for path, layer in makers.items()}
+
+
+def _makers(view, layers):
+    """The innermost layer of an own class around each layer that no config names.
+
+    Args:
+        view: the `ModelView` of a model.
+        layers: some of its normalizations, by path.
+    """
     own = {
-        path: type(layer).__name__
+        path: layer
         for path, layer in view.layers
         if not type(layer).__module__.startswith(("keras.", "keras_bn."))
         and children(layer)
     }
-    layers = view.of_type(BatchNormalization)
     if not own or not layers:
         return {}
     with warnings.catch_warnings():
@@ -76,7 +86,7 @@ def made_by_classes(view):
         for path, layer in layers.items()
         if layer.name not in names
     }
-    return {path: kinds[-1] for path, kinds in makers.items() if kinds}
+    return {path: around[-1] for path, around in makers.items() if around}
 
 
 def warn_of_classes(view, stacklevel):
@@ -97,8 +107,27 @@ def warn_of_classes(view, stacklevel):
         )
 
 
+def warn_of_folded(view, folded, stacklevel):
+    """Warn of layers that make again what is folded in them, when they are loaded.
+
+    Args:
+        view: the `ModelView` of a model before folding.
+        folded: the normalizations that are folded.
+        stacklevel: as of `warnings.warn`, for the caller of this function.
+    """
+    makers = _makers(view, {view.path(norm): norm for norm in folded}).values()
+    if names := {view.path(la): type(la) for la in makers if graph_of(la) is None}:
+        listed = ", ".join(f"'{p}' ({kind.__name__})" for p, kind in names.items())
+        warnings.warn(
+            f"A file of the folded model does not load, for {listed} makes its own "
+            "layers and would make again what is folded in it. Save the model as it "
+            "was, and fold what is loaded.",
+            stacklevel=stacklevel + 1,
+        )
+
+
 def _names(config):
-    """The names of the normalizations of ours in a config."""
+    """The names of the normalizations in a config."""
     if isinstance(config, list | tuple):
         for part in config:
             yield from _names(part)

@@ -6,7 +6,7 @@ import keras
 
 from keras_bn.pages.display import Content, Displayed
 from keras_bn.pages.plain import escaped
-from keras_bn.surgery.classes import as_graphs
+from keras_bn.surgery.classes import as_graphs, warn_of_folded
 from keras_bn.surgery.copying import copy_model
 from keras_bn.surgery.exchange import bypass, exchange
 from keras_bn.surgery.functional import opened
@@ -131,6 +131,10 @@ def fold(model: keras.Model) -> keras.Model:
         TypeError: if `model` is not a Keras model.
         ValueError: for a model that is not built, and layers that cannot be copied.
 
+    Warns:
+        UserWarning: if something is folded in a layer that makes its own layers and is
+            not opened, with its path: a file of the result does not load.
+
     Example:
 
     >>> import keras, keras_bn
@@ -146,8 +150,11 @@ def fold(model: keras.Model) -> keras.Model:
     with opened(view) as (graph, closed):
         plan = FoldPlan(graph, view, closed)
         if plan.folded:
+            warn_of_folded(graph, plan.folded.values(), stacklevel=2)
             return plan.folded_model()
-    return FoldPlan(view).folded_model()
+    plan = FoldPlan(view)
+    warn_of_folded(view, plan.folded.values(), stacklevel=2)
+    return plan.folded_model()
 
 
 class Fused(NamedTuple):

@@ -94,6 +94,33 @@ class Block(layers.Layer):
 
 
 @register
+class Pyramid(layers.Layer):
+    """A layer that makes models in `build`, and adds a tuple to its shape.
+
+    With `closed`, its call makes a layer, so that its graph cannot be opened.
+    """
+
+    def __init__(self, closed=False, **kwargs):
+        super().__init__(**kwargs)
+        self.closed = closed
+
+    def build(self, shape):
+        norms = [layers.BatchNormalization(name=f"norm_{i}") for i in range(2)]
+        self.parallel = [keras.Sequential([layers.Dense(4, name="a"), norms[0]])]
+        self.parallel[0].build(shape)
+        self.projection = keras.Sequential([layers.Dense(3, name="b"), norms[1]])
+        self.projection.build(shape[:-1] + (4,))  # noqa: RUF005
+        self.built = True
+
+    def call(self, x):
+        y = self.projection(self.parallel[0](x))
+        return layers.Activation("linear")(y) if self.closed else y
+
+    def get_config(self):
+        return {**super().get_config(), "closed": self.closed}
+
+
+@register
 class Calling(keras.Model):
     """A model with a `call`."""
 

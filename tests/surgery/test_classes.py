@@ -238,6 +238,71 @@ def test_files_of_default_layers_are_those_of_keras(make, tmp_path):
         assert_same(into, model)
 
 
+@pytest.mark.parametrize("closed", [False, True])
+def test_a_layer_that_is_built_with_tuples_loads(closed, tmp_path):
+    """JSON makes lists of them, which Keras passes on."""
+    inputs = {"x": keras.Input((6, 3), name="x")}
+    model = randomized(keras.Model(inputs, classes.Pyramid(closed)(inputs["x"])))
+    model.save(tmp_path / "model.keras")
+    with pytest.raises(TypeError, match="can only concatenate list"):
+        keras.saving.load_model(tmp_path / "model.keras")
+    assert_same(keras_bn.load_model(tmp_path / "model.keras"), model)
+
+
+def in_graph(part):
+    inputs = keras.Input((6, 3))
+    return keras.Model(inputs, layers.Dense(2)(part(inputs)))
+
+
+@classes.register
+class Around(layers.Layer):
+    """A layer whose config holds what it calls."""
+
+    def __init__(self, inner, **kwargs):
+        super().__init__(**kwargs)
+        self.inner = inner
+
+    def call(self, x):
+        return layers.Activation("linear")(self.inner(x))
+
+    def get_config(self):
+        inner = keras.saving.serialize_keras_object(self.inner)
+        return {**super().get_config(), "inner": inner}
+
+    @classmethod
+    def from_config(cls, config):
+        inner = keras.saving.deserialize_keras_object(config.pop("inner"))
+        return cls(inner, **config)
+
+
+@pytest.mark.parametrize("around", [lambda part: part, Around])
+def test_fold_warns_if_a_layer_makes_again_what_is_folded(around, tmp_path):
+    part = around(classes.Pyramid(closed=True, name="pyramid"))
+    model = randomized(in_graph(part))
+    with pytest.warns(
+        UserWarning, match=r"for '[a-z_0-9]*/?pyramid' \(P.* makes"
+    ) as all_:
+        folded = keras_bn.fold(model)
+    assert __file__ in [warning.filename for warning in all_]
+    assert_same(folded, model)
+    folded.save(tmp_path / "folded.keras")
+    with pytest.raises(ValueError, match="can't be loaded"):
+        keras_bn.load_model(tmp_path / "folded.keras")
+
+
+def test_fold_warns_of_no_layer_that_is_opened_or_keeps_its_layers(recwarn, tmp_path):
+    inner = keras.Sequential(
+        [keras.Input((6, 3)), layers.Dense(4), layers.BatchNormalization()]
+    )
+    for part in classes.Pyramid(), Around(inner):
+        model = randomized(in_graph(part))
+        folded = keras_bn.fold(model)
+        assert len(norms(folded)) < len(norms(model))
+        folded.save(tmp_path / "folded.keras")
+        assert_same(keras_bn.load_model(tmp_path / "folded.keras"), model)
+    assert not [w for w in recwarn if "does not load" in str(w.message)]
+
+
 def test_who_is_warned(recwarn):
     """Neither who loads with us, nor whose config names its layers."""
     plain = keras.Sequential([keras.Input((3,)), layers.BatchNormalization()])

@@ -91,8 +91,8 @@ def _of(name, **options):
     )
 
 
-# Without DeepLabV3: a file of a plain `keras.Model` of its tensors does not load, with
-# Keras's own layers neither, for its pyramid is built with tuples.
+# Without DeepLabV3: the file of a folded one does not load, for its pyramid makes its
+# layers again.
 BACKBONES = {
     "CSPNet": _of("CSPNet", **_CSP, stage_type="dark", block_type="dark_block"),
     "DenseNet": _of("DenseNet", stackwise_num_repeats=[2, 2], growth_rate=8),
