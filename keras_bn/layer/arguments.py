@@ -1,15 +1,16 @@
 """Checks of the layer's arguments and inputs."""
 
-import functools
 import math
 import operator
+import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from numbers import Real
 from typing import Any
 
 import keras
 import numpy as np
-from keras import constraints, initializers, ops, regularizers
+from keras import ops
 from keras.optimizers.schedules import LearningRateSchedule
 
 from keras_bn.backends import backend
@@ -58,25 +59,63 @@ def check_axis(axis: Any) -> Axis:
     return axes if len(axes) > 1 else axes[0]
 
 
-def check_momentum(momentum: Momentum) -> Momentum:
+def number(value: Any, name: str, rule: str, most: float = sys.float_info.max) -> float:
+    """A number of any kind as a float, from 0 to the most.
+
+    Args:
+        value: what was given.
+        name: of the option.
+        rule: what it must be.
+        most: by default, whatever is finite.
+
+    Raises:
+        ValueError: for anything else, naming all three.
+    """
+    try:
+        real = math.nan if isinstance(value, str | bytes) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        real = math.nan
+    if not 0.0 <= real <= most:
+        raise _refusal(name, rule, value)
+    return real
+
+
+def _refusal(name: str, rule: str, value: Any) -> ValueError:
+    return ValueError(f"`{name}` must be {rule}. Received: {name}={value!r}")
+
+
+def check_share(momentum: Any, name: str) -> float:
+    """A momentum as a float between 0 and 1."""
+    return number(momentum, name, "between 0 and 1", most=1.0)
+
+
+def check_momentum(momentum: Any) -> Momentum:
     """The momentum as a float in [0, 1], a schedule, or None for the plain mean."""
     if momentum is None or isinstance(momentum, LearningRateSchedule):
         return momentum
     if callable(momentum):
-        raise ValueError(
-            "`momentum` must be a number, a LearningRateSchedule or None. "
-            f"Received: momentum={momentum!r}"
-        )
+        rule = "a number, a LearningRateSchedule or None"
+        raise _refusal("momentum", rule, momentum)
     return check_share(momentum, "momentum")
 
 
-def check_share(momentum: float, name: str) -> float:
-    """A momentum as a float between 0 and 1."""
-    if not 0.0 <= (number := float(momentum)) <= 1.0:
-        raise ValueError(
-            f"`{name}` must be between 0 and 1. Received: {name}={momentum!r}"
-        )
-    return number
+def check_flag(value: Any, name: str) -> bool:
+    """A bool of any kind: True, `numpy.True_`, 1; None counts as False, as in Keras."""
+    if isinstance(value, bool | np.bool_ | Real) and value in (True, False):
+        return bool(value)
+    if value is None:
+        return False
+    raise _refusal(name, "True or False", value)
+
+
+def check_object(value: Any, name: str) -> Any:
+    """An initializer, regularizer or constraint, by itself, its name or config."""
+    kind = name.rpartition("_")[2]
+    try:
+        return getattr(keras, f"{kind}s").get(value)
+    except (TypeError, ValueError) as error:
+        rule = f"one of `keras.{kind}s`, its name or config, or a callable"
+        raise _refusal(name, rule, value) from error
 
 
 def check_clipping(clipping: dict[str, Any]) -> None:
@@ -101,94 +140,73 @@ def check_clipping(clipping: dict[str, Any]) -> None:
         )
 
 
-def check_group_size(size: int | None) -> int | None:
+def check_group_size(size: Any) -> int | None:
     """The size of ghost batches as a positive int, or None."""
     try:
         if size is None or (number := whole(size)) > 0:
             return None if size is None else number
     except ValueError:
         pass
-    raise ValueError(
-        "`virtual_batch_size` must be a positive int or None. "
-        f"Received: virtual_batch_size={size!r}"
-    )
+    raise _refusal("virtual_batch_size", "a positive int or None", size)
 
 
-def check_epsilon(epsilon: float) -> float:
-    """Epsilon as a finite float, 0 or greater."""
-    if not 0.0 <= (number := float(epsilon)) < math.inf:
-        raise ValueError(
-            "`epsilon` must be a finite number, 0 or greater. "
-            f"Received: epsilon={epsilon!r}"
-        )
-    return number
-
-
-def check_frozen_affine(value: bool | str) -> bool | str:
+def check_frozen_affine(value: Any) -> bool | str:
     """`freeze_affine` as a bool, or as the name of one parameter."""
-    value = bool(value) if isinstance(value, np.bool_) else value
-    if not isinstance(value, bool) and value not in AFFINE:
-        raise ValueError(
-            "`freeze_affine` must be True, False, 'gamma' or 'beta'. "
-            f"Received: freeze_affine={value!r}"
-        )
-    return value
+    if isinstance(value, bool | np.bool_):
+        return bool(value)
+    if isinstance(value, str) and value in AFFINE:
+        return value
+    raise _refusal("freeze_affine", "True, False, 'gamma' or 'beta'", value)
 
 
-def check_prior(prior: float | None) -> float | None:
+def check_prior(prior: Any) -> float | None:
     """`adapt_prior` as a finite float, 0 or greater; or None."""
-    if prior is None:
-        return None
-    if not 0.0 <= (number := float(prior)) < math.inf:
-        raise ValueError(
-            "`adapt_prior` must be a finite number of samples, 0 or greater, or None. "
-            f"Received: adapt_prior={prior!r}"
-        )
-    return number
+    rule = "a finite number of samples, 0 or greater, or None"
+    return None if prior is None else number(prior, "adapt_prior", rule)
 
 
-def check_memory(memory: float | None) -> float | None:
+def check_memory(memory: Any) -> float | None:
     """`adapt_memory` as a float between 0 and 1; or None."""
     return None if memory is None else check_share(memory, "adapt_memory")
 
 
-def numbers(clipping: dict[str, Any] | None) -> dict[str, Any] | None:
+def check_bounds(clipping: Any) -> dict[str, Any] | None:
     """Bounds of renormalization, with floats for numbers of any kind."""
     if clipping is None:
         return None
-    return {
-        key: bound if bound is None or callable(bound) else float(bound)
-        for key, bound in clipping.items()
-    }
+    try:
+        return {
+            key: bound if bound is None or callable(bound) else float(bound)
+            for key, bound in clipping.items()
+        }
+    except (AttributeError, TypeError, ValueError) as error:
+        rule = "a dict of numbers, schedules or None, or None"
+        raise _refusal("renorm_clipping", rule, clipping) from error
 
 
 # The arguments of the layer, and what checks each and gives the attribute.
 OPTIONS: dict[str, Callable[[Any], Any]] = {
     "axis": check_axis,
     "momentum": check_momentum,
-    "epsilon": check_epsilon,
-    "center": bool,
-    "scale": bool,
-    "beta_initializer": initializers.get,
-    "gamma_initializer": initializers.get,
-    "moving_mean_initializer": initializers.get,
-    "moving_variance_initializer": initializers.get,
-    "beta_regularizer": regularizers.get,
-    "gamma_regularizer": regularizers.get,
-    "beta_constraint": constraints.get,
-    "gamma_constraint": constraints.get,
-    "renorm": bool,
-    "renorm_clipping": numbers,
-    "renorm_momentum": functools.partial(check_share, name="renorm_momentum"),
-    "synchronized": bool,
+    "epsilon": partial(number, name="epsilon", rule="a finite number, 0 or greater"),
+    "renorm_clipping": check_bounds,
+    "renorm_momentum": partial(check_share, name="renorm_momentum"),
     "virtual_batch_size": check_group_size,
-    "unbiased": bool,
-    "debias": bool,
-    "freeze_statistics": bool,
     "freeze_affine": check_frozen_affine,
     "adapt_prior": check_prior,
     "adapt_memory": check_memory,
 }
+for _name in (
+    *("center", "scale", "renorm", "synchronized"),
+    *("unbiased", "debias", "freeze_statistics"),
+):
+    OPTIONS[_name] = partial(check_flag, name=_name)
+for _name in (
+    *("beta_initializer", "gamma_initializer"),
+    *("moving_mean_initializer", "moving_variance_initializer"),
+    *("beta_regularizer", "gamma_regularizer", "beta_constraint", "gamma_constraint"),
+):
+    OPTIONS[_name] = partial(check_object, name=_name)
 # Those that Keras's layer has not, with the value that means "not used".
 BEYOND_KERAS = {
     "virtual_batch_size": None,

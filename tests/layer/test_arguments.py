@@ -9,6 +9,7 @@ from support import backend
 from support.steps import array
 
 from keras_bn import BatchNormalization
+from keras_bn.layer.arguments import OPTIONS
 
 
 def refuses(message, error=ValueError):
@@ -59,6 +60,49 @@ def refuses(message, error=ValueError):
 def test_at_construction(arguments, message):
     with refuses(message):
         BatchNormalization(**arguments)
+
+
+# Values of a wrong kind, for each option.
+WRONG = {
+    "axis": ["x", None, {}, [None], [[1]], 1.5],
+    "momentum": ["x", "0.5", [0.5, 0.5], {}, b"1", lambda n: n, object()],
+    "epsilon": [None, "x", "1e-3", [], np.zeros(2), 1j],
+    "renorm_momentum": [None, "x", [], 2, float("nan")],
+    "renorm_clipping": ["x", 3, [1.0], {"rmax": "x"}, {"rmax": [1.0]}],
+    "virtual_batch_size": ["x", 1.5, [], -2, True],
+    "freeze_affine": ["x", None, 2, [], np.array(["gamma", "beta"])],
+    "adapt_prior": ["x", [], -1, float("inf"), 1j],
+    "adapt_memory": ["x", [], 1.5, {}],
+    "freeze_statistics": ["x", 2, []],
+}
+FLAGS = "center scale renorm synchronized unbiased debias"
+WRONG |= {name: ["x", "True", 2, [], np.zeros(2), 0.5] for name in FLAGS.split()}
+WRONG |= {
+    name: ["x", 3, [1.0]]
+    for name in OPTIONS
+    if name.endswith(("_initializer", "_regularizer", "_constraint"))
+}
+
+
+def test_each_option_has_wrong_values():
+    assert WRONG.keys() == OPTIONS.keys()
+
+
+@pytest.mark.parametrize("name", WRONG)
+@pytest.mark.parametrize("built", [False, True])
+def test_values_of_a_wrong_kind_at_construction_and_later(name, built):
+    layer = BatchNormalization(renorm=name.startswith("renorm_"))
+    if built:
+        layer.build((None, 4))
+    before = layer.get_config()
+    for value in WRONG[name]:
+        message = re.escape(f"{name}={value!r}")
+        pattern = rf"^`{name}` must be [^.].*\. Received: {message}$"
+        with pytest.raises(ValueError, match=pattern):
+            BatchNormalization(**{name: value})
+        with pytest.raises(ValueError, match=pattern):
+            setattr(layer, name, value)
+    assert layer.get_config() == before
 
 
 @pytest.mark.parametrize(
