@@ -1,6 +1,7 @@
 """load_model: files of Keras 3 and Keras 2, straight into our layers."""
 
 import json
+import re
 import zipfile
 
 import h5py
@@ -417,9 +418,11 @@ def test_a_compilation_that_cannot_be_read(suffix, tmp_path):
         model.compile("sgd", strange)
         model.save(path)
         if k is keras:
-            with pytest.raises(ValueError, match=r"can't be loaded: .*") as caught:
+            # What Keras says of it differs between versions and formats.
+            match = f"^{re.escape(str(path))} can't be loaded: .*"
+            with pytest.raises(ValueError, match=match) as caught:
                 keras_bn.load_model(path)
-            assert "strange" in str(caught.value) or "string" in str(caught.value)
+            assert caught.value.__cause__ is not None
         else:
             with pytest.warns(UserWarning, match="compile the model yourself"):
                 loaded = keras_bn.load_model(path)
