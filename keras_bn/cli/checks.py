@@ -26,26 +26,26 @@ def check(arguments):
     Raises:
         UsageError: with the reason.
     """
-    given = vars(arguments)
+    values = vars(arguments)
     for option in "ignore", "select", "rules":
-        rules(given.get(option, []), option if option == "rules" else f"--{option}")
+        rules(values.get(option, []), option if option == "rules" else f"--{option}")
     for option in "fix", "plot":
-        if given.get(option) is not None and arguments.data is None:
+        if values.get(option) is not None and arguments.data is None:
             raise UsageError(f"--{option} needs --data")
-    if given.get("model") is not None:
-        _readable(given["model"])
-    if given.get("data") is not None:
+    if values.get("model") is not None:
+        _readable(values["model"])
+    if values.get("data") is not None:
         _check_data(arguments)
     # What is written, and the suffixes that it may have.
     outputs = {
-        "output": given.get("suffixes", ()),
+        "output": values.get("suffixes", ()),
         "fix": MODEL_SUFFIXES,
         "plot": _FIGURES,
         "html": _PAGES,
         "json": (),
     }
     for name, suffixes in outputs.items():
-        if (file := given.get(name)) is None or (name, file) == ("json", "-"):
+        if (file := values.get(name)) is None or (name, file) == ("json", "-"):
             continue
         if suffixes and Path(file).suffix not in suffixes:
             option = "" if name == "output" else f"--{name} "

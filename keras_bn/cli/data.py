@@ -242,17 +242,17 @@ def _labels(arguments, arrays, inputs):
 
 def _chosen(arguments, arrays, option, names):
     """The name of the array to take."""
-    given = getattr(arguments, option)
-    if given is not None:
-        names = [given]
-    present = [name for name in names if name in arrays][:1]
-    if given is None:
+    name = getattr(arguments, option)
+    if name is not None:
+        names = [name]
+    present = [n for n in names if n in arrays][:1]
+    if name is None:
         present = present or list(arrays)
     if len(present) != 1:
         either = f"one called {' or '.join(names)}"
         raise UsageError(
-            f"{arguments.data} must hold {'' if given else 'one array, or '}{either}, "
-            f"not {', '.join(arrays) or 'none'}{'' if given else '; or give --x NAME'}"
+            f"{arguments.data} must hold {'' if name else 'one array, or '}{either}, "
+            f"not {', '.join(arrays) or 'none'}{'' if name else '; or give --x NAME'}"
         )
     return present[0]
 

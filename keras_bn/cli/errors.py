@@ -30,8 +30,10 @@ def refused(*kinds, saying=""):
     except UsageError:
         raise
     except kinds as error:
-        said = sentence(error)
-        raise UsageError(said if said.startswith(saying) else saying + said) from error
+        message = sentence(error)
+        raise UsageError(
+            message if message.startswith(saying) else saying + message
+        ) from error
 
 
 @contextlib.contextmanager

@@ -79,11 +79,11 @@ def as_json(checked, unchecked, fail_on, quiet=False):
         "schema_version": SCHEMA_VERSION,
         "fail_on": fail_on,
         "failed": bool(unchecked)
-        or any(each.report.at_least(fail_on) for each in checked),
+        or any(report.at_least(fail_on) for _, report, _ in checked),
         "models": [
             {"file": file, "diagnosis": report.to_dict()} for file, report, _ in checked
         ],
-        "unchecked": [each._asdict() for each in unchecked],
+        "unchecked": [failure._asdict() for failure in unchecked],
     }
     return json.dumps(results, indent=1, allow_nan=False) + "\n"
 
@@ -98,19 +98,19 @@ def junit(checked, unchecked, fail_on, quiet=False):
         suite = _suite(root, file, tests=len(RULES), **counts)
         for rule in RULES.values():
             case = _case(suite, file, f"{rule.id} {rule.kind}")
-            mine = [each for each in report.findings if each.kind == rule.kind]
-            said = "\n".join(
-                f"{escaped(each)}\n-> {escaped(each.remedy)}" for each in mine
+            findings = [f for f in report.findings if f.kind == rule.kind]
+            message = "\n".join(
+                f"{escaped(f)}\n-> {escaped(f.remedy)}" for f in findings
             )
             if rule.kind in kinds:
                 failure = ElementTree.SubElement(
-                    case, "failure", message=escaped(mine[0])
+                    case, "failure", message=escaped(findings[0])
                 )
-                failure.text = said
+                failure.text = message
             elif rule.kind in report.not_looked_for:
                 ElementTree.SubElement(case, "skipped", message="needs --data")
-            elif mine:
-                ElementTree.SubElement(case, "system-out").text = said
+            elif findings:
+                ElementTree.SubElement(case, "system-out").text = message
     for file, reason in unchecked:
         suite = _suite(root, file, tests=1, errors=1)
         case = _case(suite, file, "checked")
@@ -187,9 +187,9 @@ def github(checked, unchecked, fail_on, quiet=False):
     """The commands of GitHub Actions that annotate a run."""
     level = {"error": "error", "warning": "warning", "note": "notice"}
 
-    def line(severity, file, title, said):
+    def line(severity, file, title, message):
         place = f"file={_property(file)},title={_property(title)}"
-        return f"::{level[severity]} {place}::{_data(said)}\n"
+        return f"::{level[severity]} {place}::{_data(message)}\n"
 
     lines = []
     for file, report, command in checked:
@@ -217,7 +217,7 @@ FORMATS = {
 
 
 def _counts(checked):
-    findings = [each for _, report, _ in checked for each in report.findings]
+    findings = [f for _, report, _ in checked for f in report.findings]
     return {s: sum(f.severity == s for f in findings) for s in SEVERITIES}
 
 
@@ -247,9 +247,9 @@ def _first_line(file):
     return {"physicalLocation": where}
 
 
-def _data(said):
-    return said.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
+def _data(message):
+    return message.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
 
 
-def _property(said):
-    return escaped(_data(said).replace(":", "%3A").replace(",", "%2C"))
+def _property(message):
+    return escaped(_data(message).replace(":", "%3A").replace(",", "%2C"))

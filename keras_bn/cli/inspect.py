@@ -98,7 +98,7 @@ def _state(path, report):
     """The kinds of findings in a layer, in words."""
     if path in report.record.not_called:
         return ["not called"]
-    kinds = [each.kind for each in report.findings if each.layer == path]
+    kinds = [f.kind for f in report.findings if f.layer == path]
     # Only data shows that a layer is healthy.
     nothing = "healthy" if report.record.has_data else "updated"
     return [kind.replace("-", " ") for kind in kinds] or [nothing]

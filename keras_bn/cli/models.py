@@ -143,8 +143,8 @@ def _check_holds_model(file):
 
 def _cause(file, error):
     """What is wrong with a file, with advice if Keras doesn't know a class in it."""
-    said = sentence(error)
-    if any(words in said for words in _UNKNOWN):
-        said = said.partition(". ")[0]  # the rest is advice for code
-        said += "; --import MODULE imports the module that defines it"
-    return said if file in said else f"{file} can't be loaded: {said}"
+    message = sentence(error)
+    if any(words in message for words in _UNKNOWN):
+        message = message.partition(". ")[0]  # the rest is advice for code
+        message += "; --import MODULE imports the module that defines it"
+    return message if file in message else f"{file} can't be loaded: {message}"

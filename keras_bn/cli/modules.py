@@ -57,15 +57,15 @@ def imported_function(name):
 
 
 @contextlib.contextmanager
-def _known(found):
+def _known(classes):
     """Let Keras find objects by name. An inner custom object scope would hide ours."""
     objects = keras.saving.get_custom_objects()
-    before = {name: objects[name] for name in found if name in objects}
-    objects.update(found)
+    before = {name: objects[name] for name in classes if name in objects}
+    objects.update(classes)
     try:
         yield
     finally:
-        for name in found:
+        for name in classes:
             objects.pop(name, None)
         objects.update(before)
 

@@ -142,14 +142,14 @@ class Collector(Pass):
         with self:
             self.over(data, "diagnosing", **options)
         self.check_any()
-        held = {record.layer: record for record in _held(self.model, self.layers)}
+        records = {record.layer: record for record in _held(self.model, self.layers)}
         moments = self._pool.moments()
         order = [*self._trainings, *(p for p in moments if p not in self._trainings)]
         return ModelRecord(
             model=self.model.name,
             steps=_steps(self.model),
             layers=[
-                self._with_data(held[path], moments[path])
+                self._with_data(records[path], moments[path])
                 for path in order
                 if path in moments
             ],

@@ -96,8 +96,8 @@ def diagnose(
     every = findings(record)
     return Report(
         record,
-        [each for each in every if each.kind not in kinds],
-        [each for each in every if each.kind in kinds],
+        [f for f in every if f.kind not in kinds],
+        [f for f in every if f.kind in kinds],
         _origin(data),
         Source(model, data, steps, batch_size, tuple(kinds)),
     )
@@ -252,11 +252,11 @@ def _to_recalibrate(report):
         return []
     lost = {finding.layer for finding in fixable if finding.severity == ERROR}
     return [
-        each.layer
-        for each in report.record.layers
-        if not each.frozen or each.layer in lost
+        layer.layer
+        for layer in report.record.layers
+        if not layer.frozen or layer.layer in lost
     ]
 
 
 def _paths(report):
-    return ", ".join(each.layer for each in report.record.layers)
+    return ", ".join(layer.layer for layer in report.record.layers)

@@ -21,7 +21,7 @@ class Strip(NamedTuple):
             triangles at its ends.
         median: its place, or None if no channel is finite.
         lost: how many channels are not finite, in words; empty if all are.
-        said: the median and the worst channel, in words.
+        words: the median and the worst channel, in words.
         width, height: of the drawing.
     """
 
@@ -30,12 +30,12 @@ class Strip(NamedTuple):
     beyond: str
     median: float | None
     lost: str
-    said: str
+    words: str
     width: int = WIDTH
     height: int = HEIGHT
 
 
-def strip(values, limit, healthy, seed, said=""):
+def strip(values, limit, healthy, seed, words=""):
     """Place the channels of a layer on an axis from -limit to limit.
 
     Args:
@@ -43,7 +43,7 @@ def strip(values, limit, healthy, seed, said=""):
         limit: the end of the axis; channels beyond it are triangles at the edge.
         healthy: the end of the green band.
         seed: of the scatter of the dots.
-        said: the numbers in words.
+        words: the numbers in words.
 
     Returns:
         A `Strip`.
@@ -73,5 +73,5 @@ def strip(values, limit, healthy, seed, said=""):
         ),
         median=at(np.median(finite)) if finite.size else None,
         lost=f"{lost:,} of {values.size:,} not finite" if lost else "",
-        said=said,
+        words=words,
     )

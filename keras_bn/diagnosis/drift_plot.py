@@ -36,19 +36,23 @@ def draw(rows):
     mean, ratio, gap = figure.subplots(1, 3)
     colors = colormaps["viridis"](np.linspace(0, 0.92, max(len(layers), 2)))
     for name, color in zip(layers, colors, strict=False):
-        mine = [row for row in rows if row.layer == name]
-        epochs = [row.epoch for row in mine]
+        history = [row for row in rows if row.layer == name]
+        epochs = [row.epoch for row in history]
         for axis, typical, worst in (
-            (mean, [r.mean_drift for r in mine], [r.worst_mean_drift for r in mine]),
+            (
+                mean,
+                [r.mean_drift for r in history],
+                [r.worst_mean_drift for r in history],
+            ),
             (
                 ratio,
-                _stddev([r.log_variance_ratio for r in mine]),
-                _stddev([r.worst_log_variance_ratio for r in mine]),
+                _stddev([r.log_variance_ratio for r in history]),
+                _stddev([r.worst_log_variance_ratio for r in history]),
             ),
         ):
             axis.plot(epochs, typical, color=color, lw=2, label=name)
             axis.plot(epochs, worst, color=color, lw=1, ls=":", alpha=0.8)
-        gap.plot(epochs, [r.output_gap for r in mine], color=color, lw=2)
+        gap.plot(epochs, [r.output_gap for r in history], color=color, lw=2)
     whole = [row for row in rows if row.layer == rows[-1].layer]
     epochs = [row.epoch for row in whole]
     gap.plot(epochs, [row.output_gap for row in whole], color="black", lw=2.5)

@@ -94,17 +94,17 @@ def findings(record):
     Returns:
         A list of `Finding`.
     """
-    found = []
+    results = []
     for layer in record.layers:
         for rule in _STATISTICS:
             if finding := rule(layer, record):
-                found.append(finding)
+                results.append(finding)
                 break  # the later ones would follow from this one
         for rule in _LAYER:
             if finding := rule(layer, record):
-                found.append(finding)
-    found += [finding for of in _MODEL if (finding := of(record))]
-    return sorted(found, key=lambda finding: SEVERITIES.index(finding.severity))
+                results.append(finding)
+    results += [finding for of in _MODEL if (finding := of(record))]
+    return sorted(results, key=lambda finding: SEVERITIES.index(finding.severity))
 
 
 def _recalibrate(layer):
@@ -266,10 +266,10 @@ def _large_mean(layer, record):
 
 
 def _non_finite_parameters(layer, record):
-    named = {"gamma": layer.gamma, "beta": layer.beta}
+    parameters = {"gamma": layer.gamma, "beta": layer.beta}
     bad = {
         name: ~np.isfinite(values)
-        for name, values in named.items()
+        for name, values in parameters.items()
         if values is not None and not np.isfinite(values).all()
     }
     if bad:
@@ -403,7 +403,7 @@ def _train_inference_gap(record):
         layer for layer in record.measured if not (layer.frozen or layer.inference_mode)
     ]
     # Standard errors from n elements: 1/√n of the mean, 1/√(2n) of the deviation.
-    noise = np.sqrt(sum(1.5 / max(each.elements, 1) for each in live))
+    noise = np.sqrt(sum(1.5 / max(layer.elements, 1) for layer in live))
     worse = []
     if record.loss is not None:
         inference, training = record.loss

@@ -28,12 +28,12 @@ def report(shown, int8=None):
     record = shown.record
     rows = [
         Row(
-            each.layer,
-            _about(each),
-            [(each, "", [f for f in shown.findings if f.layer == each.layer])],
+            layer.layer,
+            _about(layer),
+            [(layer, "", [f for f in shown.findings if f.layer == layer.layer])],
             nothing="healthy" if record.has_data else "nothing found",
         )
-        for each in record.layers
+        for layer in record.layers
     ]
     table = Table(_name(shown), rows)
     context = {

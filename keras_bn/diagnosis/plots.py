@@ -58,8 +58,8 @@ def draw(record, findings):
 
 def _title(record, findings):
     counts = {s: sum(f.severity == s for f in findings) for s in SEVERITIES}
-    said = [f"{n} {s}{'s' * (n > 1)}" for s, n in counts.items() if n]
-    title = f"{escaped(record.model)}: {', '.join(said) or 'healthy'}"
+    parts = [f"{n} {s}{'s' * (n > 1)}" for s, n in counts.items() if n]
+    title = f"{escaped(record.model)}: {', '.join(parts) or 'healthy'}"
     both = [
         f"{name} {form.format(pair[0])} in inference, {form.format(pair[1])} with the "
         "statistics of each batch"
@@ -154,11 +154,11 @@ def _words(axis, record, findings):
     axis.set_axis_off()
     rows = [*(layer.layer for layer in record.layers), record.model]
     for row, name in enumerate(rows):
-        mine = [f for f in findings if f.layer == name]
-        if row < len(record.layers) and not mine:
+        present = [f for f in findings if f.layer == name]
+        if row < len(record.layers) and not present:
             axis.text(0, row, "healthy", va="center", color=HEALTHY)
-        elif mine:
-            kinds = list(dict.fromkeys(f.kind for f in mine))
+        elif present:
+            kinds = list(dict.fromkeys(f.kind for f in present))
             text = kinds[0] if len(kinds) == 1 else f"{kinds[0]}, {kinds[1]}"
             if len(kinds) > 2:
                 text += f" + {len(kinds) - 2}"

@@ -171,5 +171,5 @@ class Origin(NamedTuple):
     def lines(self) -> list[str]:
         """The lines of the page about it."""
         pairs = ("Model", self.file), ("Data", self.data)
-        named = [f"{what}: {name}" for what, name in pairs if name]
-        return [*named, ", ".join([self.time, *self.versions])]
+        lines = [f"{what}: {name}" for what, name in pairs if name]
+        return [*lines, ", ".join([self.time, *self.versions])]

@@ -64,7 +64,7 @@ class Report(Displayed):
 
     def layer(self, path: str) -> LayerRecord:
         """The record of the layer with this path."""
-        return next(each for each in self.record.layers if each.layer == path)
+        return next(layer for layer in self.record.layers if layer.layer == path)
 
     def __repr__(self) -> str:
         return f"<Report {escaped(self.record.model)}: {html.verdict(self)}>"
@@ -88,10 +88,10 @@ class Report(Displayed):
             "output_gap": number(record.gap),
             "loss": _both_ways(record.loss),
             "accuracy": _both_ways(record.accuracy),
-            "layers": [_layer_dict(each) for each in record.layers],
+            "layers": [_layer_dict(layer) for layer in record.layers],
             "not_called": list(record.not_called),
-            "findings": [each.to_dict() for each in self.findings],
-            "ignored": [each.to_dict() for each in self.ignored],
+            "findings": [finding.to_dict() for finding in self.findings],
+            "ignored": [finding.to_dict() for finding in self.ignored],
             "not_looked_for": self.not_looked_for,
         }
 
@@ -281,8 +281,8 @@ class Comparison(Displayed):
     @property
     def layers(self) -> list[tuple[str, LayerRecord | None, LayerRecord | None]]:
         """Triples of a path, and the `LayerRecord` before and after, or None."""
-        first = {each.layer: each for each in self.before.record.layers}
-        second = {each.layer: each for each in self.after.record.layers}
+        first = {layer.layer: layer for layer in self.before.record.layers}
+        second = {layer.layer: layer for layer in self.after.record.layers}
         return [(path, first.get(path), second.get(path)) for path in first | second]
 
     def __repr__(self) -> str:
@@ -306,13 +306,13 @@ class Comparison(Displayed):
         if before.has_data or after.has_data:
             rows = [[path, *_cells(*pair)] for path, *pair in self.layers]
             lines += ["", *plain.lines(plain.table(_HEADER, rows))]
-        for title, found in (
+        for title, findings in (
             ("Gone", self.gone),
             ("New", self.new),
             ("Remaining", self.remaining),
         ):
-            if found:
-                lines += ["", f"{title}:", *map(text.heading, text.grouped(found))]
+            if findings:
+                lines += ["", f"{title}:", *map(text.heading, text.grouped(findings))]
         if not self.gone and not self.new:
             lines += ["", "The findings are the same."]
         return "\n".join(lines)
@@ -430,7 +430,7 @@ def _cells(before, after):
 def _without(report, other):
     """The findings of a report that another one has not."""
     there = {_key(finding, other) for finding in other.findings}
-    return [each for each in report.findings if _key(each, report) not in there]
+    return [f for f in report.findings if _key(f, report) not in there]
 
 
 def _key(finding, report):

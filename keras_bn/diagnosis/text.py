@@ -53,10 +53,10 @@ def omissions(report):
     return lines
 
 
-def findings(found, command=None):
+def findings(items, command=None):
     """The lines of a list of `Finding`, by rule, with messages and remedies."""
     lines = []
-    for group in grouped(found):
+    for group in grouped(items):
         lines.append(heading(group))
         for text, is_code in details(group, command):
             # Code is copied, so it stays in one line.
@@ -64,10 +64,10 @@ def findings(found, command=None):
     return lines
 
 
-def grouped(found):
+def grouped(items):
     """Lists of the findings of one severity and rule, the most severe first."""
     groups: dict = {}
-    for finding in found:
+    for finding in items:
         groups.setdefault((finding.severity, finding.kind), []).append(finding)
     order = SEVERITIES.index
     return sorted(groups.values(), key=lambda group: order(group[0].severity))
@@ -115,7 +115,7 @@ def details(group, command=None):
         yield f"{begin} {', '.join(map(escaped, layers))}", False
 
 
-def kinds(found):
+def kinds(items):
     """The kinds of some findings, in words, and how often there is each.
 
     >>> from keras_bn.diagnosis.findings import Finding
@@ -123,10 +123,10 @@ def kinds(found):
     '2 frozen (BN008)'
     """
     counts: dict = {}
-    for finding in found:
-        named = f"{finding.kind} ({finding.rule})"
-        counts[named] = counts.get(named, 0) + 1
-    return ", ".join(f"{count} {named}" for named, count in counts.items())
+    for finding in items:
+        kind = f"{finding.kind} ({finding.rule})"
+        counts[kind] = counts.get(kind, 0) + 1
+    return ", ".join(f"{count} {kind}" for kind, count in counts.items())
 
 
 _HEADER = (

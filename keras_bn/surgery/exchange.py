@@ -78,26 +78,26 @@ def bypass(view, layers):
     Raises:
         BrokenPromiseError: if one is still in the model, or an output is cut off.
     """
-    gone = {id(layer): GONE for layer in layers}
+    ids = {id(layer): GONE for layer in layers}
     for graph in view.graphs:
         instead: dict = {}
         for node in nodes(graph):
-            if id(node.operation) in gone:
+            if id(node.operation) in ids:
                 source = input_of(node)
                 instead[id(node.outputs[0])] = instead.get(id(source), source)
         if not instead:
             continue
         for node in nodes(graph):
-            if id(node.operation) not in gone:
+            if id(node.operation) not in ids:
                 _take_other_inputs(node, instead)
         for operation in graph._operations:
             users = operation._outbound_nodes
-            users[:] = [node for node in users if id(node.operation) not in gone]
+            users[:] = [node for node in users if id(node.operation) not in ids]
         replace(graph, instead)
         redraw(graph)
         graph.output_names = [t._keras_history.operation.name for t in graph.outputs]
     for holder in view.holders:
-        replace(holder, gone)
+        replace(holder, ids)
     promises.bypassed(view.holders, layers)
 
 
@@ -128,10 +128,10 @@ def _holders_alive(layers):
     """All Keras layers and models in memory that hold one of some layers."""
     wanted = {id(layer) for layer in layers}
     return [
-        each
-        for each in gc.get_objects()
-        if issubclass(type(each), keras.layers.Layer)
-        and any(id(layer) in wanted for layer in vars(each).get("_layers", ()))
+        holder
+        for holder in gc.get_objects()
+        if issubclass(type(holder), keras.layers.Layer)
+        and any(id(layer) in wanted for layer in vars(holder).get("_layers", ()))
     ]
 
 
@@ -139,12 +139,12 @@ def _models_alive(layers):
     """All built models in memory that hold one of some layers, to any depth."""
     wanted = {id(v) for layer in layers if layer.built for v in layer.variables}
     return [
-        each
-        for each in gc.get_objects()
+        model
+        for model in gc.get_objects()
         # Not isinstance(), which reads `__class__`: lazy modules then import.
-        if issubclass(type(each), keras.Model)
-        and getattr(each, "built", False)
-        and any(id(variable) in wanted for variable in each.variables)
+        if issubclass(type(model), keras.Model)
+        and getattr(model, "built", False)
+        and any(id(variable) in wanted for variable in model.variables)
     ]
 
 
@@ -264,13 +264,16 @@ def note_nodes(graph):
 def optimizers(model):
     """The optimizers in the attributes of a model's layers, to any depth."""
     waiting = [v for _, layer in walk(model) for v in vars(layer).values()]
-    found = {}
+    optimizers = {}
     while waiting:
         value = waiting.pop()
-        if isinstance(value, keras.optimizers.Optimizer) and id(value) not in found:
-            found[id(value)] = value
+        if (
+            isinstance(value, keras.optimizers.Optimizer)
+            and id(value) not in optimizers
+        ):
+            optimizers[id(value)] = value
             waiting += vars(value).values()
-    return list(found.values())
+    return list(optimizers.values())
 
 
 def trained_by(optimizer):

@@ -141,9 +141,10 @@ def _set(model, verb, prior, memory):
 
 def _rebuilt(layer, prior, memory):
     """The layer with other weights: a running average from the moving statistics."""
-    options = {"adapt_prior": prior, "adapt_memory": memory}
     without = _RUNNING if memory is None else ()
-    new = rebuild(layer, BatchNormalization, without, **options)
+    new = rebuild(
+        layer, BatchNormalization, without, adapt_prior=prior, adapt_memory=memory
+    )
     if memory is not None:
         for name, start in _RUNNING.items():
             # By way of NumPy: on JAX, two variables must not share a buffer.

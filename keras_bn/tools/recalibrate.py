@@ -126,12 +126,15 @@ def replace_statistics(
     Returns:
         As `recalibrate`.
     """
-    options = {"steps": steps, "batch_size": batch_size}
     with Collector(model, layers) as collector:
         if exact:
-            statistics = collector.in_order(data, prior, verbose, **options)
+            statistics = collector.in_order(
+                data, prior, verbose, steps=steps, batch_size=batch_size
+            )
         else:
-            statistics = collector.at_once(data, verbose=verbose, **options)
+            statistics = collector.at_once(
+                data, verbose=verbose, steps=steps, batch_size=batch_size
+            )
     collector.check_any()
     check_counts(statistics)
     warn_of_data(collector, statistics, prior)

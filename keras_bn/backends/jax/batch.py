@@ -25,8 +25,9 @@ def forward(
         y, moments = closed.forward(wide, gamma, beta, epsilon, plan.axes)
     else:
         replicas = mapped() if plan.synchronized else None
-        how = {"epsilon": epsilon, "plan": plan, "replicas": replicas}
-        y, moments = autodiff.forward(wide, mask, gamma, beta, **how)
+        y, moments = autodiff.forward(
+            wide, mask, gamma, beta, epsilon=epsilon, plan=plan, replicas=replicas
+        )
     return y.astype(x.dtype), moments
 
 

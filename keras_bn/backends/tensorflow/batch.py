@@ -29,26 +29,29 @@ def forward(
     inner = lay.inner(wide)
     gamma = lay.parameter(gamma, 1.0, wide.dtype)
     beta = lay.parameter(beta, 0.0, wide.dtype)
-    how = {"epsilon": epsilon, "layout": lay}
     if plan.kernel == "fused":
-        y, moments, saved = fused.forward(inner, gamma, beta, gpu=plan.gpu, **how)
+        y, moments, saved = fused.forward(
+            inner, gamma, beta, gpu=plan.gpu, epsilon=epsilon, layout=lay
+        )
         backward = fused.backward
     elif plan.kernel == "either":
-        y, moments, saved = either.forward(inner, gamma, beta, **how)
+        y, moments, saved = either.forward(
+            inner, gamma, beta, epsilon=epsilon, layout=lay
+        )
         backward = either.backward
     else:
         merge = synced.merge if plan.synchronized else None
         total = synced.total if plan.synchronized else None
         mask = lay.mask(mask, inner)
         y, moments, saved = formulas.forward(
-            inner, mask, gamma, beta, merge=merge, **how
+            inner, mask, gamma, beta, epsilon=epsilon, layout=lay, merge=merge
         )
         backward = functools.partial(formulas.backward, total=total)
     once = formulas.prevent_refusion if plan.once else lambda value, _: value
     y = once(y, inner)
 
     def vjp(upstream):
-        dx, d_gamma, d_beta = backward(saved, upstream, **how)
+        dx, d_gamma, d_beta = backward(saved, upstream, epsilon=epsilon, layout=lay)
         return once(dx, upstream), d_gamma, d_beta
 
     y = with_gradients(y, [inner, gamma, beta], vjp)

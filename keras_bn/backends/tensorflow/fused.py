@@ -67,8 +67,15 @@ def op(x, gamma, beta, epsilon):
 
     On a CPU these are the mean, the population variance, and nothing.
     """
-    options = {"mean": [], "variance": [], "epsilon": epsilon, "is_training": True}
-    return tf.raw_ops.FusedBatchNormV3(x=x, scale=gamma, offset=beta, **options)
+    return tf.raw_ops.FusedBatchNormV3(
+        x=x,
+        scale=gamma,
+        offset=beta,
+        mean=[],
+        variance=[],
+        epsilon=epsilon,
+        is_training=True,
+    )
 
 
 def gradient_op(upstream, x, gamma, reserve, epsilon):
@@ -95,11 +102,13 @@ def differentiable(first, upstream, kept: Kept, epsilon, layout):
     def second(*upstreams):
         with tf.GradientTape() as tape:
             tape.watch(inputs)
-            given = kept.shifted, None, kept.count, layout
-            _, variance, centred = formulas.statistics(*given)
+            _, variance, centred = formulas.statistics(
+                kept.shifted, None, kept.count, layout
+            )
             saved = formulas.Saved(centred, variance, kept.gamma, kept.count)
-            how = {"epsilon": epsilon, "layout": layout}
-            gradients = formulas.backward(saved, upstream, **how)
+            gradients = formulas.backward(
+                saved, upstream, epsilon=epsilon, layout=layout
+            )
         return tape.gradient(gradients, inputs, upstreams)
 
     return with_gradients(first(upstream, kept), inputs, second)

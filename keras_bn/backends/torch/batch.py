@@ -28,8 +28,9 @@ def forward(
         y, moments = _fused(wide, gamma, beta, epsilon, plan.axes[0])
     else:
         shared = replicas if plan.synchronized else None
-        how = {"epsilon": epsilon, "plan": plan, "replicas": shared}
-        y, moments = autodiff.forward(wide, mask, gamma, beta, **how)
+        y, moments = autodiff.forward(
+            wide, mask, gamma, beta, epsilon=epsilon, plan=plan, replicas=shared
+        )
     return y.to(x.dtype), moments
 
 
