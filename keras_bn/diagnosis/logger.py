@@ -117,15 +117,16 @@ class StatisticsLogger(DataCallback):
         self._check(self._options["steps"])
         if self._target.built:
             check_any(self._target)
-            warn_of_others(self._target)
-        if not self.append:
-            self.rows = []
+        rows = self.rows if self.append else []
         if self.filename is not None:
             check_writable(self.filename, force=True)
             if self.append and Path(self.filename).exists():
-                self.rows = _read(self.filename)
+                rows = _read(self.filename)
+        self.rows = rows
         if self.log_dir is not None:
             self._events = Events(self.log_dir)
+        if self._target.built:
+            warn_of_others(self._target)
         self._begun, self._collector = False, None
 
     def on_epoch_begin(self, epoch: int, logs: Logs = None) -> None:

@@ -12,7 +12,7 @@ from keras_bn.surgery.graph import scope
 from keras_bn.surgery.private import require
 from keras_bn.surgery.rebuild import rebuild
 from keras_bn.surgery.view import ModelView
-from keras_bn.tools.freeze import own_layers
+from keras_bn.tools.freeze import check_any, warn_of_skipped
 
 _RUNNING = {"adapted_mean": "moving_mean", "adapted_variance": "moving_variance"}
 
@@ -109,7 +109,7 @@ def unadapt(model: keras.Layer) -> list[str]:
 def _set(model, verb, prior, memory):
     view = ModelView(model)
     view.check_built()
-    layers = own_layers(view, verb, stacklevel=3)
+    layers = check_any(view, verb)
     prior, memory = check_prior(prior), check_memory(memory)
     # Those that have, or get, weights for a running average.
     others = [
@@ -124,18 +124,20 @@ def _set(model, verb, prior, memory):
         )
     with scope(model):
         pairs = [(layer, _rebuilt(layer, prior, memory)) for layer in others]
-    if memory is not None and (kinds := made_by_classes(view)):
+    kinds = made_by_classes(view) if memory is not None else {}
+    if pairs:
+        exchange_alive(pairs)
+    if kinds:
         warnings.warn(
             f"A file of '{model.name}' will not load: "
             f"{' and '.join(sorted(set(kinds.values())))} makes its own layers, "
             "without the weights that `memory` takes. `prior` takes none.",
             stacklevel=3,
         )
-    if pairs:
-        exchange_alive(pairs)
     for layer in layers.values():
         if memory is None and layer.adapt_memory is None:
             layer.adapt_prior = prior
+    warn_of_skipped(view, layers, verb, stacklevel=3)
     return list(layers)
 
 

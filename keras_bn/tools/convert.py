@@ -157,10 +157,11 @@ def _convert(model, wanted, kind, in_place, compiled):
             f"'{model.name}' is a normalization itself: an object cannot change its "
             "class. Convert it without `in_place`; this gives a new layer."
         )
-    if kind is not BatchNormalization:
-        _warn_of_affine(view)
+    losing = [] if kind is BatchNormalization else _losing_affine(view)
     if wanted(model):
-        return _replacement(copy_model(model, view=view)[0], kind)
+        new = _replacement(copy_model(model, view=view)[0], kind)
+        _warn_of_affine(losing)
+        return new
     if not in_place:
         model, _ = copy_model(model, compiled, view)
         view = ModelView(model)
@@ -174,6 +175,7 @@ def _convert(model, wanted, kind, in_place, compiled):
     else:
         exchange(pairs, view.holders)
     _hand_over_variables(model, pairs)
+    _warn_of_affine(losing)
     return model
 
 
@@ -202,9 +204,9 @@ def _hand_over_variables(model, pairs):
         rekey(optimizer, instead.values())
 
 
-def _warn_of_affine(view):
-    """Warn of parameters that train now, and will not in a layer of Keras's."""
-    paths = [
+def _losing_affine(view):
+    """The layers whose parameters train now, and will not in a layer of Keras's."""
+    return [
         f"'{path}'"
         for path, layer in view.layers
         if is_ours(layer) and layer.trainable and layer.freeze_statistics
@@ -213,6 +215,9 @@ def _warn_of_affine(view):
             for name, present in zip(AFFINE, (layer.scale, layer.center), strict=True)
         )
     ]
+
+
+def _warn_of_affine(paths):
     if paths:
         warnings.warn(
             "Keras freezes statistics by `trainable=False`, and gamma and beta with "

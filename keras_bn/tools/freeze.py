@@ -95,7 +95,7 @@ def freeze(
     """
     require("keras_bn.freeze", "layers", *(("graph", "fuse") if fuse else ()))
     view = ModelView(model)
-    layers = own_layers(view, "freeze")
+    layers = check_any(view, "freeze")
     plan = _plan(view) if fuse else None
     fused = plan.fused if plan else []
     ids = {id(norm) for norm, *_ in fused}
@@ -108,6 +108,7 @@ def freeze(
             layer.freeze_affine = True
         if id(layer) in ids:
             layer.set_fused(True)
+    warn_of_skipped(view, layers, "freeze")
     warn_of_classes(view, stacklevel=2)
     return plan.folds if plan else _changed(before, _frozen(layers))
 
@@ -139,13 +140,14 @@ def unfreeze(model: keras.Layer, *, affine: bool = False) -> list[str]:
     """
     require("keras_bn.unfreeze", "layers")
     view = ModelView(model)
-    layers = own_layers(view, "unfreeze")
+    layers = check_any(view, "unfreeze")
     before = _frozen(layers)
     separate(view)
     for layer in layers.values():
         layer.freeze_statistics = False
         if affine:
             layer.freeze_affine = False
+    warn_of_skipped(view, layers, "unfreeze")
     return _changed(before, _frozen(layers))
 
 
@@ -171,18 +173,15 @@ def _changed(before, after):
     return [path for path in before if before[path] != after[path]]
 
 
-def own_layers(view, verb, stacklevel=2):
-    """The `keras_bn` layers in a model, by path; warns of others.
+def warn_of_skipped(view, layers, verb, stacklevel=2):
+    """Warn of layers that a tool for `keras_bn` layers does not change.
 
     Args:
         view: the `ModelView` of the model.
-        verb: what is to be done to them, for the messages.
+        layers: the `keras_bn` layers in it, by path.
+        verb: what was done to them.
         stacklevel: as of `warnings.warn`, for the caller of this function.
-
-    Raises:
-        ValueError: if there are none.
     """
-    layers = check_any(view, verb)
     if theirs := _theirs(view):
         _warn(
             f"{_listed(theirs)} are layers of Keras, which `{verb}` does not change. "
@@ -195,7 +194,6 @@ def own_layers(view, verb, stacklevel=2):
             f"`{verb}` works only if that `call` uses the options of the layer.",
             stacklevel,
         )
-    return layers
 
 
 def check_any(view, verb):

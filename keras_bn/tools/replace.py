@@ -87,12 +87,12 @@ def replace(
                 f"'{path}' was made by `{layer.made_by}` and computes with its "
                 "normalization. Replace the layers of the model that it was made from."
             )
-    warn_of_others(model)
     with scope_of_copies(model):
         new_layers = {path: _made(make, norm, path) for path, norm in layers.items()}
     _check_all_different(new_layers)
     _check_calls(view, {id(layers[path]): new for path, new in new_layers.items()})
     copy, of = copy_model(model, compiled=False, view=view)
+    warn_of_others(model)
     pairs = [
         (of(layers[path]), layer)
         for path, layer in new_layers.items()

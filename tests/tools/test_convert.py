@@ -376,9 +376,9 @@ def test_frozen_statistics_become_layers_that_do_not_train(in_place):
     in_training = array(keras_bn.from_keras(model)(x, training=True))
     with pytest.warns(UserWarning, match="no longer train in") as told:
         theirs = keras_bn.to_keras(model, in_place=in_place)
-    said = str(told[0].message)
+    said = str(told[-1].message)
     assert [name for name in norms(theirs) if f"'{name}'" in said] == warned
-    assert told[0].filename == __file__
+    assert told[-1].filename == __file__
     assert norms(theirs, KERAS).keys() == frozen | {"free"}
     assert {n for n, la in norms(theirs).items() if not la.trainable} == frozen
     slack = 0 if backend.NAME == "tensorflow" else 1e-5
@@ -460,3 +460,54 @@ def test_bad_arguments():
         keras_bn.from_keras(KERAS(name="norm"), in_place=True)
     with pytest.raises(ValueError, match="`compiled=False` goes with a copy"):
         keras_bn.from_keras(sequential(), in_place=True, compiled=False)
+
+
+@keras.saving.register_keras_serializable("tests")
+class More(keras_bn.BatchNormalization):
+    """With a weight that no other layer has a place for."""
+
+    def build(self, input_shape):
+        super().build(input_shape)
+        self.more = self.add_weight(name="more", trainable=False)
+
+
+class Otherwise(keras_bn.BatchNormalization):
+    def call(self, inputs, training=None, mask=None):
+        return inputs
+
+
+def stack(*parts):
+    return keras.Sequential([keras.Input((4,)), *parts])
+
+
+def logged(folder):
+    logger = keras_bn.StatisticsLogger(np.ones((8, 4)), folder / "none" / "a.csv")
+    logger.set_model(stack(keras_bn.BatchNormalization(), Otherwise()))
+    logger.rows = ["a row"]
+    try:
+        logger.on_train_begin()
+    finally:
+        assert logger.rows == ["a row"]
+
+
+@pytest.mark.parametrize(
+    "refused",
+    [
+        lambda _: keras_bn.to_keras(stack(More(freeze_statistics=True))),
+        lambda _: keras_bn.to_keras(stack(More(freeze_statistics=True)).layers[0]),
+        lambda _: keras_bn.replace(
+            stack(layers.BatchNormalization(), Otherwise()), lambda norm: "a layer"
+        ),
+        lambda _: keras_bn.adapt(
+            stack(layers.BatchNormalization(), keras_bn.BatchNormalization()), prior=-1
+        ),
+        lambda _: keras_bn.freeze(
+            keras.Sequential([keras_bn.BatchNormalization(), Otherwise()]), fuse=True
+        ),
+        logged,
+    ],
+)
+def test_a_refusal_comes_before_any_warning(refused, tmp_path, recwarn):
+    with pytest.raises((ValueError, TypeError, OSError)):
+        refused(tmp_path)
+    assert not [str(w.message) for w in recwarn if w.category is UserWarning]
