@@ -32,12 +32,14 @@ def whole(number: Any) -> int:
     Raises:
         ValueError: for anything else.
     """
+    if isinstance(number, bool | np.bool_):
+        raise ValueError
     try:
         real = isinstance(number, Real)
         value = int(number) if real else operator.index(number)
     except (TypeError, OverflowError) as error:
         raise ValueError from error
-    if isinstance(number, bool | np.bool_) or (real and value != number):
+    if real and value != number:
         raise ValueError
     return value
 

@@ -4,9 +4,10 @@ import keras
 import numpy as np
 import pytest
 from keras import layers, ops
+from support.marks import takes_fake_quantization
+from support.zoo import randomized
 
 import keras_bn
-from tests.support.zoo import randomized
 
 norm = keras_bn.BatchNormalization
 
@@ -465,6 +466,7 @@ def test_frozen_layers_are_fused_in_a_subclassed_model():
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
+@takes_fake_quantization
 @pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="needs TFLite")
 def test_int8(tmp_path):
     model, x = built(ResNet)

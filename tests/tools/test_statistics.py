@@ -1,5 +1,6 @@
 """Statistics as values: saved, pooled, put into models, and taken back."""
 
+import functools
 import itertools
 import pickle
 
@@ -141,10 +142,9 @@ def test_moving_statistics_have_no_count():
     assert keras_bn.pooled([old.counted(3), old.counted(1)]).samples == 4
 
 
-@pytest.mark.parametrize("bn", [OURS, KERAS])
-def test_using_gives_all_back(bn):
-    options = {"renorm": True}
-    model = chain(bn(name="bn", **options), layers.Dense(2))
+@pytest.mark.parametrize("make", [functools.partial(OURS, renorm=True), KERAS])
+def test_using_gives_all_back(make):
+    model = chain(make(name="bn"), layers.Dense(2))
     x = rows(100)
     before, expected = state(model), model.predict(x, verbose=0)
     night = of(model, x + 5.0)
