@@ -39,7 +39,7 @@ def forward(x, mask, gamma, beta, *, epsilon, plan, replicas=None):
     gamma = layout.parameter(gamma, 1.0, x.dtype)
     beta = layout.parameter(beta, 0.0, x.dtype)
     count, near = layout.count(x, mask), layout.near(x, mask)
-    d = x - layout.spread(near)
+    d = x - layout.broadcast(near)
     total = layout.sum(where(mask, ops.stop_gradient(d)))
     common = near
     if replicas is not None:
@@ -47,7 +47,7 @@ def forward(x, mask, gamma, beta, *, epsilon, plan, replicas=None):
         count, common, total = averages.common(*replicas.gather(count, near, total))
     n = ops.where(count > 0, count, ops.ones_like(count))
     shift = total / n
-    d = d - layout.spread(shift + (common - near))
+    d = d - layout.broadcast(shift + (common - near))
     counted = where(mask, d)
     rest, square = layout.sum(counted), layout.sum(ops.square(counted))
     if replicas is not None:
@@ -55,7 +55,7 @@ def forward(x, mask, gamma, beta, *, epsilon, plan, replicas=None):
     rest = rest / n
     variance = ops.relu(square / n - ops.square(rest))
     scale = gamma * ops.rsqrt(variance + epsilon)
-    y = _scaled(d, scale, mask, layout) + layout.spread(beta - rest * scale)
+    y = _scaled(d, scale, mask, layout) + layout.broadcast(beta - rest * scale)
     moments = count, common + (shift + rest), variance
     return y, Moments(*(ops.stop_gradient(layout.statistic(m)) for m in moments))
 
@@ -63,7 +63,7 @@ def forward(x, mask, gamma, beta, *, epsilon, plan, replicas=None):
 def _scaled(d, scale, mask, layout):
     """`d * scale`. What a mask leaves out and is not finite adds nothing to any sum."""
     if mask is None:
-        return d * layout.spread(scale)
+        return d * layout.broadcast(scale)
     good = where(ops.logical_or(mask, ops.isfinite(d)), d)
-    scale = layout.spread(scale)
+    scale = layout.broadcast(scale)
     return good * scale + (d - good) * ops.stop_gradient(scale)

@@ -72,7 +72,7 @@ def forward(x, mask, gamma, beta, *, epsilon, layout, merge=None):
     mean = beyond(rest, mean)
     if merge is not None:
         (count, mean, variance), near = merge(Moments(count, mean, variance), near)
-        centred = (x - layout.spread(near)) - layout.spread(mean)
+        centred = (x - layout.broadcast(near)) - layout.broadcast(mean)
     saved = Saved(centred, variance, gamma, ops.maximum(count, 1), mask)
     y = normalize(saved, beta, epsilon=epsilon, layout=layout)
     return y, Moments(count, near + mean, variance), saved
@@ -97,7 +97,7 @@ def statistics(shifted, mask, count, layout):
         count: how many elements each statistic rests on, 1 at least.
     """
     mean = layout.sum(where(mask, shifted)) / count
-    centred = shifted - layout.spread(mean)
+    centred = shifted - layout.broadcast(mean)
     variance = layout.sum(where(mask, ops.square(centred))) / count
     return mean, variance, centred
 
@@ -105,7 +105,7 @@ def statistics(shifted, mask, count, layout):
 def normalize(saved: Saved, beta, *, epsilon, layout):
     """The output, from the input less its mean."""
     scale = saved.gamma * ops.rsqrt(saved.variance + epsilon)
-    return saved.centred * layout.spread(scale) + beta
+    return saved.centred * layout.broadcast(scale) + beta
 
 
 def backward(saved: Saved, upstream, *, epsilon, layout, total=None):
@@ -131,9 +131,9 @@ def backward(saved: Saved, upstream, *, epsilon, layout, total=None):
         sum_g, sum_gx = total(sum_g, sum_gx)
     scale = gamma * rstd
     share = scale / count
-    through = centred * layout.spread(sum_gx * rstd * share)
-    through += layout.spread(sum_g * share)
-    return upstream * layout.spread(scale) - where(mask, through), d_gamma, d_beta
+    through = centred * layout.broadcast(sum_gx * rstd * share)
+    through += layout.broadcast(sum_g * share)
+    return upstream * layout.broadcast(scale) - where(mask, through), d_gamma, d_beta
 
 
 def where(mask, value):

@@ -143,9 +143,9 @@ class Layout:
             return near, None, x - near
         near = self.near(x, mask)
         if few is None:
-            d = x - self.spread(near)
+            d = x - self.broadcast(near)
             rest = self._mean(ops.stop_gradient(d), mask)
-            return near, rest, d - self.spread(rest)
+            return near, rest, d - self.broadcast(rest)
         rest = self._average(few - near)
         return near, rest, (x - near) - rest
 
@@ -204,7 +204,7 @@ class Layout:
         # `ops.max` breaks the graph of torch.compile.
         return ops.amax(x, self._rows, keepdims=self._keepdims)
 
-    def spread(self, value):
+    def broadcast(self, value):
         """A statistic as it broadcasts against the input: as it is."""
         return value
 
@@ -301,7 +301,7 @@ class Grouped(Layout):
         first = reduce(ops.reshape(first, (groups, self._size, *rest)), 1)
         return ops.concatenate([first, last])
 
-    def spread(self, value):
+    def broadcast(self, value):
         """The statistics of each sample's own group."""
         return ops.take(value, self._group, axis=0)
 

@@ -37,7 +37,7 @@ def _timed(arguments):
         if not -len(shape) <= arguments.axis < len(shape):
             raise UsageError(f"--axis {arguments.axis} is no axis of {shape}")
         with refused(ValueError, MemoryError, saying=f"{shape} can't be timed: "):
-            timings = chains.compare(
+            timings = chains.time_both(
                 shape,
                 mode,
                 not arguments.inference,

@@ -4,7 +4,7 @@ import shlex
 from dataclasses import replace
 
 from keras_bn.cli.data import passing, read_data
-from keras_bn.cli.errors import noted, refused
+from keras_bn.cli.errors import refused, warning_texts
 from keras_bn.cli.rule import rules
 from keras_bn.diagnosis.diagnose import diagnose
 from keras_bn.tools.convert import to_keras
@@ -26,11 +26,11 @@ def diagnosed(arguments, model, file):
     """The report on a model, as the options of the command say."""
     ignore = rules(arguments.ignore, "--ignore")
     if arguments.data is None:
-        with noted():
+        with warning_texts():
             report = diagnose(model, ignore=ignore)
         return _selected(arguments, _of_files(report, file, None))
     data = read_data(arguments, model).shuffled()
-    with passing(arguments, data) as options, noted():
+    with passing(arguments, data) as options, warning_texts():
         report = diagnose(model, data.whole(), ignore=ignore, **options)
     return _selected(arguments, _of_files(report, file, arguments.data))
 

@@ -37,7 +37,7 @@ def refused(*kinds, saying=""):
 
 
 @contextlib.contextmanager
-def noted():
+def warning_texts():
     """Collect the warnings of keras_bn, and drop those of Keras and others.
 
     Yields:

@@ -4,7 +4,7 @@ import contextlib
 
 from keras_bn.cli import output
 from keras_bn.cli.data import read_data
-from keras_bn.cli.errors import noted, refused
+from keras_bn.cli.errors import refused, warning_texts
 from keras_bn.cli.models import open_model
 from keras_bn.cli.output import show
 from keras_bn.int8 import tflite
@@ -22,7 +22,7 @@ def run(arguments):
         options = {"steps": arguments.steps}
         if data.in_arrays():
             options["batch_size"] = arguments.batch_size
-    with refused(Exception), noted() as more, _own_words():
+    with refused(Exception), warning_texts() as more, _own_words():
         content, report = integer_file(
             model,
             data and data.without_labels(),

@@ -1,7 +1,7 @@
 """`keras-bn fold`: a model for inference, without batch normalization."""
 
 from keras_bn.cli.arguments import FOLD_TOLERANCE
-from keras_bn.cli.errors import refused, sentence
+from keras_bn.cli.errors import refused, sentence, warning_texts
 from keras_bn.cli.models import open_model, save
 from keras_bn.cli.output import show
 from keras_bn.tools.compare import random_inputs, relative_difference
@@ -10,9 +10,9 @@ from keras_bn.tools.fold import fold, plan_fold
 
 def run(arguments):
     model, _, native, notes = open_model(arguments)
-    with refused(TypeError, ValueError):
+    with refused(TypeError, ValueError), warning_texts() as more:
         folds, folded = plan_fold(model), fold(model)
-    difference, compared = _compare(model, folded)
+    difference, compared = _difference(model, folded)
     folded_into = {f.layer: f.into for f in folds if f.into is not None}
     results = {
         "folded": folded_into,
@@ -29,11 +29,18 @@ def run(arguments):
     else:
         closing = f"{compared}: nothing written"
     rows = [[f.layer, f.into or "stays", f.reason] for f in folds]
-    show(arguments, results, ["layer", "into", "why"], rows, [*notes, closing], ["why"])
+    show(
+        arguments,
+        results,
+        ["layer", "into", "why"],
+        rows,
+        [*notes, *more, closing],
+        ["why"],
+    )
     return 0 if right else 1
 
 
-def _compare(model, folded):
+def _difference(model, folded):
     """The difference of their outputs on random input, or None; and in words."""
     try:
         x = random_inputs(model)

@@ -2,7 +2,7 @@
 
 from keras_bn.cli import output
 from keras_bn.cli.diagnosing import as_in_file, commands, diagnosed
-from keras_bn.cli.errors import UsageError, noted, refused
+from keras_bn.cli.errors import UsageError, refused, warning_texts
 from keras_bn.cli.models import channels, open_model, save
 from keras_bn.diagnosis import text
 from keras_bn.diagnosis.collect import momentum_of
@@ -37,7 +37,7 @@ def run(arguments):
     shown = last = report
     if arguments.fix is not None:
         what = f"the model can't be run on {arguments.data}: "
-        with refused(Exception, saying=what), noted() as notes:
+        with refused(Exception, saying=what), warning_texts() as notes:
             shown = report.fix()
         last = shown.after
         save(arguments, model, file=arguments.fix)

@@ -8,7 +8,7 @@ import keras
 import numpy as np
 
 from keras_bn.cli import output
-from keras_bn.cli.errors import UsageError, noted, refused, sentence
+from keras_bn.cli.errors import UsageError, refused, sentence, warning_texts
 from keras_bn.layer import BatchNormalization
 from keras_bn.layer.stored import options_beside
 from keras_bn.loading.load import holds_ours, load_model
@@ -59,7 +59,7 @@ def open_file(file, normalized=True) -> Opened:
     with refused(OSError, saying=f"{file} can't be read: "):
         _check_holds_model(file)
     try:
-        with noted() as notes:
+        with warning_texts() as notes:
             model = load_model(file)
         native = not holds_ours(file)
     except Exception as error:  # Keras may raise anything for a file it can't read
@@ -85,14 +85,14 @@ def save(arguments, model, native=False, file=None):
     """
     notes: list[str] = []
     if native:
-        with refused(ValueError, TypeError), noted() as notes:
+        with refused(ValueError, TypeError), warning_texts() as notes:
             model = to_keras(model)
 
     def write(path):
         model.save(path)
         _check_written(path, model)
 
-    with noted():
+    with warning_texts():
         output.write(arguments, file or arguments.output, write)
     return notes
 

@@ -3,7 +3,7 @@
 import numpy as np
 
 from keras_bn.cli.data import passing, read_data
-from keras_bn.cli.errors import UsageError, noted
+from keras_bn.cli.errors import UsageError, warning_texts
 from keras_bn.cli.models import open_model, save
 from keras_bn.cli.output import show
 from keras_bn.surgery.arrays import moving
@@ -22,7 +22,7 @@ def run(arguments):
             "changes them anyway"
         )
     before = {path: moving(layer) for path, layer in layers.items()}
-    with passing(arguments, data) as options, noted() as more:
+    with passing(arguments, data) as options, warning_texts() as more:
         recalibrated = recalibrate(
             model,
             data.without_labels(),

@@ -259,7 +259,7 @@ class BatchNormalization(StoredOptions, ValidStatistics):
             mask = _mask_of(inputs)
         x, mask, restored = self._prepare(inputs, mask)
         if backend.prunes(x):
-            traces.note(self)
+            traces.remember(self)
         # Training with frozen statistics uses the moving ones and nothing else.
         adapts = self.adapts and (ops.is_tensor(training) or not training)
         if not self.trainable or self.freeze_statistics:

@@ -16,7 +16,7 @@ import keras
 _layers: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
-def note(layer: keras.Layer) -> None:
+def remember(layer: keras.Layer) -> None:
     """Note which models trace a layer: those whose methods are on the stack."""
     frame = inspect.currentframe()
     while frame is not None:

@@ -4,10 +4,10 @@ from keras_bn.verify.chains import (
     OURS,
     PEER,
     chain,
-    compare,
     depth,
     in_line,
     per_layer,
+    time_both,
 )
 from keras_bn.verify.timing import Timing, interleave, verdict
 
@@ -16,10 +16,10 @@ __all__ = [
     "PEER",
     "Timing",
     "chain",
-    "compare",
     "depth",
     "in_line",
     "interleave",
     "per_layer",
+    "time_both",
     "verdict",
 ]

@@ -84,7 +84,7 @@ def in_line(make, shape, training=True, length=None):
     return forward, [w for layer in layers for w in layer.variables]
 
 
-def compare(shape, mode=modes.USUAL, training=True, seconds=5.0, **options):
+def time_both(shape, mode=modes.USUAL, training=True, seconds=5.0, **options):
     """Milliseconds per layer, ours and Keras's.
 
     Args:
