@@ -146,85 +146,62 @@ def integer_file(
             f"`activations` must be 8 or 16. Received: activations={activations!r}"
         )
     with opened(ModelView(model), strict=True) as (view, _):
-        return _file(
-            view,
-            data,
-            steps,
-            batch_size,
-            equalize,
-            correct_bias,
-            per_channel,
-            activations,
-            keep_float,
-        )
-
-
-def _file(
-    view,
-    data,
-    steps,
-    batch_size,
-    equalize,
-    correct_bias,
-    per_channel,
-    activations,
-    keep_float,
-):
-    check_graph(view)
-    check_layers(view)
-    model = view.model
-    if view.of_type(FakeQuantizer):
+        check_graph(view)
+        check_layers(view)
+        model = view.model
+        if view.of_type(FakeQuantizer):
+            if equalize or correct_bias:
+                raise ValueError(
+                    "`equalize` and `correct_bias` are for models that are not from "
+                    "`keras_bn.quantize_aware`, whose weights are trained for int8."
+                )
+            if activations != 8 or keep_float:
+                raise ValueError(
+                    "`activations` and `keep_float` are for models that are not from "
+                    "`keras_bn.quantize_aware`, which rounds all activations to 8 bits."
+                )
+            return _from_aware(view, data, steps, batch_size)
+        if data is None:
+            raise ValueError(
+                f"'{model.name}' is not from `keras_bn.quantize_aware`, so it has no "
+                "ranges of activations. Give `data`: a few hundred samples as in "
+                "training."
+            )
+        samples = samples_of(model, data, steps, batch_size)
+        check_finite(model, samples)
+        plan = FoldPlan(view)
+        reference = converted = plan.folded_model()
+        equalized, scales, corrected = [], {}, []
         if equalize or correct_bias:
-            raise ValueError(
-                "`equalize` and `correct_bias` are for models that are not from "
-                "`keras_bn.quantize_aware`, whose weights are trained for int8."
-            )
-        if activations != 8 or keep_float:
-            raise ValueError(
-                "`activations` and `keep_float` are for models that are not from "
-                "`keras_bn.quantize_aware`, which rounds all activations to 8 bits."
-            )
-        return _from_aware(view, data, steps, batch_size)
-    if data is None:
-        raise ValueError(
-            f"'{model.name}' is not from `keras_bn.quantize_aware`, so it has no "
-            "ranges of activations. Give `data`: a few hundred samples as in training."
+            folded = ModelView(reference)
+            if equalize:
+                equalized, scales = equalize_channels(folded)
+            if correct_bias:
+                converted, of = copy_model(reference, compiled=False, view=folded)
+                corrected = correct(folded, of, view, plan, scales)
+        content, interpreter, floats = convert(
+            converted,
+            samples[0],
+            samples,
+            per_channel,
+            bits=activations,
+            keep_float=_matching(converted, keep_float),
         )
-    samples = samples_of(model, data, steps, batch_size)
-    check_finite(model, samples)
-    plan = FoldPlan(view)
-    reference = converted = plan.folded_model()
-    equalized, scales, corrected = [], {}, []
-    if equalize or correct_bias:
-        folded = ModelView(reference)
-        if equalize:
-            equalized, scales = equalize_channels(folded)
-        if correct_bias:
-            converted, of = copy_model(reference, compiled=False, view=folded)
-            corrected = correct(folded, of, view, plan, scales)
-    content, interpreter, floats = convert(
-        converted,
-        samples[0],
-        samples,
-        per_channel,
-        bits=activations,
-        keep_float=_matching(converted, keep_float),
-    )
-    outputs, layers = compare(
-        interpreter, model, reference, samples[:_COMPARED], names_of(converted)
-    )
-    return content, Int8Report(
-        model.name,
-        len(content),
-        sum(len(batch[0]) for batch in samples[:_COMPARED]),
-        False,
-        outputs,
-        layers,
-        equalized,
-        corrected,
-        {fold.layer: fold.reason for fold in plan.folds if fold.into is None},
-        floats,
-    )
+        outputs, layers = compare(
+            interpreter, model, reference, samples[:_COMPARED], names_of(converted)
+        )
+        return content, Int8Report(
+            model.name,
+            len(content),
+            sum(len(batch[0]) for batch in samples[:_COMPARED]),
+            False,
+            outputs,
+            layers,
+            equalized,
+            corrected,
+            {fold.layer: fold.reason for fold in plan.folds if fold.into is None},
+            floats,
+        )
 
 
 def _matching(model, patterns):
