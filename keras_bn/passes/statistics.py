@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 import numpy as np
 
 from keras_bn.moments import Moments, merged
+from keras_bn.pages.files import write_whole
 
 
 class Statistics(Mapping[str, Moments]):
@@ -78,10 +79,13 @@ class Statistics(Mapping[str, Moments]):
         return Statistics(unknown, samples)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write them to a file of NumPy.
+        """Write them to a file of NumPy, completely or not at all.
 
         Args:
-            path: of the file, usually ending in `.npz`.
+            path: of the file, usually ending in `.npz`. It may exist.
+
+        Raises:
+            OSError: if it cannot be written. What was there is there still.
         """
         arrays = {
             f"{i}/{name}": value
@@ -89,8 +93,14 @@ class Statistics(Mapping[str, Moments]):
             for name, value in part._asdict().items()
         }
         samples = np.nan if self.samples is None else self.samples
-        with open(path, "wb") as file:
-            np.savez(file, paths=np.array(list(self), "str"), samples=samples, **arrays)
+        paths = np.array(list(self), "str")
+
+        def write(part):
+            # To an open file: NumPy would add `.npz` to another name.
+            with part.open("wb") as file:
+                np.savez(file, paths=paths, samples=samples, **arrays)
+
+        write_whole(path, write, force=True)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Statistics":

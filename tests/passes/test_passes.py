@@ -1,7 +1,9 @@
 """The one pass over data: what it takes, what it refuses, and whom it disturbs."""
 
 import contextlib
+import sys
 import threading
+from pathlib import Path
 
 import keras
 import numpy as np
@@ -14,6 +16,9 @@ from support.marks import slow
 
 import keras_bn
 from keras_bn.passes.data import batches
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from benchmarks import memory
 
 KERAS = layers.BatchNormalization
 OURS = keras_bn.BatchNormalization
@@ -437,6 +442,26 @@ def test_a_pass_keeps_nothing_for_gradients():
     assert asked
     assert not any(asked)
     assert model(tensor(data())).requires_grad
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux says what the peak was")
+@pytest.mark.parametrize("tool", [keras_bn.statistics, keras_bn.diagnose])
+def test_the_peak_of_memory_does_not_grow_with_the_data(tool):
+    model = keras.Sequential([keras.Input((32, 32, 256)), OURS()])
+    start = np.random.default_rng(0).normal(size=(8, 32, 32, 256)).astype("float32")
+
+    def images(count):
+        for i in range(count):
+            yield (start + np.float32(i),)
+
+    def peak(count):
+        tool(model, images(count), steps=count, verbose=0)
+        return memory.resident(peak=True)
+
+    memory.forget_peak()
+    few = peak(3)
+    data = 60 * start.nbytes
+    assert peak(60) - few < data / 8
 
 
 def test_two_passes_at_once():

@@ -1,5 +1,6 @@
 """Statistics as values: saved, pooled, put into models, and taken back."""
 
+import errno
 import functools
 import itertools
 import pickle
@@ -116,6 +117,22 @@ def test_files_and_pickles(tmp_path):
             Statistics.load(tmp_path / f"{name}.npz")
     with pytest.raises(FileNotFoundError):
         Statistics.load(tmp_path / "none.npz")
+
+
+def test_a_file_is_written_completely_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "monday"
+    value = of(CHAIN, rows(40))
+    value.save(path)
+
+    def broken(file, **arrays):
+        file.write(b"begun")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(np, "savez", broken)
+    with pytest.raises(OSError, match=r"monday can't be written: No space left"):
+        of(CHAIN, rows(8)).save(path)
+    same(Statistics.load(path), value, rtol=0)
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_moving_statistics_have_no_count():
