@@ -66,13 +66,25 @@ class Backend(Protocol):
         """
         ...
 
+    def moments(
+        self, x: Tensor, mask: Tensor | None, *, epsilon: float, plan: Plan
+    ) -> Moments:
+        """The `Moments` of a batch, as from `forward`, but without its output."""
+        ...
+
     def standardize(
-        self, x: Tensor, mean: Tensor, scale: Tensor, beta: Tensor
+        self,
+        x: Tensor,
+        mean: Tensor,
+        scale: Tensor,
+        beta: Tensor,
+        plan: Plan | None = None,
     ) -> Tensor:
         """Normalize with given statistics, with the rounding of Keras's layer.
 
         On TensorFlow and JAX, this is `x * scale + (beta - mean * scale)`; on PyTorch,
-        it is `scale * (x - mean) + beta`. All arguments broadcast.
+        it is `scale * (x - mean) + beta`. All arguments broadcast. With a `Plan` for
+        `x` it may round in another way if that is faster; the mean is a constant then.
         """
         ...
 

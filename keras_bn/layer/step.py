@@ -123,15 +123,7 @@ def infer(
     $x s + (\beta - \mu s)$ on TensorFlow and JAX, as Keras's layer rounds there, and
     $s\,(x - \mu) + \beta$ on PyTorch.
     """
-    dtype = at_least_float32(x.dtype)
-    scale = _scale(gamma, state, settings.epsilon, dtype)
-    mean = ops.cast(state.mean, dtype)
-    beta = ops.zeros_like(mean) if beta is None else ops.cast(beta, dtype)
-    mean, scale, beta = (
-        broadcast(value, x.shape, settings.axes) for value in (mean, scale, beta)
-    )
-    y = backend.standardize(ops.cast(x, dtype), mean, scale, beta)
-    return ops.cast(y, x.dtype)
+    return _standardized(x, gamma, beta, state, settings)
 
 
 @backend.compiled
@@ -170,7 +162,7 @@ def adapt(
     Source: Schneider et al., "Improving robustness against common corruptions by
     covariate shift adaptation", 2020.
     """
-    _, batch = backend.forward(x, mask, None, None, epsilon=settings.epsilon, plan=plan)
+    batch = backend.moments(x, mask, epsilon=settings.epsilon, plan=plan)
     dtype = state.mean.dtype
     m, v = (ops.cast(value, dtype) for value in (batch.mean, batch.variance))
     usable = ops.isfinite(m) & ops.isfinite(v) & (batch.count > 0)
@@ -189,8 +181,27 @@ def adapt(
         mean=ops.where(usable, mean, state.mean),
         variance=ops.where(usable, variance, state.variance),
     )
-    y = infer(x, gamma, beta, pooled, settings=settings)
-    return y, pooled
+    return _standardized(x, gamma, beta, pooled, settings, plan), pooled
+
+
+def _standardized(
+    x: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    state: State,
+    settings: Settings,
+    plan: Plan | None = None,
+) -> Tensor:
+    """The output under given statistics; with a plan, by its kernel."""
+    dtype = at_least_float32(x.dtype)
+    scale = _scale(gamma, state, settings.epsilon, dtype)
+    mean = ops.cast(state.mean, dtype)
+    beta = ops.zeros_like(mean) if beta is None else ops.cast(beta, dtype)
+    mean, scale, beta = (
+        broadcast(value, x.shape, settings.axes) for value in (mean, scale, beta)
+    )
+    y = backend.standardize(ops.cast(x, dtype), mean, scale, beta, plan)
+    return ops.cast(y, x.dtype)
 
 
 def scale_and_offset(

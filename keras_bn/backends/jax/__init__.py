@@ -2,7 +2,7 @@
 
 from keras_bn.backends.averages import blend
 from keras_bn.backends.jax import modes
-from keras_bn.backends.jax.batch import forward, standardize
+from keras_bn.backends.jax.batch import forward, moments, standardize
 from keras_bn.backends.jax.context import (
     average_updates,
     compiled,

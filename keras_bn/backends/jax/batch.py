@@ -31,6 +31,13 @@ def forward(
     return y.astype(x.dtype), moments
 
 
-def standardize(x: Tensor, mean: Tensor, scale: Tensor, beta: Tensor) -> Tensor:
+def moments(x: Tensor, mask: Tensor | None, *, epsilon: float, plan: Plan) -> Moments:
+    """The moments of a batch; see the contract of the backends."""
+    return forward(x, mask, None, None, epsilon=epsilon, plan=plan)[1]
+
+
+def standardize(
+    x: Tensor, mean: Tensor, scale: Tensor, beta: Tensor, plan: Plan | None = None
+) -> Tensor:
     """`x * scale + (beta - mean * scale)`; see the contract of the backends."""
     return x * scale + (beta - mean * scale)

@@ -5,6 +5,7 @@ from keras_bn.backends.tensorflow import modes
 from keras_bn.backends.tensorflow.batch import (
     assert_mask_shape,
     forward,
+    moments,
     standardize,
 )
 from keras_bn.backends.tensorflow.compiled import compiled, traced

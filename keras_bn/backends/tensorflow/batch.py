@@ -60,6 +60,16 @@ def forward(
     return tf.cast(lay.outer(y, x), x.dtype), moments
 
 
+def moments(x: Tensor, mask: Tensor | None, *, epsilon: float, plan: Plan) -> Moments:
+    """The moments of a batch; see the contract of the backends."""
+    if plan.kernel != "fused" or plan.gpu:
+        return forward(x, mask, None, None, epsilon=epsilon, plan=plan)[1]
+    x = tf.stop_gradient(tf.cast(x, tf.float32))
+    lay = _layout(x, plan)
+    found = fused.moments(lay.inner(x), epsilon=epsilon, layout=lay)
+    return Moments(*map(lay.statistic, found))
+
+
 def _layout(x, plan):
     last = plan.axes == (len(x.shape) - 1,)
     if plan.kernel == "fused" or (plan.kernel == "either" and not last):
@@ -67,9 +77,15 @@ def _layout(x, plan):
     return layout.layout_of(x, plan)
 
 
-def standardize(x: Tensor, mean: Tensor, scale: Tensor, beta: Tensor) -> Tensor:
-    """`x * scale + (beta - mean * scale)`; see the contract of the backends."""
-    return x * scale + (beta - mean * scale)
+def standardize(
+    x: Tensor, mean: Tensor, scale: Tensor, beta: Tensor, plan: Plan | None = None
+) -> Tensor:
+    """Normalize with given statistics; see the contract of the backends."""
+    last = (len(x.shape) - 1,)
+    if plan is None or plan.kernel != "fused" or plan.axes != last or plan.gpu:
+        return x * scale + (beta - mean * scale)
+    lay = layout.Images(x, plan.axes)
+    return lay.outer(fused.inference_op(lay.inner(x), mean, scale, beta), x)
 
 
 def assert_mask_shape(mask: Tensor, x: Tensor, along: Sequence[int]) -> Tensor:

@@ -15,6 +15,9 @@ from keras_bn.backends import formulas
 from keras_bn.backends.tensorflow.gradients import with_gradients
 from keras_bn.moments import Moments
 
+# Up to so many deviations, a mean loses as few digits in the op as in sums of Keras.
+LARGE = 8
+
 
 class Kept(NamedTuple):
     """What the backward pass needs of the forward pass.
@@ -76,6 +79,38 @@ def op(x, gamma, beta, epsilon):
         epsilon=epsilon,
         is_training=True,
     )
+
+
+def moments(x, *, epsilon, layout):
+    """The `Moments` of a batch on a CPU; by the shift only where means are large.
+
+    Where the shift is not needed, this saves a pass over the input.
+
+    Args:
+        x, epsilon, layout: as for `forward`.
+    """
+    one, zero = (layout.parameter(None, value, x.dtype) for value in (1.0, 0.0))
+    _, mean, _, _, variance, _ = op(x, one, zero, epsilon)
+
+    def by_shift():
+        return forward(x, one, zero, epsilon=epsilon, layout=layout)[1][1:]
+
+    large = tf.reduce_any(tf.square(mean) > LARGE**2 * (variance + epsilon))
+    mean, variance = tf.cond(large, by_shift, lambda: (mean, variance))
+    return Moments(layout.count(x, None), mean, variance)
+
+
+def inference_op(x, mean, scale, offset):
+    """`(x - mean) * scale + offset`, in one pass; the mean is a constant."""
+    return tf.raw_ops.FusedBatchNormV3(
+        x=x,
+        scale=scale,
+        offset=offset,
+        mean=mean,
+        variance=tf.ones_like(mean),
+        epsilon=0.0,
+        is_training=False,
+    ).y
 
 
 def gradient_op(upstream, x, gamma, reserve, epsilon):

@@ -2,7 +2,7 @@
 
 from keras_bn.backends.layout import add_offset, assert_mask_shape, dense
 from keras_bn.backends.torch import modes
-from keras_bn.backends.torch.batch import blend, forward, standardize
+from keras_bn.backends.torch.batch import blend, forward, moments, standardize
 from keras_bn.backends.torch.context import (
     compiled,
     cond,

@@ -36,23 +36,47 @@ def forward(
 
 def _fused(x, gamma, beta, epsilon, axis):
     """PyTorch's op; where means are large, on the input less a shift."""
-    channels = x.shape[axis]
-    # The op takes memory in any order, so that nothing is copied.
-    sequence = x.ndim == 3 and axis == 2 and x.is_contiguous()
-    image = x.reshape(-1, channels) if sequence else x.movedim(axis, 1)
+    channels, image = x.shape[axis], _image(x, axis)
     # Without a scale PyTorch fails to differentiate its op twice.
     gamma = x.new_ones(channels) if gamma is None else gamma.to(x.dtype)
     beta = None if beta is None else beta.to(x.dtype)
-    # A look at the means would make another device wait, and break a graph.
-    look = x.device.type == "cpu" and not torch.compiler.is_compiling()
+    look = _may_look(x)
     if look:
         by_planes = planes.fits(image, gamma, beta)
         run = planes.Normalize.apply if by_planes else _op
         y, mean, variance = run(image, gamma, beta, epsilon)
-    if not look or (mean * mean > LARGE**2 * variance).any():
+    if not look or _is_large(mean, variance):
         y, mean, variance = _shifted(image, gamma, beta, epsilon)
     moments = Moments(image.numel() // channels, mean, variance)
-    return y.reshape(x.shape) if sequence else y.movedim(1, axis), moments
+    return y.reshape(x.shape) if y.ndim < x.ndim else y.movedim(1, axis), moments
+
+
+def moments(x: Tensor, mask: Tensor | None, *, epsilon: float, plan: Plan) -> Moments:
+    """The moments of a batch; see the contract of the backends."""
+    if plan.kernel == "fused" and _may_look(x):
+        wide = x.detach() if x.dtype == torch.float64 else x.detach().float()
+        image = _image(wide, plan.axes[0])
+        mean, variance = torch.batch_norm_update_stats(image, None, None, 0.0)
+        if not _is_large(mean, variance):
+            return Moments(image.numel() // image.shape[1], mean, variance)
+    return forward(x, mask, None, None, epsilon=epsilon, plan=plan)[1]
+
+
+def _image(x, axis):
+    """The input with its channels in axis 1, as the op takes them."""
+    # The op takes memory in any order, so that nothing is copied.
+    sequence = x.ndim == 3 and axis == 2 and x.is_contiguous()
+    return x.reshape(-1, x.shape[axis]) if sequence else x.movedim(axis, 1)
+
+
+def _may_look(x):
+    """Whether values can be had: other devices would wait, and a graph would break."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _is_large(mean, variance):
+    """Whether any mean is so large that the op needs a shift."""
+    return bool((mean * mean > LARGE**2 * variance).any())
 
 
 def _op(image, gamma, beta, epsilon):
@@ -83,7 +107,9 @@ def _shifted(image, gamma, beta, epsilon):
     return y, mean.reshape(-1), variance
 
 
-def standardize(x: Tensor, mean: Tensor, scale: Tensor, beta: Tensor) -> Tensor:
+def standardize(
+    x: Tensor, mean: Tensor, scale: Tensor, beta: Tensor, plan: Plan | None = None
+) -> Tensor:
     """`scale * (x - mean) + beta`; see the contract of the backends."""
     return torch.addcmul(beta, x - mean, scale)
 
