@@ -42,7 +42,7 @@ AutocastScope = _imported(
     "keras.src.backend.common.AutocastScope",
 )
 # The mask of a tensor, symbolic or not.
-get_keras_mask = _imported("keras.src.backend.get_keras_mask")
+get_keras_mask = _imported("keras.src.backend.common.masking.get_keras_mask")
 # Any data that `fit` takes, as batches, and the adapters that tell their kind.
 _TRAINERS = "keras.src.trainers"
 EpochIterator = _imported(f"{_TRAINERS}.epoch_iterator.EpochIterator")
