@@ -215,13 +215,14 @@ def _export_int8(commands):
     command = _to_file(
         commands,
         "export-int8",
-        "write a .tflite file that computes with integers alone",
+        "write a .tflite or .onnx file that computes with integers alone",
         "Fold the batch normalizations, quantize the model with ranges measured on "
-        "your data, and write it as a .tflite file without an operation in floats. "
+        "your data, and write it as a .tflite file without an operation in floats, or "
+        "as an .onnx file of the same integers. "
         "The file is compared with the model on the data: if an output differs by more "
         "than --tolerance, nothing is written and the exit status is 1. It needs "
         "Keras's TensorFlow backend: KERAS_BACKEND=tensorflow.",
-        suffixes=(".tflite",),
+        suffixes=(".tflite", ".onnx"),
     )
     _data(
         command,
@@ -260,6 +261,11 @@ def _export_int8(commands):
         default=[],
         help="a layer, or a pattern of layers, that may stay in floats where TFLite "
         "has no integers for it; may be given several times",
+    )
+    command.add_argument(
+        "--symmetric",
+        action="store_true",
+        help="in an .onnx file, activations of int8 with a zero point of 0",
     )
 
 

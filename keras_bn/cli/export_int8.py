@@ -1,6 +1,7 @@
-"""`keras-bn export-int8`: a file of integers for TFLite, checked against float."""
+"""`keras-bn export-int8`: a file of integers, checked against float."""
 
 import contextlib
+import pathlib
 
 from keras_bn.cli import output
 from keras_bn.cli.data import read_data
@@ -31,6 +32,8 @@ def run(arguments):
             correct_bias=arguments.correct_bias,
             activations=arguments.activations,
             keep_float=arguments.keep_float,
+            suffix=pathlib.Path(arguments.output).suffix,
+            symmetric=arguments.symmetric,
         )
     right = report.error <= arguments.tolerance
     if right:
@@ -55,6 +58,7 @@ _WORDS = {
     "`correct_bias`": "`--correct-bias`",
     "`activations`": "`--activations`",
     "`keep_float`": "`--keep-float`",
+    "`symmetric`": "`--symmetric`",
 }
 
 

@@ -1,4 +1,4 @@
-"""Models for int8: training with quantization, and export to an integer `.tflite` file.
+"""Models for int8: training with quantization, and export to a file of integers.
 
 On any backend a model trains; a file is made where TensorFlow is.
 

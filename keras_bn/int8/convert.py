@@ -91,6 +91,7 @@ def convert(
     quoted="'{}'".format,
     bits=8,
     keep_float=(),
+    onnx=None,
 ):
     """The content of a file, with no operation of floats in it but those named.
 
@@ -103,6 +104,8 @@ def convert(
         quoted: gives what an error says for the path of a layer.
         bits: of the activations.
         keep_float: paths of the calls that may be in floats.
+        onnx: makes an `onnx.Interpreter` of the content, whose file is wanted; None for
+            the `.tflite` file.
 
     Returns:
         `(bytes, Interpreter, floats)`: the last are the paths of those that are.
@@ -142,8 +145,7 @@ def convert(
             bool(keep_float),
         )
     except tflite.ConversionError as error:
-        at = sorted({index for index in tagged(str(error)) if index in calls})
-        paths = [quoted(calls[index].path) for index in at]
+        paths = _paths_in(str(error), calls, quoted)
         raise refusal(model, paths, error, samples is not None) from error
     try:
         tflite.check_runs(content, dict(zip(names.inputs, example, strict=True)))
@@ -171,7 +173,22 @@ def convert(
         parts = [f"{', '.join(names)} of {path}" for path, names in left.items()]
         why = f"it leaves {'; '.join(parts)} in floats"
         raise refusal(model, left, why, samples is not None)
-    return content, interpreter, list(floats)
+    try:
+        interpreter = onnx(content) if onnx else interpreter
+    except tflite.ConversionError as error:
+        # The tensor of an output is named after the output alone.
+        paths = _paths_in(str(error), calls, quoted) or [quoted(calls[max(calls)].path)]
+        raise ValueError(
+            f"tf2onnx cannot translate {', '.join(paths)} of '{model.name}': {error}. "
+            "Replace it by other layers, or write a `.tflite` file."
+        ) from error
+    return interpreter.content, interpreter, list(floats)
+
+
+def _paths_in(message, calls, quoted):
+    """The paths of the calls that a message names."""
+    at = sorted({index for index in tagged(message) if index in calls})
+    return [quoted(calls[index].path) for index in at]
 
 
 def _computes_in_floats(operation):

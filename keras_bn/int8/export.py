@@ -1,13 +1,15 @@
-"""Writing a model as a fully integer `.tflite` file."""
+"""Writing a model as a fully integer `.tflite` or `.onnx` file."""
 
 import fnmatch
+import functools
 import os
+import pathlib
 from collections.abc import Sequence
 from typing import Any
 
 import keras
 
-from keras_bn.int8 import tflite
+from keras_bn.int8 import onnx, tflite
 from keras_bn.int8.convert import check_layers, constant, convert, names_of
 from keras_bn.int8.correct import correct
 from keras_bn.int8.equalize import equalize as equalize_channels
@@ -38,12 +40,16 @@ def export_int8(
     correct_bias: bool = False,
     activations: int = 8,
     keep_float: Sequence[str] = (),
+    symmetric: bool = False,
 ) -> Int8Report:
-    """Write a model as a `.tflite` file that computes with integers alone.
+    """Write a model as a `.tflite` or `.onnx` file that computes with integers alone.
 
     Inputs and outputs are int8, kernels int8 with a scale for each output channel,
     activations int8 with a scale for each tensor. The file takes one sample at a time,
     unless the model fixes another batch size.
+
+    An `.onnx` file has the same integers in the QDQ form, of which onnxruntime makes
+    integer operations. Its activations are uint8, and its inputs and outputs floats.
 
     This folds the batch normalizations first. Then TensorFlow's converter quantizes the
     model, with ranges that it measures on `data`. The file is checked before it is
@@ -53,7 +59,8 @@ def export_int8(
         model: a built model, which does not change: Functional, Sequential, or one that
             `keras_bn.functional` can open. Either any such model, with `data`; or one
             from `keras_bn.quantize_aware`.
-        path: where to write the file; one that exists is replaced.
+        path: where to write the file; one that exists is replaced. An `.onnx` file if
+            it ends so, for which `pip install keras_bn[onnx]` brings what is needed.
         data: samples as in training, as `fit` takes them: arrays, a `tf.data.Dataset`,
             a `keras.utils.PyDataset`, or a generator with `steps`. A few hundred are
             enough. All are kept in memory. A model from `quantize_aware` has its
@@ -70,6 +77,8 @@ def export_int8(
         keep_float: paths of layers, or patterns as `"block*"`, that may stay in floats
             where TFLite has no integers for them, as `ELU` or `LayerNormalization`. The
             report says which did. None by default.
+        symmetric: of an `.onnx` file, whether activations are int8 with a zero point of
+            0, as some runtimes want it.
 
     Returns:
         An `Int8Report`: the error of each layer against float, the worst first.
@@ -83,6 +92,7 @@ def export_int8(
             `quantize_aware`. Nothing is written then.
         OSError: if the file cannot be written.
         RuntimeError: on another backend than TensorFlow.
+        ImportError: if what an `.onnx` file needs is not installed.
 
     Source: Jacob et al., "Quantization and Training of Neural Networks for Efficient
     Integer-Arithmetic-Only Inference", 2018. Equalization and bias correction: Nagel et
@@ -114,6 +124,8 @@ def export_int8(
         correct_bias=correct_bias,
         activations=activations,
         keep_float=keep_float,
+        suffix=pathlib.Path(path).suffix,
+        symmetric=symmetric,
     )
     files.write_whole(path, lambda part: part.write_bytes(content), force=True)
     return report
@@ -130,11 +142,14 @@ def integer_file(
     per_channel=True,
     activations=8,
     keep_float=(),
+    suffix=".tflite",
+    symmetric=False,
 ):
     """The content of the file that `export_int8` writes, and its report.
 
     Args:
         per_channel: whether each output channel of a kernel has a scale of its own.
+        suffix: of the path of the file.
         **others: as in `export_int8`.
 
     Returns:
@@ -144,6 +159,20 @@ def integer_file(
     if activations not in (8, 16):
         raise ValueError(
             f"`activations` must be 8 or 16. Received: activations={activations!r}"
+        )
+    to_onnx = None
+    if suffix == ".onnx":
+        if activations != 8:
+            raise ValueError(
+                "`activations` must be 8 for an `.onnx` file: onnxruntime has no "
+                f"convolution with others. Received: activations={activations!r}"
+            )
+        onnx.check_installed()
+        to_onnx = functools.partial(onnx.Interpreter, symmetric=symmetric)
+    elif symmetric:
+        raise ValueError(
+            "`symmetric` is for an `.onnx` file. Received: symmetric=True and a path "
+            f"that ends in {suffix!r}"
         )
     with opened(ModelView(model), strict=True) as (view, _):
         check_graph(view)
@@ -160,7 +189,7 @@ def integer_file(
                     "`activations` and `keep_float` are for models that are not from "
                     "`keras_bn.quantize_aware`, which rounds all activations to 8 bits."
                 )
-            return _from_aware(view, data, steps, batch_size)
+            return _from_aware(view, data, steps, batch_size, to_onnx)
         if data is None:
             raise ValueError(
                 f"'{model.name}' is not from `keras_bn.quantize_aware`, so it has no "
@@ -186,6 +215,7 @@ def integer_file(
             per_channel,
             bits=activations,
             keep_float=_matching(converted, keep_float),
+            onnx=to_onnx,
         )
         outputs, layers = compare(
             interpreter, model, reference, samples[:_COMPARED], names_of(converted)
@@ -224,7 +254,7 @@ def _matching(model, patterns):
     return matching
 
 
-def _from_aware(view, data, steps, batch_size):
+def _from_aware(view, data, steps, batch_size, to_onnx):
     """The content of the file of a model from `quantize_aware`, and its report."""
     for path, quantizer in view.of_type(FakeQuantizer).items():
         if quantizer.bits != 8:
@@ -236,7 +266,7 @@ def _from_aware(view, data, steps, batch_size):
     samples = [] if random else samples_of(model, data, steps, batch_size)
     example = example_of(model) if random else samples[0]
     with constant(view):
-        content, interpreter, _ = convert(model, example)
+        content, interpreter, _ = convert(model, example, onnx=to_onnx)
     names = names_of(model)
     if random:
         samples = random_samples(interpreter, example, names.inputs, _COMPARED)

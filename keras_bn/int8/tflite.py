@@ -129,7 +129,7 @@ def convert(function, inputs, samples=None, per_channel=True, bits=8, floats=Fal
 
     specs = [tf.TensorSpec(shape, dtype, name) for name, shape, dtype in inputs]
     traced = tf.function(function, input_signature=specs, autograph=False)
-    with _alone():
+    with alone():
         concrete = traced.get_concrete_function()
         _check_loops(concrete)
         # The converter writes signatures only if this holds all that is captured.
@@ -175,12 +175,13 @@ class Interpreter:
     """Runs a file, and shows every tensor.
 
     Args:
-        content: bytes of the file.
+        content: bytes of the file, an attribute too.
     """
 
     def __init__(self, content):
+        self.content = content
         kind, resolver = _interpreter()
-        with _alone():
+        with alone():
             self._interpreter = kind(
                 model_content=content,
                 # Delegates would keep the tensors between operations to themselves.
@@ -317,7 +318,7 @@ def _interpreter():
 
 
 @contextlib.contextmanager
-def _alone():
+def alone():
     """Drop the notices that converter and interpreter print, and their warnings."""
     with warnings.catch_warnings(), stderr_held_back():
         warnings.simplefilter("ignore")

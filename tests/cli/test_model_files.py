@@ -146,6 +146,18 @@ def test_export_int8(saved, tmp_path, capsys):
 
 
 @EXPORTS
+@pytest.mark.parametrize("options", [[], ["--symmetric"]])
+def test_export_int8_to_onnx(saved, tmp_path, options):
+    for package in "tf2onnx", "onnxruntime":
+        pytest.importorskip(package)
+    in_, out, data = (tmp_path / n for n in ("in.keras", "out.onnx", "data.npz"))
+    np.savez(data, x=inputs_of(saved, 20))
+    assert run("export-int8", in_, out, "--data", data, *options) == 0
+    integers = b"int8 0" if options else b"uint8 0"  # a zero point
+    assert integers in out.read_bytes()
+
+
+@EXPORTS
 def test_export_int8_writes_nothing_beyond_the_tolerance(saved, tmp_path, capsys):
     in_, out, data = (tmp_path / n for n in ("in.keras", "out.tflite", "data.npz"))
     np.savez(data, x=inputs_of(saved, 20))

@@ -155,6 +155,19 @@ def test_files_of_integers_and_floats_are_of_one_model():
     assert cells.endswith(f"| {row['ratio']:.2f} |")
 
 
+def test_files_for_onnxruntime_are_of_one_model():
+    for package in "tf2onnx", "onnxruntime":
+        pytest.importorskip(package)
+    stack = [keras.Input((8, 8, 3)), keras.layers.Conv2D(64, 3)]
+    stack += [keras_bn.BatchNormalization(), keras.layers.Flatten()]
+    model = keras.Sequential([*stack, keras.layers.Dense(10)])
+    image = np.random.default_rng(0).uniform(-1, 1, (1, 8, 8, 3)).astype("float32")
+    (value,) = int8.onnx_runner(int8.float_file(model, onnx=True), image)()
+    np.testing.assert_allclose(value, model.predict(image, verbose=0), 1e-4, 1e-5)
+    row = int8.measure(lambda **_: model, 8, seconds=0.01, onnx=True)
+    assert 0.2 < row["smaller"] < 0.4
+
+
 def test_jit_reaches_the_model():
     for jit in (False, True):
         model = applications.build("MobileNetV2", 32, "Keras", jit)
