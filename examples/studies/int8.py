@@ -4,8 +4,7 @@ A small depthwise network learns the digits. `keras_bn.export_int8` makes files 
 integers of it, which the interpreter runs: with one scale for each kernel and for each
 channel; with the channels scaled apart between the layers, which changes nothing in
 floats; and with these equalized. Then `keras_bn.quantize_aware` trains it for twenty
-more epochs, at 8, 4 and 3 bits for each weight, beside weights rounded to as many bits
-without training.
+more epochs.
 
 Source: Jacob et al., "Quantization and Training of Neural Networks for Efficient
 Integer-Arithmetic-Only Inference", 2018; Krishnamoorthi, "Quantizing deep convolutional
@@ -30,9 +29,7 @@ from keras_bn.tools.linear import linear
 CLAIM = (
     "A file of integers classifies as well as the network of floats: within 1 % after "
     "equalization, where channels were scaled apart and one scale for each kernel lost "
-    "more; within 0.5 % after training for it; and with fewer bits for each weight, "
-    "training for it is better than rounding afterwards: at 4 bits, where rounding "
-    "loses little, and at 3, where it loses much."
+    "more; and within 0.5 % after training for it."
 )
 FLOAT = "float"
 WAYS = {
@@ -42,10 +39,6 @@ WAYS = {
     "apart": "the same,\nchannels\nscaled apart",
     "equalized": "scaled apart,\nthen\nequalized",
     "aware": "int8,\ntrained\nfor it",
-    "rounded at 4 bits": "4-bit weights,\nrounded\nafterwards",
-    "aware at 4 bits": "4-bit weights,\ntrained\nfor it",
-    "rounded at 3 bits": "3-bit weights,\nrounded\nafterwards",
-    "aware at 3 bits": "3-bit weights,\ntrained\nfor it",
 }
 # How far apart channels are scaled: up to e to this power, both ways.
 APART = 4.0
@@ -112,7 +105,6 @@ def measure(model, digits, seed, shown):
     sample = digits.x_train[:200]
     x, y = digits.x_val[:shown], digits.y_val[:shown]
     steps = -(-len(digits.x_train) // 32)
-    # Six epochs are too few for 4 bits: 97.2 %, as without training.
     tuning = 20 if shown is None else 2
 
     def of_file(model, given=sample, **options):
@@ -124,13 +116,9 @@ def measure(model, digits, seed, shown):
     found["apart in floats"] = of_floats(apart, x, y)
     found["apart"] = of_file(apart, per_channel=False)
     found["equalized"] = of_file(apart, per_channel=False, equalize=True)
-    for name, bits in (("aware", 8), ("aware at 4 bits", 4), ("aware at 3 bits", 3)):
-        aware = keras_bn.quantize_aware(model, sample, weight_bits=bits)
-        if bits < 8:
-            # Without any training: the weights are rounded all the same.
-            found[f"rounded at {bits} bits"] = of_file(aware)
-        fit(aware, digits, tuning, 1e-3, [keras_bn.FreezeAfter(steps * tuning // 2)])
-        found[name] = of_file(aware)
+    aware = keras_bn.quantize_aware(model, sample)
+    fit(aware, digits, tuning, 1e-3, [keras_bn.FreezeAfter(steps * tuning // 2)])
+    found["aware"] = of_file(aware)
     return found
 
 
@@ -190,17 +178,6 @@ def parts_of(figures):
         ),
         lost("accuracy lost once equalized", "equalized", {"below": 0.01}),
         lost("accuracy lost when trained for it", "aware", {"below": 0.005}),
-        *(
-            claims.Part(
-                f"{bits}-bit weights: accuracy when trained for it, less that when "
-                "rounded",
-                accuracies(figures, f"aware at {bits} bits")
-                - accuracies(figures, f"rounded at {bits} bits"),
-                above=bound,
-                form="{:+.4f}",
-            )
-            for bits, bound in ((4, 0.0), (3, 0.01))
-        ),
     ]
 
 
@@ -210,10 +187,10 @@ def draw(figures):
         "Digits by a small depthwise network, in floats and in files of integers:\n"
         "what is lost, and what brings it back?  One dot per seed, bars at medians",
         [["accuracy"]],
-        size=(14, 5.5),
+        size=(10, 5.5),
     )
     axis = axes["accuracy"]
-    better = {"equalized", *(way for way in WAYS if way.startswith("aware"))}
+    better = {"equalized", "aware"}
     for at, way in enumerate(WAYS):
         color = drawing.WITH if way in better else drawing.WITHOUT
         color = drawing.COLORS[5] if way == FLOAT else color

@@ -244,8 +244,9 @@ def _export_int8(commands):
     )
     command.add_argument(
         "--correct-bias",
-        action="store_true",
-        help="correct biases for the mean error of rounding the weights",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="correct biases for the mean error of rounding the weights (yes)",
     )
     command.add_argument(
         "--activations",
@@ -259,8 +260,16 @@ def _export_int8(commands):
         metavar="NAME",
         action="append",
         default=[],
-        help="a layer, or a pattern of layers, that may stay in floats where TFLite "
-        "has no integers for it; may be given several times",
+        help="a layer, or a pattern of layers, that stays in floats; with "
+        "--activations 16, where TFLite has no integers for it; may be given several "
+        "times",
+    )
+    command.add_argument(
+        "--lose",
+        metavar="X",
+        type=at_least(0, float),
+        help="keep layers in floats until the accuracy on the labels in --data is at "
+        "most X below that of the model",
     )
     command.add_argument(
         "--symmetric",

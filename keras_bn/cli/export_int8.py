@@ -17,7 +17,7 @@ def run(arguments):
     with refused(RuntimeError):
         tflite.check_backend("export-int8")
     model, _, _, notes = open_model(arguments, normalized=False)
-    data, options = None, {}
+    data, options, lose = None, {}, arguments.lose
     if arguments.data is not None:
         data = read_data(arguments, model)
         options = {"steps": arguments.steps}
@@ -26,7 +26,7 @@ def run(arguments):
     with refused(Exception), warning_texts() as more, _own_words():
         content, report = integer_file(
             model,
-            data and data.without_labels(),
+            data and (data.without_labels() if lose is None else data.whole()),
             **options,
             equalize=arguments.equalize,
             correct_bias=arguments.correct_bias,
@@ -34,6 +34,7 @@ def run(arguments):
             keep_float=arguments.keep_float,
             suffix=pathlib.Path(arguments.output).suffix,
             symmetric=arguments.symmetric,
+            lose=lose,
         )
     right = report.error <= arguments.tolerance
     if right:
@@ -44,7 +45,7 @@ def run(arguments):
         f"largest error of an output {report.error:.2%} on {report.samples} samples"
     )
     end = f"{report.size:,} bytes: {arguments.output}" if right else "nothing written"
-    lines = [*notes, *more, f"{compared}; {end}"]
+    lines = [*notes, *more, *report.said(), f"{compared}; {end}"]
     if not right:
         lines.append(_advice(arguments))
     show(arguments, report.to_dict(), HEADER, report.rows(), lines)
@@ -53,9 +54,10 @@ def run(arguments):
 
 # What the messages of `keras_bn.export_int8` name, in the words of the command.
 _WORDS = {
+    "`data` with them, as `(x, y)`": "them in `--data DATA`, as y",
     "`data`": "`--data DATA`",
     "`equalize`": "`--equalize`",
-    "`correct_bias`": "`--correct-bias`",
+    "`lose`": "`--lose`",
     "`activations`": "`--activations`",
     "`keep_float`": "`--keep-float`",
     "`symmetric`": "`--symmetric`",
@@ -76,17 +78,11 @@ def _own_words():
 
 def _advice(arguments):
     """What to try where the file differs by too much."""
-    options = [
-        option
-        for option, used in (
-            ("--equalize", arguments.equalize),
-            ("--correct-bias", arguments.correct_bias),
-        )
-        if not used
-    ]
     tries = ["samples in --data that are like those of training, a few hundred"]
-    if options:
-        tries.append(" and ".join(options))
+    if not arguments.equalize:
+        tries.append("--equalize")
+    if arguments.activations == 8:
+        tries.append("--lose X, with labels in --data, or --activations 16")
     return (
         f"above --tolerance {arguments.tolerance:g}. Try {'; '.join(tries)}; or train "
         "for int8: keras_bn.quantize_aware. The layers above show where the error "

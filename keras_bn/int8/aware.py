@@ -66,8 +66,6 @@ def quantize_aware(
     model: ModelT,
     data: Any,
     *,
-    weight_bits: int = 8,
-    activation_bits: int = 8,
     steps: int | None = None,
     batch_size: int | None = None,
     compiled: bool = True,
@@ -96,9 +94,6 @@ def quantize_aware(
             normalizations: Functional, Sequential, or one that `keras_bn.functional`
             can open. The copy has `keras_bn` layers.
         data: samples as in training, as `fit` takes them; a few hundred are enough.
-        weight_bits: of each weight, from 2 to 8.
-        activation_bits: of each activation, from 2 to 16. A file can be exported
-            from 8 only.
         steps, batch_size: as in `keras_bn.recalibrate`.
         compiled: whether the copy is compiled if the model is.
 
@@ -108,7 +103,7 @@ def quantize_aware(
 
     Raises:
         TypeError: if `model` is not a Keras model.
-        ValueError: for bits out of range, no data, models that `keras_bn.functional`
+        ValueError: for no data, models that `keras_bn.functional`
             refuses, layers that the converter cannot make integer, by name, and an
             optimizer that has no state for a weight that trains now.
         RuntimeError: if TensorFlow is older than 2.17.
@@ -141,51 +136,39 @@ def quantize_aware(
     require("keras_bn.quantize_aware", "layers", "graph", "copy", "data")
     if keras.backend.backend() == "tensorflow":
         tflite.check_aware("keras_bn.quantize_aware")
-    _check_bits("weight_bits", weight_bits, 8)
-    _check_bits("activation_bits", activation_bits, 16)
     with opened(ModelView(model), strict=True) as (view, _):
-        return _aware(
-            view, data, weight_bits, activation_bits, steps, batch_size, compiled
-        )
+        return _aware(view, data, steps, batch_size, compiled)
 
 
-def _aware(original, data, weight_bits, activation_bits, steps, batch_size, compiled):
+def _aware(original, data, steps, batch_size, compiled):
     model: Any = original.model
     converts = keras.backend.backend() == "tensorflow"
     check_graph(original)
     check_layers(original)
-    if activation_bits == 8 and not converts:
+    if not converts:
         check_listed(original)
     if original.of_type(FakeQuantizer):
         raise ValueError(
             f"'{model.name}' is from `quantize_aware` already. Train it, then write it "
-            "by `keras_bn.export_int8`; for other bits, start from the model before."
+            "by `keras_bn.export_int8`."
         )
     copy = convert_layers(model, compiled=compiled)
     view = ModelView(copy)
     separate(view)  # what `freeze(model, fuse=True)` has fused is rounded here
     _check_optimizers(copy)
     with scope(copy):
-        _quantize_weights(view, weight_bits, activation_bits)
+        _quantize_weights(view)
         view = ModelView(copy)
-        insert(view, _places(view, activation_bits))
+        insert(view, _places(view))
     view = ModelView(copy)
     as_graphs(view)
     sample = _set_ranges(view, data, steps, batch_size)
     # Whether a file can be made shows now, and not after training.
-    if activation_bits == 8 and converts:
+    if converts:
         paths = {path for path, _ in original.layers}
         with constant(view, trained=True):
             convert(copy, sample, quoted=functools.partial(_quoted, paths))
     return copy
-
-
-def _check_bits(name, value, most):
-    if not isinstance(value, int) or not 2 <= value <= most:
-        raise ValueError(
-            f"`{name}` must be a whole number from 2 to {most}. Received: "
-            f"{name}={value!r}"
-        )
 
 
 def _check_optimizers(model):
@@ -203,7 +186,7 @@ def _check_optimizers(model):
             )
 
 
-def _quantize_weights(view, bits, activation_bits):
+def _quantize_weights(view):
     """Put layers that round their weights in the place of the linear ones."""
     into = {fold.layer: fold.into for fold in FoldPlan(view).folds}
     norms = {}  # the normalization after a linear layer, by the `id` of this
@@ -232,9 +215,7 @@ def _quantize_weights(view, bits, activation_bits):
             new = FakeQuantizedNormalization(layer, name=layer.name)
         else:
             norm = norms.get(id(layer))
-            new = FakeQuantizedLinear(
-                layer, norm, bits, activation_bits, name=layer.name
-            )
+            new = FakeQuantizedLinear(layer, norm, name=layer.name)
         new.build(shape)
         pairs.append((layer, new))
     exchange(pairs, view.holders)
@@ -264,12 +245,12 @@ def _check_last(path, norm, rank):
         )
 
 
-def _places(view, bits):
+def _places(view):
     """Where values are rounded: pairs of a tensor and the layers behind it."""
     inputs = [t for t in view.graph.inputs if _is_float(t)]
     names = ["input"] if len(inputs) == 1 else [t.name for t in inputs]
     places = [
-        (tensor, [FakeQuantizer(bits, name=f"{_ROUNDING}{name}")])
+        (tensor, [FakeQuantizer(name=f"{_ROUNDING}{name}")])
         for tensor, name in zip(inputs, names, strict=True)
     ]
     behind: dict[int, list] = {}
@@ -278,13 +259,13 @@ def _places(view, bits):
         if len(node.outputs) != 1 or not _is_float(node.outputs[0]):
             continue
         if id(operation) not in behind:
-            behind[id(operation)] = _behind(node, view, bits)
+            behind[id(operation)] = _behind(node, view)
         if behind[id(operation)]:
             places.append((node.outputs[0], behind[id(operation)]))
     return places
 
 
-def _behind(node, view, bits):
+def _behind(node, view):
     """The layers behind a call, of which a shared layer has the same at each call."""
     operation = node.operation
     if graph_of(operation) is not None or type(operation).__name__ in _SAME_RANGE:
@@ -298,18 +279,16 @@ def _behind(node, view, bits):
             operation.layer.activation = keras.activations.linear
             after = layers.Activation(activation, name=f"{name}{_ACTIVATION}")
             return [
-                FakeQuantizer(bits, name=f"{_ROUNDING}{name}"),
+                FakeQuantizer(name=f"{_ROUNDING}{name}"),
                 after,
-                FakeQuantizer(
-                    bits, fixed=_fixed(after), name=f"{_ROUNDING}{after.name}"
-                ),
+                FakeQuantizer(fixed=_fixed(after), name=f"{_ROUNDING}{after.name}"),
             ]
     adds = isinstance(operation, layers.Add) or type(operation).__name__ == "Add"
     follower = view.next(node)
     merged = follower is not None and _merges(follower.operation)
     if merged and (adds or isinstance(operation, FakeQuantizedLinear)):
         return []
-    return [FakeQuantizer(bits, fixed=_fixed(operation), name=f"{_ROUNDING}{name}")]
+    return [FakeQuantizer(fixed=_fixed(operation), name=f"{_ROUNDING}{name}")]
 
 
 def _merges(operation):

@@ -4,11 +4,12 @@ import contextlib
 from typing import NamedTuple
 
 import keras
+import numpy as np
 
 from keras_bn.int8 import tflite
-from keras_bn.int8.layers import Constants, FakeQuantizedLinear
-from keras_bn.int8.measure import tag, tagged
-from keras_bn.surgery.calls import run
+from keras_bn.int8.layers import FakeQuantizedLinear
+from keras_bn.int8.measure import MOVES, computed, tagged, through
+from keras_bn.surgery.calls import Call
 from keras_bn.surgery.graph import graph_of
 from keras_bn.surgery.norms import adapts
 
@@ -48,16 +49,23 @@ def constant(view, trained=False):
 
     Args:
         view: the `ModelView` of the model.
-        trained: as in `Constants`.
+        trained: whether weights that are all zero are others here, as they will be
+            after training: the converter leaves zeros out.
     """
     layers = view.of_type(FakeQuantizedLinear).values()
     try:
         for layer in layers:
-            layer.baked = Constants(layer, trained)
+            layer.baked = layer.weights_of_inference()
+            if trained:
+                layer.baked = keras.tree.map_structure(_not_zero, layer.baked)
         yield
     finally:
         for layer in layers:
             layer.baked = None
+
+
+def _not_zero(values):
+    return np.ones_like(values) if values is not None and not values.any() else values
 
 
 class Names(NamedTuple):
@@ -90,7 +98,7 @@ def convert(
     per_channel=True,
     quoted="'{}'".format,
     bits=8,
-    keep_float=(),
+    keep_float=frozenset(),
     onnx=None,
 ):
     """The content of a file, with no operation of floats in it but those named.
@@ -103,7 +111,8 @@ def convert(
         per_channel: as in `integer_file`.
         quoted: gives what an error says for the path of a layer.
         bits: of the activations.
-        keep_float: paths of the calls that may be in floats.
+        keep_float: a set of paths of the calls that stay in floats; at 16 bits, of
+            those that may, where they have no integers.
         onnx: makes an `onnx.Interpreter` of the content, whose file is wanted; None for
             the `.tflite` file.
 
@@ -114,41 +123,52 @@ def convert(
         ValueError: naming the layers that the converter cannot make integer.
     """
     names = names_of(model)
-    inputs = [
-        (name, array.shape, array.dtype.name)
-        for name, array in zip(names.inputs, example, strict=True)
-    ]
+    inputs = dict(zip(names.inputs, example, strict=True))
     values = [(v, keras.ops.convert_to_numpy(v)) for v in model.variables]
-    calls = {}
-
-    def around(call, compute):
-        calls[call.number] = call
-        with tflite.scope(tag(call)):
-            return compute()
+    calls: dict[int, Call] = {}
+    last: dict[str, int | None] = {}
 
     def function(*tensors):
         constants = [(v, keras.ops.convert_to_tensor(a, v.dtype)) for v, a in values]
         with keras.StatelessScope(state_mapping=constants):
-            outputs = run(model, list(tensors), around)
-        return dict(zip(names.outputs, outputs, strict=True))
+            traced = through(model, list(tensors))
+        calls.update(traced.calls)
+        last.update(zip(names.outputs, traced.last, strict=True))
+        return dict(zip(names.outputs, traced.outputs, strict=True))
 
     def measured():
         return (dict(zip(names.inputs, batch, strict=True)) for batch in samples)
 
+    def with_paths(interpreter):
+        """The operations of a file, each with the paths of its calls."""
+        operations, tensors = interpreter.operations(), interpreter.outputs()
+        ends = {tensors[name]: number for name, number in last.items()}
+        every = computed(operations, calls, ends)
+        paths = [[calls[number].path for number in numbers] for numbers in every]
+        return list(zip(operations, paths, strict=True))
+
+    def in_floats(interpreter):
+        return [
+            name
+            for operation, paths in with_paths(interpreter)
+            if not keep_float.isdisjoint(paths)
+            for name in operation.outputs
+        ]
+
     try:
         content = tflite.convert(
             function,
-            inputs,
+            [(name, array.shape, array.dtype.name) for name, array in inputs.items()],
             None if samples is None else measured,
             per_channel,
             bits,
-            bool(keep_float),
+            in_floats if keep_float else None,
         )
     except tflite.ConversionError as error:
         paths = _paths_in(str(error), calls, quoted)
         raise refusal(model, paths, error, samples is not None) from error
     try:
-        tflite.check_runs(content, dict(zip(names.inputs, example, strict=True)))
+        tflite.check_runs(content, inputs)
     except tflite.RunError as error:
         raise ValueError(
             f"TFLite cannot run the file of '{model.name}': {error}."
@@ -159,16 +179,15 @@ def convert(
         raise ValueError(
             f"TFLite cannot load the file of '{model.name}': {error}."
         ) from error
-    operations = interpreter.operations()
     left: dict[str, list[str]] = {}
     floats: dict[str, None] = {}
-    for i, operation in enumerate(operations):
-        if _computes_in_floats(operation):
-            path = _path_of(operations[i:], calls)
-            if path in keep_float:
-                floats[path] = None
-            else:
-                left.setdefault(quoted(path), []).append(operation.name)
+    for operation, paths in with_paths(interpreter):
+        if not _computes_in_floats(operation):
+            continue
+        if keep_float.isdisjoint(paths):
+            left.setdefault(quoted(paths[-1]), []).append(operation.name)
+        else:
+            floats.update(dict.fromkeys(paths))
     if left:
         parts = [f"{', '.join(names)} of {path}" for path, names in left.items()]
         why = f"it leaves {'; '.join(parts)} in floats"
@@ -193,16 +212,7 @@ def _paths_in(message, calls, quoted):
 
 def _computes_in_floats(operation):
     floats = any(name.startswith(("float", "complex")) for name in operation.dtypes)
-    return floats and operation.name not in ("QUANTIZE", "DEQUANTIZE")
-
-
-def _path_of(operations, calls):
-    """The path of the layer that the first of some operations belongs to."""
-    for operation in operations:
-        indices = [i for name in operation.outputs for i in tagged(name)]
-        if indices:
-            return calls[max(indices)].path
-    return calls[max(calls)].path
+    return floats and operation.name not in MOVES
 
 
 def refusal(model, paths, why, measured):
@@ -218,5 +228,5 @@ def refusal(model, paths, why, measured):
         f"TensorFlow's converter cannot make {names} of '{model.name}' integer: "
         f"{errors[0].rpartition('error: ')[2]}. Replace what it names by other layers, "
         "or take it out of the model that is exported."
-        + ("" if measured else _MEASURES)
+        + (" Or name it in `keep_float`." if measured else _MEASURES)
     )

@@ -1,151 +1,89 @@
 r"""Bias correction: take out the mean error that rounding the weights causes.
 
-A rounded kernel $\tilde W = W + \varepsilon$ shifts the mean of the output by
-$\varepsilon\,\mathrm{E}[x]$. The batch normalization before the layer says what
-$\mathrm{E}[x]$ is: its output has the mean $\beta$ and the standard deviation
-$|\gamma|$, and a ReLU after it cuts a normal distribution.
+A rounded kernel $\tilde W = W + \varepsilon$ shifts the mean of the output by the mean
+of $\varepsilon x$, which is measured on the samples and taken from the bias.
 
 Source: Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias
-Correction", 2019, section 4.2 and appendix C.
+Correction", 2019, section 4.2, which takes the mean of $x$ from batch normalizations.
 """
 
-import math
-from typing import NamedTuple
+import collections
+from typing import Any
 
-import keras
 import numpy as np
-from keras import layers
+from keras import ops
 
-from keras_bn.int8 import weights
-from keras_bn.surgery.arrays import axes, float64
+from keras_bn.int8 import tflite, weights
+from keras_bn.int8.measure import through
 from keras_bn.surgery.norms import is_normalization
-from keras_bn.tools.linear import has_input_channels, linear
+from keras_bn.tools.linear import call_with, linear
+
+# Samples that go through the model at once.
+_CHUNK = 8
 
 
-class Normal(NamedTuple):
-    """The mean and the standard deviation of each channel of a tensor."""
-
-    mean: np.ndarray
-    stddev: np.ndarray
-
-
-def cut(normal, high=math.inf):
-    """The moments of a normal distribution after a ReLU.
+def shifts_of(view, samples):
+    """What rounding the weights adds to the mean of each output channel.
 
     Args:
-        normal: a `Normal`.
-        high: the upper bound of the ReLU.
+        view: the `ModelView` of a model.
+        samples: list of batches, each a list of arrays, one for each input.
 
     Returns:
-        A `Normal`, of what is no longer one.
-
-    >>> mean, stddev = cut(Normal(np.array([0.0]), np.array([1.0])))
-    >>> print(np.round(mean, 4), np.round(stddev**2, 4))  # 1/√(2π), 1/2 − 1/(2π)
-    [0.3989] [0.3408]
+        A dict of arrays by the path of the layer: of each linear one with a bias.
     """
-    mean, stddev = normal.mean, np.maximum(normal.stddev, 1e-12)
-    low, up = (0.0 - mean) / stddev, (high - mean) / stddev
-    inside = _below(up) - _below(low)
-    slope = _density(low) - _density(up)
-    first = mean * inside + stddev * slope
-    second = (mean**2 + stddev**2) * inside + 2 * mean * stddev * slope
-    second = second + stddev**2 * (low * _density(low))
-    if math.isfinite(high):
-        above = 1 - _below(up)
-        first = first + high * above
-        second = second + high**2 * above - stddev**2 * (up * _density(up))
-    return Normal(first, np.sqrt(np.maximum(second - first**2, 0.0)))
+    layers = {path: layer for path, layer in view.layers if _edit(layer) is not None}
+    paths = {id(layer): path for path, layer in layers.items()}
+    rounded = {path: _rounded(_edit(layer)) for path, layer in layers.items()}
+
+    def means(*inputs):
+        traced, found = through(view.model, list(inputs)), collections.defaultdict(list)
+        for number, call in traced.calls.items():
+            if path := paths.get(id(call.operation)):
+                x = traced.inputs[number]
+                found[path].append(_shift(call.operation, rounded[path], x))
+        return {path: sum(values) / len(values) for path, values in found.items()}
+
+    compiled = tflite.graph(means)
+    sums: dict[str, Any] = collections.defaultdict(float)
+    total = 0
+    for at in range(0, len(samples), _CHUNK):
+        chunk = zip(*samples[at : at + _CHUNK], strict=True)
+        together = [np.concatenate(arrays) for arrays in chunk]
+        for path, mean in compiled(*map(ops.convert_to_tensor, together)).items():
+            sums[path] += ops.convert_to_numpy(mean).astype("float64") * len(
+                together[0]
+            )
+        total += len(together[0])
+    return {path: value / total for path, value in sums.items()}
 
 
-def _density(x):
-    return np.exp(-np.square(x) / 2) / math.sqrt(2 * math.pi)
+def correct(view, shifts):
+    """Take shifts from the biases of the layers of a model, in place."""
+    for path, layer in view.layers:
+        if path in shifts:
+            edit = linear(layer, len(layer.input.shape))
+            edit.arrays["bias"] = edit.arrays["bias"] - shifts[path]
+            edit.write(layer)
 
 
-def _below(x):
-    return np.vectorize(lambda v: (1 + math.erf(v / math.sqrt(2))) / 2)(x)
+def _edit(layer):
+    """The `Linear` of a layer with a bias for each channel; None of any other."""
+    edit = None if is_normalization(layer) else linear(layer)
+    return edit if edit is not None and edit.arrays["bias"].ndim == 1 else None
 
 
-def correct(reference, of, view, plan, scales):
-    """Correct the biases of the linear layers of a copy of a folded model, in place.
-
-    Args:
-        reference: the `ModelView` of the folded model.
-        of: gives the copy of each of its layers.
-        view: the `ModelView` of the model before it was folded.
-        plan: its `FoldPlan`.
-        scales: what `equalize` divided input channels by, by path.
-
-    Returns:
-        The paths of the layers that were corrected.
-    """
-    means = expected_inputs(view, plan)
-    corrected = []
-    for path, layer in reference.layers:
-        if path not in means or not _supported(layer):
-            continue
-        edit = linear(of(layer), len(layer.input.shape))
-        mean = means[path] / scales.get(path, 1.0)
-        exact = edit.response(edit.arrays, mean)
-        kernels = {n: weights.rounded(edit, n, edit.arrays[n]) for n in edit.names}
-        edit.arrays["bias"] = edit.arrays["bias"] - edit.response(kernels, mean) + exact
-        edit.write(edit.layer)
-        corrected.append(path)
-    return corrected
+def _rounded(edit):
+    return {n: weights.rounded(edit, n, edit.arrays[n]) for n in edit.names}
 
 
-def expected_inputs(view, plan):
-    """The mean of each input channel, by the path of a linear layer.
+def _shift(layer, rounded, x):
+    """The mean of what rounded weights add to an output, for each channel."""
 
-    Args:
-        view: the `ModelView` of a model with its batch normalizations.
-        plan: its `FoldPlan`. A normalization that is folded into a layer after it is in
-            the weights of this, and so not in its input.
-    """
-    moments: dict[int, Normal | None] = {}
-    means: dict[str, np.ndarray] = {}
-    for node in view.calls:
-        path = view.path(node.operation)
-        inputs = [moments.get(id(tensor)) for tensor in node.input_tensors]
-        if path and inputs[0] is not None and _supported(node.operation):
-            means[path] = inputs[0].mean
-        forward = path in plan.forward
-        moments[id(node.outputs[0])] = inputs[0] if forward else _after(node, inputs)
-    return means
+    def output(kernels):
+        kernels = {n: ops.cast(kernel, x.dtype) for n, kernel in kernels.items()}
+        return call_with(layer, {**kernels, "activation": None}, x)
 
-
-def _after(node, inputs):
-    """The moments of the output of a call; None where they are not known."""
-    operation = node.operation
-    if is_normalization(operation):
-        rank = len(node.outputs[0].shape)
-        last = [axis % rank for axis in axes(operation)] == [rank - 1]
-        return _of_normalization(operation) if last else None
-    if any(normal is None for normal in inputs):
-        return None
-    if isinstance(operation, layers.Add) or type(operation).__name__ == "Add":
-        if len(inputs) != len(keras.tree.flatten(node.arguments.args)):
-            return None  # it adds numbers too
-        means, stddevs = zip(*inputs, strict=True)
-        return Normal(sum(means), np.sqrt(sum(np.square(s) for s in stddevs)))
-    high = weights.relu_limit(operation)
-    if high is not None:
-        return cut(inputs[0], high)
-    if isinstance(operation, layers.Dropout | layers.ZeroPadding2D | layers.Identity):
-        return inputs[0]
-    averaging = layers.GlobalAveragePooling2D | layers.AveragePooling2D
-    if isinstance(operation, averaging) and not operation.data_format.endswith("first"):
-        # The mean stays; the deviation does not, but nothing after it cuts.
-        return Normal(inputs[0].mean, np.zeros_like(inputs[0].stddev))
-    return None
-
-
-def _of_normalization(layer):
-    channels = layer.moving_mean.shape[0]
-    beta = np.zeros(channels) if layer.beta is None else float64(layer.beta)
-    gamma = np.ones(channels) if layer.gamma is None else float64(layer.gamma)
-    return Normal(beta, np.abs(gamma))
-
-
-def _supported(layer):
-    first = getattr(layer, "data_format", None) == "channels_first"
-    return has_input_channels(layer) and not first
+    y = output(rounded) - output({name: getattr(layer, name) for name in rounded})
+    axis = linear(layer, len(x.shape)).channel_axis(len(y.shape))
+    return ops.mean(y, [i for i in range(len(y.shape)) if i != axis])

@@ -57,29 +57,27 @@ def equalize(view):
             layers, as from `fold`. It computes the same afterwards.
 
     Returns:
-        `(pairs, scales)`: a list of pairs of paths, and by the path of a layer what
-        its input channels were divided by.
+        A list of pairs of paths.
     """
     calls = _pairs(view)
     edits: dict[int, Linear] = {}
-    scales: dict[str, np.ndarray] = {}
     for pair in calls:
         for node in pair:
             edits.setdefault(id(node.operation), _linear(node))
     for _ in range(_SWEEPS):
-        steps = [_step(edits, scales, view.path(s.operation), f, s) for f, s in calls]
+        steps = [_step(edits, first, second) for first, second in calls]
         if max(steps, default=0.0) < _CLOSE:
             break
     for edit in edits.values():
         edit.write(edit.layer)
-    return [(view.path(f.operation), view.path(s.operation)) for f, s in calls], scales
+    return [(view.path(f.operation), view.path(s.operation)) for f, s in calls]
 
 
 def _linear(node):
     return linear(node.operation, len(node.input_tensors[0].shape))
 
 
-def _step(edits, scales, path, first, second):
+def _step(edits, first, second):
     """Equalize one pair; returns how far the scales are from 1, as a logarithm."""
     before, after = edits[id(first.operation)], edits[id(second.operation)]
     out, into = output_range(before), input_range(after)
@@ -89,7 +87,6 @@ def _step(edits, scales, path, first, second):
     none = np.zeros_like(scale)
     before.fold_output(Affine(1 / scale, none), _channels(first.outputs[0], before))
     after.fold_input(Affine(scale, none), _channels(second.input_tensors[0], after))
-    scales[path] = scales.get(path, 1.0) * scale
     return float(np.abs(np.log(scale)).max())
 
 

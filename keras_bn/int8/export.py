@@ -1,19 +1,21 @@
-"""Writing a model as a fully integer `.tflite` or `.onnx` file."""
+"""Writing a model as a `.tflite` or `.onnx` file of integers."""
 
 import fnmatch
 import functools
+import math
 import os
 import pathlib
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import keras
 
 from keras_bn.int8 import onnx, tflite
 from keras_bn.int8.convert import check_layers, constant, convert, names_of
-from keras_bn.int8.correct import correct
+from keras_bn.int8.correct import correct, shifts_of
 from keras_bn.int8.equalize import equalize as equalize_channels
 from keras_bn.int8.layers import FakeQuantizer
+from keras_bn.int8.lose import Scored, accuracy, raised
 from keras_bn.int8.measure import check_finite, compare
 from keras_bn.int8.report import Int8Report
 from keras_bn.int8.samples import example_of, random_samples, samples_of
@@ -37,12 +39,14 @@ def export_int8(
     steps: int | None = None,
     batch_size: int | None = None,
     equalize: bool = False,
-    correct_bias: bool = False,
+    correct_bias: bool = True,
     activations: int = 8,
     keep_float: Sequence[str] = (),
+    lose: float | None = None,
+    metric: Callable[..., float] = accuracy,
     symmetric: bool = False,
 ) -> Int8Report:
-    """Write a model as a `.tflite` or `.onnx` file that computes with integers alone.
+    """Write a model as a `.tflite` or `.onnx` file that computes with integers.
 
     Inputs and outputs are int8, kernels int8 with a scale for each output channel,
     activations int8 with a scale for each tensor. The file takes one sample at a time,
@@ -53,7 +57,8 @@ def export_int8(
 
     This folds the batch normalizations first. Then TensorFlow's converter quantizes the
     model, with ranges that it measures on `data`. The file is checked before it is
-    written: no operation in it computes in floats.
+    written: no operation in it computes in floats but those that `keep_float` and
+    `lose` leave.
 
     Args:
         model: a built model, which does not change: Functional, Sequential, or one that
@@ -68,15 +73,23 @@ def export_int8(
         steps: how many batches to take; all of them by default.
         batch_size: for arrays; 32 by default.
         equalize: whether to scale the channels between neighbouring layers so that
-            their weights have equal ranges.
+            their weights have equal ranges. It helps where the channels of a tensor
+            have very different ranges, and may harm a little elsewhere.
         correct_bias: whether to correct biases for the mean error that rounding the
-            weights causes. The mean inputs follow from the gamma and beta of the batch
-            normalization before the layer.
+            weights causes on the samples.
         activations: bits of the activations, of inputs and outputs too: 8, or 16, which
             lose less and take more time. Kernels have 8.
-        keep_float: paths of layers, or patterns as `"block*"`, that may stay in floats
-            where TFLite has no integers for them, as `ELU` or `LayerNormalization`. The
-            report says which did. None by default.
+        keep_float: paths of layers, or patterns as `"block*"`, that stay in floats,
+            also where TFLite has no integers for them, as for `ELU`; with
+            `activations=16`, only there. None by default.
+        lose: how much lower than that of the model the `metric` of the file may be, as
+            0.01. The layers that add most error stay in floats until it is not lower,
+            the fewest that bisection finds in at most eight conversions. `data` needs
+            labels then, as `(x, y)`. The report says which layers and why, and how much
+            larger and slower the file became. None asks for integers alone.
+        metric: for `lose`, a function of labels and outputs (an array, or a list of
+            arrays where the model has several), greater where better. The accuracy by
+            default.
         symmetric: of an `.onnx` file, whether activations are int8 with a zero point of
             0, as some runtimes want it.
 
@@ -89,7 +102,8 @@ def export_int8(
         ValueError: for models that `keras_bn.functional` refuses, layers that the
             converter cannot make integer, by name, and models that do not compute in
             float32; if there is no data, or none is given and the model is not from
-            `quantize_aware`. Nothing is written then.
+            `quantize_aware`; if no file is found that loses as little as `lose`.
+            Nothing is written then.
         OSError: if the file cannot be written.
         RuntimeError: on another backend than TensorFlow.
         ImportError: if what an `.onnx` file needs is not installed.
@@ -124,6 +138,8 @@ def export_int8(
         correct_bias=correct_bias,
         activations=activations,
         keep_float=keep_float,
+        lose=lose,
+        metric=metric,
         suffix=pathlib.Path(path).suffix,
         symmetric=symmetric,
     )
@@ -131,139 +147,179 @@ def export_int8(
     return report
 
 
-def integer_file(
-    model,
-    data=None,
-    *,
-    steps=None,
-    batch_size=None,
-    equalize=False,
-    correct_bias=False,
-    per_channel=True,
-    activations=8,
-    keep_float=(),
-    suffix=".tflite",
-    symmetric=False,
-):
-    """The content of the file that `export_int8` writes, and its report.
+class Options(NamedTuple):
+    """How a file is made: as in `export_int8`, but for the last two.
 
     Args:
         per_channel: whether each output channel of a kernel has a scale of its own.
         suffix: of the path of the file.
-        **others: as in `export_int8`.
+    """
+
+    equalize: bool = False
+    correct_bias: bool = True
+    activations: int = 8
+    keep_float: Sequence[str] = ()
+    lose: float | None = None
+    metric: Callable[..., float] = accuracy
+    symmetric: bool = False
+    per_channel: bool = True
+    suffix: str = ".tflite"
+
+
+def integer_file(model, data=None, *, steps=None, batch_size=None, **options):
+    """The content of the file that `export_int8` writes, and its report.
+
+    Args:
+        **options: those of `Options`.
 
     Returns:
         `(bytes, Int8Report)`.
     """
     tflite.check_backend("export_int8")
-    if activations not in (8, 16):
+    chosen = Options(**options)
+    if chosen.activations not in (8, 16):
         raise ValueError(
-            f"`activations` must be 8 or 16. Received: activations={activations!r}"
+            "`activations` must be 8 or 16. Received: "
+            f"activations={chosen.activations!r}"
+        )
+    if chosen.lose is not None and not 0 <= chosen.lose < math.inf:
+        raise ValueError(
+            f"`lose` must be a number, 0 or greater. Received: lose={chosen.lose!r}"
+        )
+    if chosen.lose is not None and chosen.activations != 8:
+        raise ValueError(
+            "`lose` keeps layers in floats, which TensorFlow's converter does only "
+            f"beside 8 bits. Received: activations={chosen.activations!r}"
         )
     to_onnx = None
-    if suffix == ".onnx":
-        if activations != 8:
+    if chosen.suffix == ".onnx":
+        if chosen.activations != 8:
             raise ValueError(
                 "`activations` must be 8 for an `.onnx` file: onnxruntime has no "
-                f"convolution with others. Received: activations={activations!r}"
+                "convolution with others. Received: "
+                f"activations={chosen.activations!r}"
             )
         onnx.check_installed()
-        to_onnx = functools.partial(onnx.Interpreter, symmetric=symmetric)
-    elif symmetric:
+        to_onnx = functools.partial(onnx.Interpreter, symmetric=chosen.symmetric)
+    elif chosen.symmetric:
         raise ValueError(
             "`symmetric` is for an `.onnx` file. Received: symmetric=True and a path "
-            f"that ends in {suffix!r}"
+            f"that ends in {chosen.suffix!r}"
         )
     with opened(ModelView(model), strict=True) as (view, _):
         check_graph(view)
         check_layers(view)
-        model = view.model
+        model, samples, labels = view.model, None, None
+        if data is not None:
+            samples, labels = samples_of(model, data, steps, batch_size)
         if view.of_type(FakeQuantizer):
-            if equalize or correct_bias:
+            others = {
+                "equalize": chosen.equalize,
+                "activations": chosen.activations != 8,
+                "keep_float": chosen.keep_float,
+                "lose": chosen.lose is not None,
+            }
+            if refused := [f"`{name}`" for name, used in others.items() if used]:
                 raise ValueError(
-                    "`equalize` and `correct_bias` are for models that are not from "
-                    "`keras_bn.quantize_aware`, whose weights are trained for int8."
+                    f"{', '.join(refused)}: for models that are not from "
+                    "`keras_bn.quantize_aware`, whose weights and activations are "
+                    "trained for 8 bits."
                 )
-            if activations != 8 or keep_float:
-                raise ValueError(
-                    "`activations` and `keep_float` are for models that are not from "
-                    "`keras_bn.quantize_aware`, which rounds all activations to 8 bits."
-                )
-            return _from_aware(view, data, steps, batch_size, to_onnx)
-        if data is None:
+            return _from_aware(view, samples, to_onnx)
+        if samples is None:
             raise ValueError(
                 f"'{model.name}' is not from `keras_bn.quantize_aware`, so it has no "
                 "ranges of activations. Give `data`: a few hundred samples as in "
                 "training."
             )
-        samples = samples_of(model, data, steps, batch_size)
+        if chosen.lose is not None and labels is None:
+            raise ValueError("`lose` needs labels: give `data` with them, as `(x, y)`.")
         check_finite(model, samples)
-        plan = FoldPlan(view)
-        reference = converted = plan.folded_model()
-        equalized, scales, corrected = [], {}, []
-        if equalize or correct_bias:
-            folded = ModelView(reference)
-            if equalize:
-                equalized, scales = equalize_channels(folded)
-            if correct_bias:
-                converted, of = copy_model(reference, compiled=False, view=folded)
-                corrected = correct(folded, of, view, plan, scales)
+        return _from_floats(view, samples, labels, chosen, to_onnx)
+
+
+def _from_floats(view, samples, labels, options, to_onnx):
+    """The content of the file of a model of floats, and its report."""
+    model, plan = view.model, FoldPlan(view)
+    reference = plan.folded_model()
+    equalized = equalize_channels(ModelView(reference)) if options.equalize else []
+    folded = ModelView(reference)
+    shifts = shifts_of(folded, samples) if options.correct_bias else {}
+    compared = samples[:_COMPARED]
+
+    def written(keep_float, exact=frozenset()):
+        """`(report, content, interpreter)` with layers in floats.
+
+        Args:
+            keep_float: their paths.
+            exact: the paths of further layers whose weights are not rounded.
+        """
+        exact |= keep_float if options.activations == 8 else set()
+        rounded = {path: s for path, s in shifts.items() if path not in exact}
+        converted, _ = copy_model(reference, compiled=False, view=folded)
+        correct(ModelView(converted), rounded)
         content, interpreter, floats = convert(
             converted,
             samples[0],
             samples,
-            per_channel,
-            bits=activations,
-            keep_float=_matching(converted, keep_float),
+            options.per_channel,
+            bits=options.activations,
+            keep_float=keep_float,
             onnx=to_onnx,
         )
+        if not rounded.keys().isdisjoint(floats):  # of an operation with another layer
+            return written(keep_float, exact.union(floats))
         outputs, layers = compare(
-            interpreter, model, reference, samples[:_COMPARED], names_of(converted)
+            interpreter, model, reference, compared, names_of(converted)
         )
-        return content, Int8Report(
+        report = Int8Report(
             model.name,
             len(content),
-            sum(len(batch[0]) for batch in samples[:_COMPARED]),
+            sum(len(batch[0]) for batch in compared),
             False,
             outputs,
             layers,
             equalized,
-            corrected,
+            list(rounded),
             {fold.layer: fold.reason for fold in plan.folds if fold.into is None},
             floats,
         )
+        return report, content, interpreter
+
+    keep_float = _matching(folded, options.keep_float)
+    first = written(keep_float)
+    if options.lose is None:
+        return first[1], first[0]
+    names = names_of(reference)
+    score = Scored(model, samples, labels, names, options.metric)
+    report, content = raised(
+        first, lambda paths: written(keep_float | paths), score, options.lose
+    )
+    return content, report
 
 
-def _matching(model, patterns):
+def _matching(view, patterns):
     """The paths of a model that `keep_float` names."""
     if isinstance(patterns, str):
         raise ValueError(
             "`keep_float` must be a list of paths or patterns. Received: "
             f"keep_float={patterns!r}"
         )
-    paths = [path for path, _ in ModelView(model).layers] if patterns else []
-    matching = set()
+    paths, matching = [path for path, _ in view.layers], set()
     for pattern in patterns:
         matches = fnmatch.filter(paths, pattern)
         if not matches:
             raise ValueError(
-                f"`keep_float` names {pattern!r}, and '{model.name}' has no such layer "
-                "after its normalizations are folded."
+                f"`keep_float` names {pattern!r}, and '{view.model.name}' has no such "
+                "layer after its normalizations are folded."
             )
         matching.update(matches)
     return matching
 
 
-def _from_aware(view, data, steps, batch_size, to_onnx):
+def _from_aware(view, samples, to_onnx):
     """The content of the file of a model from `quantize_aware`, and its report."""
-    for path, quantizer in view.of_type(FakeQuantizer).items():
-        if quantizer.bits != 8:
-            raise ValueError(
-                f"'{path}' rounds to {quantizer.bits} bits, and a file has 8. Train "
-                "with `activation_bits=8`."
-            )
-    model, random = view.model, data is None
-    samples = [] if random else samples_of(model, data, steps, batch_size)
+    model, random = view.model, samples is None
     example = example_of(model) if random else samples[0]
     with constant(view):
         content, interpreter, _ = convert(model, example, onnx=to_onnx)

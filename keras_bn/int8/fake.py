@@ -9,36 +9,32 @@ import keras
 from keras.quantizers import fake_quant_with_min_max_vars
 
 
-def per_tensor(x, low, high, bits=8):
-    """A tensor rounded to `2**bits` values between two bounds, 0 among them.
+def per_tensor(x, low, high):
+    """A tensor rounded to 256 values between two bounds, 0 among them.
 
     Args:
         x: tensor of float32.
         low, high: scalars, 0 or less and 0 or greater, not equal.
-        bits: from 2 to 16.
     """
     if keras.backend.backend() == "tensorflow":
         import tensorflow as tf
 
-        return tf.quantization.fake_quant_with_min_max_vars(x, low, high, num_bits=bits)
-    return fake_quant_with_min_max_vars(x, low, high, num_bits=bits)
+        return tf.quantization.fake_quant_with_min_max_vars(x, low, high)
+    return fake_quant_with_min_max_vars(x, low, high)
 
 
-def per_channel(x, limit, bits=8):
-    """A tensor rounded to `2**bits - 1` values that lie symmetric about 0.
+def per_channel(x, limit):
+    """A tensor rounded to 255 values that lie symmetric about 0.
 
     Args:
         x: tensor of float32 with its channels along the last axis.
         limit: the largest value of each channel, greater than 0.
-        bits: from 2 to 16.
     """
     if keras.backend.backend() == "tensorflow":
         import tensorflow as tf
 
         # Keras's op transposes before and after, which costs a copy of the weights.
         return tf.quantization.fake_quant_with_min_max_vars_per_channel(
-            x, -limit, limit, num_bits=bits, narrow_range=True
+            x, -limit, limit, narrow_range=True
         )
-    return fake_quant_with_min_max_vars(
-        x, -limit, limit, num_bits=bits, narrow_range=True, axis=-1
-    )
+    return fake_quant_with_min_max_vars(x, -limit, limit, narrow_range=True, axis=-1)

@@ -19,7 +19,6 @@ import math
 from typing import Any
 
 import keras
-import numpy as np
 from keras import ops
 
 from keras_bn.backends.layout import broadcast
@@ -48,15 +47,14 @@ class FakeQuantizer(_Aware):
     """Rounds its input to the values that an int8 tensor can have.
 
     Args:
-        bits: of each value.
         momentum: weight of the old value in the moving range.
         fixed: `(low, high)` if the range does not move, as that of a softmax.
         **kwargs: arguments of `keras.layers.Layer`.
     """
 
-    def __init__(self, bits=8, momentum=0.99, fixed=None, **kwargs):
+    def __init__(self, momentum=0.99, fixed=None, **kwargs):
         super().__init__(**kwargs)
-        self.bits, self.momentum = bits, momentum
+        self.momentum = momentum
         self.fixed = None if fixed is None else tuple(fixed)
         self.supports_masking = True
         # While it is a list, calls append their input's range and round nothing.
@@ -96,7 +94,7 @@ class FakeQuantizer(_Aware):
             self.low.assign(low)
             self.high.assign(high)
         high = ops.maximum(high, low + _LEAST)
-        return fake.per_tensor(inputs, low, high, self.bits)
+        return fake.per_tensor(inputs, low, high)
 
     def _moved(self, old, new):
         return old * self.momentum + new * (1.0 - self.momentum)
@@ -115,7 +113,6 @@ class FakeQuantizer(_Aware):
     def get_config(self):
         return {
             **super().get_config(),
-            "bits": self.bits,
             "momentum": self.momentum,
             "fixed": self.fixed,
         }
@@ -148,23 +145,21 @@ class FakeQuantizedLinear(_Wrapper):
     Args:
         layer: a linear layer. With a normalization, it has no activation.
         normalization: a `keras_bn.BatchNormalization`, or None.
-        bits: of each weight.
-        activation_bits: of the values between the two parts of a separable convolution.
         **kwargs: arguments of `keras.layers.Layer`.
     """
 
     wrapped = ("layer", "normalization")
 
-    def __init__(self, layer, normalization=None, bits=8, activation_bits=8, **kwargs):
+    def __init__(self, layer, normalization=None, **kwargs):
         super().__init__(**kwargs)
         self.layer, self.normalization = layer, normalization
-        self.bits, self.activation_bits = bits, activation_bits
         self.supports_masking = layer.supports_masking
         self.between: Any = None
         if len(linear(layer).names) == 2:
-            self.between = FakeQuantizer(activation_bits, name="between")
-        # The rounded weights as constants, while a file is made.
-        self.baked: Constants | None = None
+            self.between = FakeQuantizer(name="between")
+        # `weights_of_inference()`, while a file is made: the converter rounds constants
+        # in the same way.
+        self.baked: tuple | None = None
 
     def build(self, input_shape):
         if not self.layer.built:
@@ -184,7 +179,8 @@ class FakeQuantizedLinear(_Wrapper):
         norm, last = self.normalization, self.linear.last
         x = inputs if self.between is None else self._depthwise(inputs, training)
         if self.baked is not None:
-            return self._linear(x, self.baked.kernel(last), self.baked.bias)
+            kernels, bias = self.baked
+            return self._linear(x, ops.convert_to_tensor(kernels[last]), bias)
         kernel = ops.convert_to_tensor(getattr(self.layer, last))
         if norm is None:
             return self._linear(x, self._rounded(last, kernel), self.layer.bias)
@@ -221,7 +217,7 @@ class FakeQuantizedLinear(_Wrapper):
         """The first part of a separable convolution."""
         layer, name = self.layer, "depthwise_kernel"
         if self.baked is not None:
-            kernel = self.baked.kernel(name)
+            kernel = ops.convert_to_tensor(self.baked[0][name])
         else:
             kernel = self._rounded(name, ops.convert_to_tensor(getattr(layer, name)))
         y = ops.depthwise_conv(
@@ -238,7 +234,7 @@ class FakeQuantizedLinear(_Wrapper):
         matrix, back = self.linear.as_matrix(name, kernel, ops)
         limit = ops.stop_gradient(ops.max(ops.abs(matrix), axis=0))
         limit = ops.maximum(limit * _ROOM, _LEAST)
-        return back(fake.per_channel(matrix, limit, self.bits))
+        return back(fake.per_channel(matrix, limit))
 
     def _linear(self, x, kernel, bias):
         """What the layer computes with other weights; a bias of None is zero."""
@@ -278,13 +274,6 @@ class FakeQuantizedLinear(_Wrapper):
 
     def compute_output_shape(self, input_shape):
         return self.layer.compute_output_shape(input_shape)
-
-    def get_config(self):
-        return {
-            **super().get_config(),
-            "bits": self.bits,
-            "activation_bits": self.activation_bits,
-        }
 
 
 @keras.saving.register_keras_serializable(package="keras_bn")
@@ -338,48 +327,6 @@ class FakeQuantizedNormalization(_Wrapper):
 
     def compute_output_shape(self, input_shape):
         return input_shape
-
-
-class Constants:
-    """The weights that a `FakeQuantizedLinear` has in a file.
-
-    TensorFlow's converter rounds constants to 8 bits by itself, in the same way. Fewer
-    bits it has to be told, which it understands for kernels of images only; others get
-    the nearest values of 8 bits.
-
-    Args:
-        layer: the `FakeQuantizedLinear`.
-        trained: whether weights that are all zero are others here, as they will be
-            after training: the converter leaves zeros out.
-    """
-
-    def __init__(self, layer, trained=False):
-        self._layer = layer
-        self._kernels, self.bias = layer.weights_of_inference()
-        if trained:
-            kernels = self._kernels.items()
-            self._kernels = {name: _not_zero(value) for name, value in kernels}
-            self.bias = None if self.bias is None else _not_zero(self.bias)
-
-    def kernel(self, name):
-        """A kernel, as a constant."""
-        bits, weights = self._layer.bits, self._layer.linear
-        kernel = ops.convert_to_tensor(self._kernels[name])
-        axes = weights.channel_axes(name)
-        images = len(kernel.shape) == 4 and axes[-1] == 3
-        if bits == 8 or not images:
-            return kernel
-        largest = np.abs(weights.as_matrix(name, self._kernels[name])[0]).max(0)
-        limit = np.maximum(largest * (127 / (2 ** (bits - 1) - 1)), _LEAST)
-        if len(axes) == 1:
-            return fake.per_channel(kernel, limit)
-        # Depthwise kernels: the converter wants the channels along one axis.
-        together = ops.reshape(kernel, (*kernel.shape[:-2], -1))
-        return ops.reshape(fake.per_channel(together, limit), kernel.shape)
-
-
-def _not_zero(values):
-    return values if values.any() else np.ones_like(values)
 
 
 def _scale_and_offset(norm):

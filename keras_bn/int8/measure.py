@@ -1,6 +1,7 @@
 """Int8 against float: the same samples through a file and through models."""
 
 import re
+from typing import NamedTuple
 
 import keras
 import numpy as np
@@ -14,12 +15,9 @@ from keras_bn.tools.linear import is_linear
 # Samples that go through a model of floats at once.
 _CHUNK = 8
 _WEIGHTED = ("CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED", "TRANSPOSE_CONV")
+# Between integers of other scales, or between these and floats.
+MOVES = ("QUANTIZE", "DEQUANTIZE")
 _TAG = re.compile(r"\bcall(\d+)/")
-
-
-def tag(call):
-    """The name scope of a call, which names of tensors in the file then contain."""
-    return f"call{call.number}"
 
 
 def tagged(name):
@@ -71,7 +69,7 @@ def compare(interpreter, original, converted, samples, names):
     """
     inputs, outputs = names
     of_outputs, of_calls = Errors(), Errors()
-    places: dict[int, tuple] = {}
+    places: dict[int, _Place] = {}
     of_original, of_converted = _Floats(original), _Floats(converted)
     for at in range(0, len(samples), _CHUNK):
         chunk = samples[at : at + _CHUNK]
@@ -79,30 +77,38 @@ def compare(interpreter, original, converted, samples, names):
         expected, _ = of_original(together)
         _, values = of_converted(together)
         calls = of_converted.calls
-        places = places or _places(interpreter, outputs, of_converted.last, calls)
+        if not places:
+            places = _places(interpreter, outputs, of_converted.last, calls, values)
         for i, batch in enumerate(chunk):
             _run(interpreter, dict(zip(inputs, batch, strict=True)), calls)
             tensors = interpreter.outputs()
             for name, y in zip(outputs, expected, strict=True):
                 part = np.split(y, len(chunk))[i]
                 of_outputs.add(name, interpreter.value(tensors[name]), part)
-            for index, (tensor, *_) in places.items():
+            for index, place in places.items():
                 part = np.split(values[index], len(chunk))[i]
-                value = interpreter.value(tensor)
+                value = interpreter.value(place.tensor)
                 if value.size == part.size:
                     of_calls.add(index, value, part)
     calls = of_converted.calls
+    errors = {index: of_calls.of(index) for index in of_calls}
     layers = [
         Int8Layer(
-            calls[places[index][2]].path,
+            calls[places[index].first].path,
             calls[index].path,
-            places[index][1],
-            of_calls.of(index),
+            places[index].operation,
+            error,
+            _added(error, [errors.get(i, 0.0) for i in places[index].before]),
         )
-        for index in of_calls
+        for index, error in errors.items()
     ]
     layers.sort(key=lambda layer: -np.nan_to_num(layer.error, nan=np.inf))
     return {name: of_outputs.of(name) for name in outputs}, layers
+
+
+def _added(error, before):
+    """The part of an error that was not in the inputs; errors add up by squares."""
+    return float(np.sqrt(np.maximum(error**2 - max(before, default=0.0) ** 2, 0.0)))
 
 
 def check_finite(model, samples):
@@ -145,16 +151,55 @@ def _run(interpreter, inputs, calls):
         ) from error
 
 
+class Traced(NamedTuple):
+    """What a model computes, call by call.
+
+    Args:
+        outputs: of the model, a list.
+        last: the number of the call that gives each of them, or None.
+        calls: the calls, by number.
+        inputs: the first argument of each, by number.
+        values: the output of each that has one of floats, by number.
+    """
+
+    outputs: list
+    last: list
+    calls: dict
+    inputs: dict
+    values: dict
+
+
+def through(model, inputs):
+    """Run a model in inference, each call in a scope that names it; a `Traced`."""
+    traced = Traced([], [], {}, {}, {})
+    numbers: dict[int, int] = {}
+
+    def around(call, compute):
+        traced.calls[call.number] = call
+        traced.inputs[call.number] = compute.args[0] if compute.args else None
+        with tflite.scope(f"call{call.number}"):  # a layer's name may be no scope
+            outputs = compute()
+        flat = keras.tree.flatten(outputs)
+        numbers.update((id(y), call.number) for y in flat)
+        if len(flat) == 1 and keras.backend.is_float_dtype(
+            keras.backend.standardize_dtype(flat[0].dtype)
+        ):
+            traced.values[call.number] = flat[0]
+        return outputs
+
+    outputs = run(model, inputs, around)
+    return traced._replace(outputs=outputs, last=[numbers.get(id(y)) for y in outputs])
+
+
 class _Floats:
     """Runs a model in floats, and shows the output of each call.
 
     Called with a list of arrays, it gives the outputs of the model, a list of arrays,
-    and those of its calls, by index: of each with one output of floats.
+    and those of its calls, by number: of each with one output of floats.
 
     Attributes:
-        calls: these calls, by index.
-        last: the index of the call that gives each output of the model; None for a
-            call that is not among them.
+        calls: all calls, by number.
+        last: the number of the call that gives each output of the model, or None.
     """
 
     def __init__(self, model):
@@ -168,62 +213,89 @@ class _Floats:
         )
 
     def _run(self, model, inputs):
-        values, numbers = {}, {}
-
-        def around(call, compute):
-            with tflite.scope(tag(call)):  # the name of a layer may be no root scope
-                outputs = compute()
-            flat = keras.tree.flatten(outputs)
-            dtypes = [keras.backend.standardize_dtype(y.dtype) for y in flat]
-            if len(flat) == 1 and keras.backend.is_float_dtype(dtypes[0]):
-                self.calls[call.number], values[call.number] = call, flat[0]
-                numbers[id(flat[0])] = call.number
-            return outputs
-
-        outputs = run(model, inputs, around)
-        self.last = [numbers.get(id(y)) for y in outputs]
+        outputs, self.last, self.calls, _, values = through(model, inputs)
         return outputs, values
 
 
-def _places(interpreter, outputs, last, calls):
-    """Where the output of a call is in the file.
+def computed(operations, calls, ends):
+    """The numbers of the calls that each operation of a file computes, in order.
 
-    Returns:
-        A dict from the index of the call to the index of the tensor, the name of the
-        operation, and the index of the call that has weights in it, if one has.
+    Args:
+        operations: list of `tflite.Operation`.
+        calls: the calls in the file, by number.
+        ends: the number of the call that gives an output, by the index of its tensor.
     """
-    ends = {
-        tensor: index
-        for name, index in zip(outputs, last, strict=True)
-        for tensor in [interpreter.outputs()[name]]
-        if index is not None
-    }
-    places: dict[int, tuple] = {}
+    every: list[list[int]] = []
+    following = [max(calls)]
+    for operation in reversed(operations):
+        named = {i for name in operation.outputs for i in tagged(name) if i in calls}
+        named |= {ends[i] for i in operation.tensors if ends.get(i) in calls}
+        # What has no name of its own belongs to what comes after it.
+        following = sorted(named) or following
+        every.insert(0, list(following))
+    seen: set[int] = set()
+    for operation, numbers in zip(operations, every, strict=True):
+        if operation.name in _WEIGHTED and not any(
+            _has_weights(calls[i]) for i in numbers
+        ):
+            # The tensor of an output is named after the output alone.
+            before = [i for i in calls if i < numbers[-1] and _has_weights(calls[i])]
+            numbers[:0] = [i for i in before if i not in seen][-1:]
+        seen.update(numbers)
+    return every
+
+
+class _Place(NamedTuple):
+    """Where the output of a call is in a file.
+
+    Args:
+        tensor: its index.
+        operation: the name of the operation.
+        first: the number of the call that has weights in it, if one has.
+        before: the numbers of the calls whose outputs it reads.
+    """
+
+    tensor: int
+    operation: str
+    first: int
+    before: set[int]
+
+
+def _places(interpreter, outputs, last, calls, shown):
+    """The `_Place` of each call that has a tensor of its own, by its number.
+
+    Args:
+        interpreter: the `Interpreter` of the file.
+        outputs: the names of the outputs.
+        last: the number of the call that gives each of them, or None.
+        calls: the calls, by number.
+        shown: the numbers of those that are wanted.
+    """
+    tensors, operations = interpreter.outputs(), interpreter.operations()
+    ends = {tensors[name]: n for name, n in zip(outputs, last, strict=True)}
+    places: dict[int, _Place] = {}
     inside: set[int] = set()
-    for operation in interpreter.operations():
-        for name, tensor in zip(operation.outputs, operation.tensors, strict=True):
-            parts = tagged(name)
-            if tensor in ends:
-                parts.append(ends[tensor])
-            if not parts or max(parts) not in calls:
-                continue
-            index = max(parts)
-            weighted = [i for i in parts if i in calls and _has_weights(calls[i])]
-            if not weighted and operation.name in _WEIGHTED:
-                # The tensor of an output is named after the output alone.
-                weighted = _unplaced(calls, index, places)
-            first = min(weighted, default=index)
-            inside.update(i for i in parts if i != index)
-            # Of the operations of one call, the last gives its output.
-            places[index] = tensor, operation.name, first
+    for operation, numbers in zip(
+        operations, computed(operations, calls, ends), strict=True
+    ):
+        *before, number = numbers
+        if operation.name in MOVES and number in places:
+            continue
+        first = next((i for i in numbers if _has_weights(calls[i])), number)
+        inside.update(before)
+        # Of the operations of one call, the last gives its output.
+        places[number] = _Place(operation.tensors[-1], operation.name, first, set())
     # What was merged into an operation of a later call has no tensor of its own.
-    return {index: place for index, place in places.items() if index not in inside}
-
-
-def _unplaced(calls, before, places):
-    """The last call with weights before an index that has no place yet."""
-    weighted = [i for i, call in calls.items() if i < before and _has_weights(call)]
-    return [i for i in weighted if i not in places][-1:]
+    places = {i: p for i, p in places.items() if i in shown and i not in inside}
+    made = {place.tensor: number for number, place in places.items()}
+    comes_from: dict[int, set[int]] = {}
+    for operation in operations:
+        before = set().union(*(comes_from.get(i, set()) for i in operation.inputs))
+        for tensor in operation.tensors:
+            comes_from[tensor] = {made[tensor]} if tensor in made else before
+            if tensor in made:
+                places[made[tensor]].before.update(before)
+    return places
 
 
 def _has_weights(call):

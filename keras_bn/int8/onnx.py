@@ -101,7 +101,7 @@ def _translate(content, outputs):
     """What tf2onnx makes of a `.tflite` file, as an `onnx.ModelProto`."""
     import tf2onnx
 
-    with tempfile.TemporaryDirectory() as folder, tflite.alone(), _unlogged("tf2onnx"):
+    with tempfile.TemporaryDirectory() as folder, _unlogged("tf2onnx"):
         path = pathlib.Path(folder, "model.tflite")
         path.write_bytes(content)
         proto, _ = tf2onnx.convert.from_tflite(

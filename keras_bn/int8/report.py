@@ -30,12 +30,14 @@ class Int8Layer(NamedTuple):
         operation: the operation of the file, as `"CONV_2D"`.
         error: the root mean square of int8 less float over all samples, channels and
             positions, divided by the standard deviation of float over the same.
+        added: the part of it that its inputs did not have.
     """
 
     layer: str
     output: str
     operation: str
     error: float
+    added: float = 0.0
 
 
 @dataclass(repr=False)
@@ -54,7 +56,14 @@ class Int8Report(Section):
         equalized: the pairs of layers whose channels were equalized, as paths.
         corrected: the paths of the layers whose bias was corrected.
         kept: batch normalizations that could not be folded, with the reason, by path.
-        floats: the paths of the layers that compute in floats, of `keep_float`.
+        floats: the paths of the layers that compute in floats.
+        scores: with `lose`, the metric in floats, of the file of integers alone, and of
+            this file: `"float"`, `"int8"` and `"file"`.
+        raised: the layers that `lose` keeps in floats, with the error that they add in
+            the file of integers alone, by path.
+        conversions: how many files `lose` took.
+        larger, slower: the size of this file, and its time in TFLite's own kernels,
+            over those of the file of integers alone.
     """
 
     model: str
@@ -67,6 +76,11 @@ class Int8Report(Section):
     corrected: list[str]
     kept: dict[str, str]
     floats: list[str] = field(default_factory=list)
+    scores: dict[str, float] = field(default_factory=dict)
+    raised: dict[str, float] = field(default_factory=dict)
+    conversions: int = 1
+    larger: float = 1.0
+    slower: float = 1.0
 
     @property
     def error(self) -> float:
@@ -77,7 +91,7 @@ class Int8Report(Section):
         return f"<Int8Report {escaped(self.model)}: {self._verdict()}>"
 
     def __str__(self) -> str:
-        lines = [f"{escaped(self.model)}: {self._about()}", *self._said()]
+        lines = [f"{escaped(self.model)}: {self._about()}", *self.said()]
         table = plain.lines(plain.table(HEADER, self.rows()))
         return "\n".join([*lines, "", *table])
 
@@ -89,7 +103,7 @@ class Int8Report(Section):
             f"{self.samples} samples{drawn}"
         )
 
-    def _said(self):
+    def said(self):
         """The errors of the outputs, and what was done on the way: lines of text."""
         lines = [f"output {escaped(n)}: error {e:.2%}" for n, e in self.outputs.items()]
         if self.equalized:
@@ -98,6 +112,20 @@ class Int8Report(Section):
             lines.append(f"biases corrected: {len(self.corrected)}")
         if self.floats:
             lines.append(f"in floats: {', '.join(map(escaped, self.floats))}")
+        if self.scores:
+            of = self.scores
+            lines.append(
+                f"metric: {of['float']:.4g} in floats, {of['int8']:.4g} in integers "
+                f"alone, {of['file']:.4g} in this file, found in {self.conversions} "
+                "conversions"
+            )
+        if self.raised:
+            layers = [f"{escaped(n)} adds {e:.2%}" for n, e in self.raised.items()]
+            lines.append(
+                f"kept in floats for it: {', '.join(layers)}; the file is "
+                f"{self.larger:.2f} times as large, and takes {self.slower:.2f} times "
+                "as long"
+            )
         if self.kept:
             many = len(self.kept)
             lines.append(f"normalizations not folded: {many} (plan_fold says why)")
@@ -111,6 +139,7 @@ class Int8Report(Section):
                 "" if layer.output == layer.layer else layer.output,
                 layer.operation,
                 f"{layer.error:.2%}",
+                f"{layer.added:.2%}",
             ]
             for layer in self.layers
         ]
@@ -125,19 +154,28 @@ class Int8Report(Section):
             "error": number(self.error),
             "outputs": {name: number(error) for name, error in self.outputs.items()},
             "layers": [
-                {**layer._asdict(), "error": number(layer.error)}
+                {
+                    **layer._asdict(),
+                    "error": number(layer.error),
+                    "added": number(layer.added),
+                }
                 for layer in self.layers
             ],
             "equalized": [list(pair) for pair in self.equalized],
             "corrected": list(self.corrected),
             "kept": dict(self.kept),
             "floats": list(self.floats),
+            "scores": {name: number(score) for name, score in self.scores.items()},
+            "raised": {path: number(error) for path, error in self.raised.items()},
+            "conversions": self.conversions,
+            "larger": self.larger,
+            "slower": self.slower,
         }
 
     def section(self) -> Content:
         context = {
             "about": self._about(),
-            "said": self._said(),
+            "said": self.said(),
             "layers": [(layer, _tone(layer.error)) for layer in self.layers],
             "full_error": FULL_ERROR,
         }
@@ -174,4 +212,4 @@ def _tone(error):
     return "warning" if error <= LARGE_ERROR else "error"
 
 
-HEADER = ["layer", "with", "operation", "error"]
+HEADER = ["layer", "with", "operation", "error", "added"]

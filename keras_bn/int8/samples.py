@@ -9,39 +9,47 @@ from keras_bn.surgery.graph import graph_of
 
 
 def samples_of(model, data, steps=None, batch_size=None):
-    """The inputs in the data, as the file takes them.
+    """The inputs in the data, as the file takes them, and the labels.
 
     Returns:
-        A list of batches of the size that the model fixes, or of one sample; each a
-        list of arrays in the order of the model's inputs.
+        `(samples, labels)`: a list of batches of the size that the model fixes, or of
+        one sample, each a list of arrays in the order of the model's inputs; and the
+        labels of all of them, as the data has them, None without.
 
     Raises:
         ValueError: if there are none.
     """
     size = batch_of(model)
+    with_labels = data if isinstance(data, tuple) else (data,)
     parts = [
-        in_order(model, x)
-        for x, _, _ in batches(data, steps=steps, batch_size=batch_size)
+        (in_order(model, x), y)
+        for x, y, _ in batches(*with_labels, steps=steps, batch_size=batch_size)
     ]
     if not parts:
         raise ValueError("There is no data: not one batch came.")
+    inputs, labels = zip(*parts, strict=True)
     if size == 1:
-        return [
+        samples = [
             [array[i : i + 1] for array in arrays]
-            for arrays in parts
+            for arrays in inputs
             for i in range(len(arrays[0]))
         ]
-    whole = [np.concatenate(arrays) for arrays in zip(*parts, strict=True)]
-    samples = [
-        [array[i : i + size] for array in whole]
-        for i in range(0, len(whole[0]) - size + 1, size)
-    ]
-    if not samples:
-        raise ValueError(
-            f"'{model.name}' takes {size} samples at once, and the data has "
-            f"{len(whole[0])}."
-        )
-    return samples
+    else:
+        whole = [np.concatenate(arrays) for arrays in zip(*inputs, strict=True)]
+        samples = [
+            [array[i : i + size] for array in whole]
+            for i in range(0, len(whole[0]) - size + 1, size)
+        ]
+        if not samples:
+            raise ValueError(
+                f"'{model.name}' takes {size} samples at once, and the data has "
+                f"{len(whole[0])}."
+            )
+    if any(y is None for y in labels):
+        return samples, None
+    return samples, keras.tree.map_structure(
+        lambda *arrays: np.concatenate(arrays)[: size * len(samples)], *labels
+    )
 
 
 def batch_of(model):

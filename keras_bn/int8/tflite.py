@@ -17,8 +17,6 @@ from typing import NamedTuple
 import keras
 import numpy as np
 
-from keras_bn.pages.streams import stderr_held_back
-
 
 class ConversionError(Exception):
     """The converter's own message, if it refuses a model."""
@@ -44,12 +42,14 @@ class Operation(NamedTuple):
         name: as `"CONV_2D"`.
         outputs: the names of its output tensors.
         tensors: the indices of its output tensors.
+        inputs: the indices of its input tensors.
         dtypes: the dtypes of its inputs and outputs.
     """
 
     name: str
     outputs: tuple[str, ...]
     tensors: tuple[int, ...]
+    inputs: tuple[int, ...]
     dtypes: frozenset
 
 
@@ -104,8 +104,8 @@ def graph(function):
     return tf.function(function, autograph=False, reduce_retracing=True)
 
 
-def convert(function, inputs, samples=None, per_channel=True, bits=8, floats=False):
-    """A function of tensors as the content of a fully integer file.
+def convert(function, inputs, samples=None, per_channel=True, bits=8, floats=None):
+    """A function of tensors as the content of a file of integers.
 
     Args:
         function: takes a tensor for each input, and gives a dict of tensors by name.
@@ -115,7 +115,9 @@ def convert(function, inputs, samples=None, per_channel=True, bits=8, floats=Fal
             function has fake quantization everywhere.
         per_channel: whether each output channel of a kernel has a scale of its own.
         bits: of the activations with `samples`, 8 or 16.
-        floats: whether what has no counterpart of integers may stay in floats.
+        floats: None if nothing may stay in floats. Otherwise what has no counterpart of
+            integers does; and at 8 bits, those operations whose output tensors this
+            function names. It gets the `Interpreter` of a file all in floats.
 
     Returns:
         bytes.
@@ -129,31 +131,34 @@ def convert(function, inputs, samples=None, per_channel=True, bits=8, floats=Fal
 
     specs = [tf.TensorSpec(shape, dtype, name) for name, shape, dtype in inputs]
     traced = tf.function(function, input_signature=specs, autograph=False)
-    with alone():
-        concrete = traced.get_concrete_function()
-        _check_loops(concrete)
-        # The converter writes signatures only if this holds all that is captured.
-        holder = tf.Module()
-        holder.captured = list(concrete.graph.variables)
-        converter = tf.lite.TFLiteConverter.from_concrete_functions([concrete], holder)
-        converter.optimizations = [tf.lite.Optimize.DEFAULT]
-        dtype = {8: tf.int8, 16: tf.int16}[bits]
-        converter.inference_input_type = converter.inference_output_type = dtype
-        private.set_per_channel(converter, per_channel)
-        if samples is not None:
-            converter.representative_dataset = samples
-            sets = tf.lite.OpsSet
-            integer = {
-                8: sets.TFLITE_BUILTINS_INT8,
-                16: sets.EXPERIMENTAL_TFLITE_BUILTINS_ACTIVATIONS_INT16_WEIGHTS_INT8,
-            }[bits]
-            builtin = [sets.TFLITE_BUILTINS] if floats else []
-            converter.target_spec.supported_ops = [integer, *builtin]
-        try:
+    concrete = traced.get_concrete_function()
+    _check_loops(concrete)
+    # The converter writes signatures only if this holds all that is captured.
+    holder = tf.Module()
+    holder.captured = list(concrete.graph.variables)
+    converter = tf.lite.TFLiteConverter.from_concrete_functions([concrete], holder)
+    converter.optimizations = [tf.lite.Optimize.DEFAULT]
+    dtype = {8: tf.int8, 16: tf.int16}[bits]
+    converter.inference_input_type = converter.inference_output_type = dtype
+    private.set_per_channel(converter, per_channel)
+    if samples is not None:
+        converter.representative_dataset = samples
+        sets = tf.lite.OpsSet
+        integer = {
+            8: sets.TFLITE_BUILTINS_INT8,
+            16: sets.EXPERIMENTAL_TFLITE_BUILTINS_ACTIVATIONS_INT16_WEIGHTS_INT8,
+        }[bits]
+        builtin = [] if floats is None else [sets.TFLITE_BUILTINS]
+        converter.target_spec.supported_ops = [integer, *builtin]
+    try:
+        if floats is None or bits == 16:
             return converter.convert()
-        except Exception as error:  # it raises whatever its parts raise
-            failure = ConversionError(f"{error}{_named(concrete, str(error))}")
-    raise failure
+        content = private.measured(converter)
+        names = floats(Interpreter(content))
+        return private.quantized(content, dtype, per_channel, names)
+    except Exception as error:  # it raises whatever its parts raise
+        message = f"{error}{_named(concrete, str(error))}"
+        raise ConversionError(message) from error
 
 
 def _named(concrete, message):
@@ -181,17 +186,19 @@ class Interpreter:
     def __init__(self, content):
         self.content = content
         kind, resolver = _interpreter()
-        with alone():
+        with warnings.catch_warnings():
+            # TensorFlow asks callers of this class to take LiteRT's, as is done here.
+            warnings.filterwarnings("ignore", r"\s*Warning: tf\.lite\.Interpreter")
             self._interpreter = kind(
                 model_content=content,
                 # Delegates would keep the tensors between operations to themselves.
                 experimental_op_resolver_type=resolver.BUILTIN_WITHOUT_DEFAULT_DELEGATES,
                 experimental_preserve_all_tensors=True,
             )
-            self._interpreter.allocate_tensors()
-            runner = self._interpreter.get_signature_runner()
-            self._inputs = runner.get_input_details()
-            self._outputs = runner.get_output_details()
+        self._interpreter.allocate_tensors()
+        runner = self._interpreter.get_signature_runner()
+        self._inputs = runner.get_input_details()
+        self._outputs = runner.get_output_details()
 
     def operations(self):
         """The operations of the file, in order, as a list of `Operation`."""
@@ -203,6 +210,7 @@ class Interpreter:
                 operation["op_name"],
                 tuple(details[i]["name"] for i in operation["outputs"]),
                 tuple(map(int, operation["outputs"])),
+                tuple(map(int, operation["inputs"])),
                 frozenset(
                     np.dtype(details[i]["dtype"]).name
                     for i in (*operation["inputs"], *operation["outputs"])
@@ -315,11 +323,3 @@ def _interpreter():
 
         return tf.lite.Interpreter, tf.lite.experimental.OpResolverType
     return litert.Interpreter, litert.OpResolverType
-
-
-@contextlib.contextmanager
-def alone():
-    """Drop the notices that converter and interpreter print, and their warnings."""
-    with warnings.catch_warnings(), stderr_held_back():
-        warnings.simplefilter("ignore")
-        yield

@@ -5,20 +5,19 @@ import numpy as np
 from keras import layers
 
 
-def rounded(linear, name, kernel, bits=8):
+def rounded(linear, name, kernel):
     """A kernel as int8 keeps it: symmetric, with a scale for each output channel.
 
     Args:
         linear: the `Linear` of the layer.
         name: of the kernel.
         kernel: array.
-        bits: of each weight.
 
     Returns:
         An array of the shape of the kernel.
     """
     matrix, back = linear.as_matrix(name, kernel)
-    scale = np.abs(matrix).max(0) / (2 ** (bits - 1) - 1)
+    scale = np.abs(matrix).max(0) / 127
     scale = np.where(scale > 0, scale, 1.0)
     return back(np.rint(matrix / scale) * scale)
 

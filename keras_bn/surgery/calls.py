@@ -1,5 +1,6 @@
 """A model run call by call, so that each call can be named and its output seen."""
 
+import functools
 import itertools
 from typing import Any, NamedTuple
 
@@ -70,7 +71,8 @@ def run(model, inputs, around):
         model: a Functional or Sequential model.
         inputs: a list of tensors or arrays, in the order of `model.inputs`.
         around: `around(call, function)` gets a `Call`, and gives the outputs of the
-            call, which `function()` computes.
+            call, which `function()` computes: a `functools.partial`, with the arguments
+            of the call.
 
     Returns:
         The outputs, a list in the order of `model.outputs`.
@@ -96,7 +98,7 @@ def run(model, inputs, around):
                 single = isinstance(outputs, list | tuple) and len(outputs) == 1
                 return outputs[0] if single else outputs
             this = Call(next(indices), "/".join(path), operation)
-            return around(this, lambda: operation(*args, **kwargs))
+            return around(this, functools.partial(operation, *args, **kwargs))
 
         return call
 

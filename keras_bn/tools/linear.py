@@ -211,21 +211,6 @@ class Linear:
         """Take in an `Affine` along the given axes of the input."""
         raise NotImplementedError
 
-    def response(self, kernels, mean):
-        """What the layer makes of a constant input, away from borders.
-
-        Args:
-            kernels: arrays, by the names of the layer's kernels.
-            mean: array of one value per input channel.
-
-        Returns:
-            An array of one value per output channel, without the bias.
-        """
-        other = type(self)(self.layer, self.rank)
-        other.arrays = {**kernels, "bias": np.zeros(())}
-        other.take_input(Affine(np.ones_like(mean), mean))
-        return other.arrays["bias"]
-
     def take_input(self, affine):
         """Take in an `Affine` per channel of the input, whatever happens at borders."""
         raise NotImplementedError
@@ -513,7 +498,8 @@ class _With:
     """A layer with other values of some attributes."""
 
     def __init__(self, layer, attributes):
-        vars(self).update(attributes, _layer=layer)
+        self._layer = layer
+        vars(self).update(attributes)
 
     def __getattr__(self, name):
         return getattr(self._layer, name)

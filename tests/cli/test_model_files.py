@@ -140,8 +140,11 @@ def test_export_int8(saved, tmp_path, capsys):
     assert record["layers"][0]["error"] >= record["layers"][-1]["error"]
     assert record["bytes"] == out.stat().st_size
     assert "--force" in refused(capsys, "export-int8", *arguments)
-    options = "--force", "--equalize", "--correct-bias"
-    assert run("export-int8", *arguments, *options) == 0
+    for options in (
+        ("--equalize", "--no-correct-bias"),
+        ("--activations", "16", "--keep-float", "*"),
+    ):
+        assert run("export-int8", *arguments, "--force", *options) == 0
     assert not list(tmp_path.glob(".*"))
 
 
@@ -166,8 +169,31 @@ def test_export_int8_writes_nothing_beyond_the_tolerance(saved, tmp_path, capsys
     printed = " ".join(capsys.readouterr().out.split())
     assert "nothing written" in printed
     assert "Try samples in --data" in printed
-    assert "--equalize and --correct-bias" in printed
+    assert "--equalize; --lose X, with labels in --data, or --activations 16" in printed
     assert not out.exists()
+
+
+@EXPORTS
+def test_export_int8_keeps_layers_in_floats(saved, tmp_path, capsys):
+    in_, out, data = (tmp_path / n for n in ("in.keras", "out.tflite", "data.npz"))
+    x = inputs_of(saved, 20)
+    arguments = in_, out, "--data", data, "--json", tmp_path / "j.json"
+    np.savez(data, x=x)
+    assert run("export-int8", *arguments, "--keep-float", "*dense*") == 0
+    assert "in floats: " in capsys.readouterr().out
+    floats = json.loads((tmp_path / "j.json").read_text())["floats"]
+    assert floats
+    message = refused(capsys, "export-int8", *arguments, "--force", "--lose", "0.1")
+    assert "`--lose` needs labels: give them in `--data DATA`, as y." in message
+    y = saved.predict(x, verbose=0)
+    np.savez(data, x=x, y=y.argmax(-1))
+    assert run("export-int8", *arguments, "--force", "--lose", "0.5") == 0
+    assert "metric: 1 in floats" in " ".join(capsys.readouterr().out.split())
+    assert json.loads((tmp_path / "j.json").read_text())["scores"]["float"] == 1.0
+    message = refused(
+        capsys, "export-int8", *arguments, "--force", "--keep-float", "gone"
+    )
+    assert "`--keep-float` names 'gone'" in message
 
 
 @EXPORTS

@@ -21,19 +21,18 @@ pytestmark = [pytest.mark.usefixtures("seeded"), takes_fake_quantization]
 ON_TENSORFLOW = backend.NAME == "tensorflow"
 
 
-def rounded(x, low, high, bits, least=0):
+def rounded(x, low, high, least=0):
     """The nearest of the values that a range has, and where x is within these."""
     low, high = np.float32(low), np.float32(high)
-    scale = (high - low) / np.float32(2**bits - 1 - least)
+    scale = (high - low) / np.float32(255 - least)
     zero = np.rint(least - low / scale)
-    first, last = (least - zero) * scale, (2**bits - 1 - zero) * scale
+    first, last = (least - zero) * scale, (255 - zero) * scale
     value = np.rint(np.clip(x, first, last) / scale) * scale
     return value, (x >= first) & (x <= last)
 
 
-@pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("whole", [True, False])
-def test_values_and_gradients_of_the_rounding(whole, bits):
+def test_values_and_gradients_of_the_rounding(whole):
     rng = np.random.default_rng(0)
     x, upstream = rng.normal(size=(2, 40, 5)).astype("float32")
     if whole:
@@ -42,12 +41,12 @@ def test_values_and_gradients_of_the_rounding(whole, bits):
         limit = np.abs(x).max(0) * np.float32([0.3, 0.7, 0.99, 1.2, 1.9])
         function, bounds = fake.per_channel, (limit,)
     y, (gradient,) = backend.vjp(
-        lambda x: function(x, *map(backend.tensor, np.float32(bounds)), bits),
+        lambda x: function(x, *map(backend.tensor, np.float32(bounds))),
         [backend.tensor(x)],
         backend.tensor(upstream),
     )
     low, high = bounds if whole else (-limit, limit)
-    expected, inside = rounded(x, low, high, bits, 0 if whole else 1)
+    expected, inside = rounded(x, low, high, 0 if whole else 1)
     np.testing.assert_allclose(backend.array(y), expected, atol=1e-6)
     np.testing.assert_array_equal(backend.array(gradient), upstream * inside)
 
@@ -202,5 +201,3 @@ def test_what_cannot_be_exported_is_refused_by_name():
     message = r"the activation of 'dense', 'r' of .* no integers for LSTM, elu\."
     with pytest.raises(ValueError, match=message):
         keras_bn.quantize_aware(model, x)
-    # No file is to be made of other widths.
-    keras_bn.quantize_aware(model, x, activation_bits=12)

@@ -15,15 +15,14 @@ from support import backend
 from support.zoo import randomized
 
 import keras_bn
-from keras_bn.int8 import correct as correction
 from keras_bn.int8 import tflite, weights
+from keras_bn.int8.correct import correct, shifts_of
 from keras_bn.int8.equalize import equalize, input_range, output_range
 from keras_bn.int8.export import integer_file
 from keras_bn.int8.report import Int8Layer, Int8Report
 from keras_bn.surgery.copying import copy_model
 from keras_bn.surgery.view import ModelView
 from keras_bn.tools.compare import relative_difference
-from keras_bn.tools.fold import FoldPlan
 from keras_bn.tools.linear import linear
 
 tf = backend.tensorflow("its converter writes these files")
@@ -323,9 +322,8 @@ def chain():
 def test_equalization_changes_ranges_and_not_the_model():
     model = stretched(chain())
     before = model(images())
-    pairs, scales = equalize(ModelView(model))
+    pairs = equalize(ModelView(model))
     assert pairs == [("conv", "depthwise"), ("depthwise", "last"), ("last", "head")]
-    assert set(scales) == {"depthwise", "last", "head"}
     assert relative_difference(before, model(images())) < 1e-4
     for first, second in pairs:
         left, right = model.get_layer(first), model.get_layer(second)
@@ -355,65 +353,69 @@ def test_what_cannot_be_equalized_stays(between):
         x = layers.Activation("tanh")(x)
     x = layers.Dense(3)(x)
     outputs = [x, first] if between == "two consumers" else x
-    assert equalize(ModelView(keras.Model(image, outputs))) == ([], {})
+    assert equalize(ModelView(keras.Model(image, outputs))) == []
 
 
-@pytest.mark.parametrize("high", [np.inf, 1.5])
-def test_moments_of_a_cut_normal(high):
-    mean, stddev = np.array([-1.0, 0.0, 2.0, 0.3]), np.array([0.5, 1.0, 3.0, 0.0])
-    drawn = np.random.default_rng(0).normal(mean, stddev, (400_000, 4))
-    cut = np.clip(drawn, 0, high)
-    found = correction.cut(correction.Normal(mean, stddev), high)
-    np.testing.assert_allclose(found.mean, cut.mean(0), atol=0.01)
-    np.testing.assert_allclose(found.stddev, cut.std(0), atol=0.01)
+def off(model, other, name):
+    """How far the channel means of a layer's output are off in another model."""
+    means = [
+        keras.Model(each.input, each.get_layer(name).output)
+        .predict(images(), verbose=0)
+        .mean((0, 1, 2))
+        for each in (model, other)
+    ]
+    return np.sqrt(np.mean(np.square(means[0] - means[1])))
 
 
-def test_bias_correction_takes_out_the_mean_error(monkeypatch):
-    """With coarse weights, and inputs that have the moments of beta and gamma."""
-    monkeypatch.setattr(weights, "rounded", functools.partial(weights.rounded, bits=3))
-    model = small()
-    keras_bn.recalibrate(model, images(400), batch_size=400, verbose=0)
-    view = ModelView(model)
-    plan = FoldPlan(view)
-    folded = plan.folded_model()
+def rounded(model):
+    """The model with rounded kernels."""
+    for layer in model._flatten_layers():
+        if (edit := linear(layer)) is not None:
+            kernel = weights.rounded(edit, "kernel", layer.kernel.numpy())
+            layer.kernel.assign(kernel)
+    return model
 
-    def coarse(model):
-        """The model with rounded kernels."""
-        for layer in model._flatten_layers():
-            if edit := linear(layer):
-                kernel = weights.rounded(edit, "kernel", layer.kernel.numpy())
-                layer.kernel.assign(kernel)
-        return model
 
-    def off(model, other):
-        """How far the channel means of a layer's output are off."""
-        means = [
-            keras.Model(each.input, each.get_layer("project").output)
-            .predict(images(400), verbose=0)
-            .mean((0, 1, 2))
-            for each in (model, other)
-        ]
-        return np.sqrt(np.mean(np.square(means[0] - means[1])))
+def test_bias_correction_takes_out_the_mean_error():
+    folded = keras_bn.fold(small())
+    samples = [[images()[i : i + 1]] for i in range(24)]
+    shifts = shifts_of(ModelView(folded), samples)
+    assert set(shifts) == {"conv", "depthwise", "project", "inner/strided", "head"}
+    corrected, _ = copy_model(folded)
+    correct(ModelView(corrected), shifts)
+    plain, corrected = rounded(copy_model(folded)[0]), rounded(corrected)
+    assert off(folded, corrected, "conv") < 0.02 * off(folded, plain, "conv")
+    assert off(folded, corrected, "project") < 0.3 * off(folded, plain, "project")
 
-    corrected, of = copy_model(folded)
-    paths = correction.correct(ModelView(folded), of, view, plan, {})
-    assert set(paths) == {"depthwise", "project"}
-    before, after = (
-        off(folded, coarse(keras_bn.fold(model))),
-        off(folded, coarse(corrected)),
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_biases_of_every_kind_are_corrected(kind):
+    shape, make = KINDS[kind]
+    model = randomized(keras.Sequential([keras.Input(shape), *make()]))
+    x = images(16, shape) + 1
+    shifts = shifts_of(ModelView(model), [[x]])
+    ((path, shift),) = shifts.items()
+    edit, before = linear(model.layers[0]), model(x).numpy()
+    for name in edit.names:
+        variable = getattr(model.layers[0], name)
+        variable.assign(weights.rounded(edit, name, variable.numpy()))
+    axis = 1 if kind == "channels first" else before.ndim - 1
+    others = tuple(i for i in range(before.ndim) if i != axis)
+    np.testing.assert_allclose(
+        shift, (model(x) - before).numpy().mean(others), atol=1e-6
     )
-    assert after < 0.5 * before
+    assert path == model.layers[0].name
 
 
-def test_bias_correction_after_equalization():
+def test_biases_of_layers_in_floats_are_not_corrected():
     model = small()
-    plain, both = (
-        integer_file(model, images(), equalize=True, correct_bias=correct)[1]
-        for correct in (False, True)
-    )
-    assert both.corrected == ["depthwise", "project"]
-    assert plain.equalized == both.equalized == [("depthwise", "project")]
-    assert both.error < 2 * plain.error
+    plain = integer_file(model, images())[1]
+    assert plain.corrected == ["conv", "depthwise", "project", "inner/strided", "head"]
+    assert integer_file(model, images(), correct_bias=False)[1].corrected == []
+    # An operation with its ReLU, which is named, leaves the integers with it.
+    report = integer_file(model, images(), keep_float=["conv_relu", "head"])[1]
+    assert report.floats == ["conv", "conv_relu", "head"]
+    assert report.corrected == ["depthwise", "project", "inner/strided"]
 
 
 class Own(keras.Model):
@@ -619,6 +621,131 @@ def test_activations_of_16_bits_lose_less():
         errors.append(report.error)
     # What is left is that of the kernels.
     assert errors[1] < 0.8 * errors[0]
+
+
+def test_layers_that_have_integers_stay_in_floats_where_named():
+    model = small()
+    options = {"keep_float": ["inner/*", "project", "head"]}
+    content, report = integer_file(model, images(), **options)
+    assert report.floats == ["project", "inner/strided", "head"]
+    operations = tflite.Interpreter(content).operations()
+    floats = [o.name for o in operations if o.dtypes == {"float32"}]
+    assert floats == ["CONV_2D", "CONV_2D", "FULLY_CONNECTED"]
+    integer = integer_file(model, images())[1]
+    assert report.error < integer.error
+    assert report.size > integer.size
+    # The converter cannot do so beside 16 bits.
+    wide = integer_file(model, images(), activations=16, **options)[1]
+    assert wide.floats == []
+    everything = integer_file(model, images(), keep_float=["*"])[1]
+    assert everything.error < integer.error
+
+
+def test_layers_at_outputs_are_found_by_their_outputs():
+    image = keras.Input((8, 8, 3))
+    x = layers.Conv2D(4, 3, name="conv")(image)
+    outputs = [layers.ReLU(name="relu")(x), layers.ELU(name="elu")(x)]
+    y = layers.Conv2D(4, 3, activation="relu", name="other")(image)
+    model = keras.Model(image, [*outputs, y])
+    report = integer_file(model, images(), keep_float=["elu", "other"])[1]
+    assert sorted(report.floats) == ["elu", "other"]
+    operations = {each.layer: each.operation for each in report.layers}
+    assert operations["elu"] == "ELU"
+    assert operations["other"] == "CONV_2D"
+
+
+def test_without_the_private_name_of_tensorflow_integers_alone_are_written(monkeypatch):
+    from keras_bn.backends.tensorflow import private
+
+    monkeypatch.setattr(private, "_lite", None)
+    integer_file(chain(), images(4))
+    with pytest.raises(ValueError, match="cannot keep operations in floats"):
+        integer_file(chain(), images(4), keep_float=["last"])
+
+
+def spoiled():
+    """A chain in which one channel is so large that int8 has no room for the others."""
+    model = chain()
+    conv, depthwise = model.get_layer("conv"), model.get_layer("depthwise")
+    factor = np.ones(8, "float32")
+    factor[0] = 300.0
+    conv.kernel.assign(conv.kernel * factor)
+    conv.bias.assign(conv.bias * factor)
+    depthwise.kernel.assign(depthwise.kernel / factor[:, None])
+    return model
+
+
+@functools.cache
+def labelled():
+    """A spoiled model, and labels that it is right about."""
+    model = spoiled()
+    return model, images(96), model.predict(images(96), verbose=0).argmax(-1)
+
+
+def test_what_a_layer_adds_to_the_error_is_told():
+    model, x, _ = labelled()
+    report = integer_file(model, x)[1]
+    added = {each.layer: each.added for each in report.layers}
+    assert added["conv"] < 0.3 * added["depthwise"]
+    for each in report.layers:
+        assert 0 <= each.added <= each.error
+    first = next(each for each in report.layers if each.layer == "conv")
+    assert first.added == first.error
+
+
+def test_layers_stay_in_floats_until_little_is_lost(tmp_path):
+    model, x, y = labelled()
+    path = tmp_path / "model.tflite"
+    report = keras_bn.export_int8(model, path, (x, y), lose=0.02)
+    assert report.scores["float"] == 1.0
+    assert report.scores["int8"] < 0.9
+    assert report.scores["file"] >= 0.98
+    assert "depthwise" in report.raised
+    assert len(report.raised) < len(report.layers)
+    assert 1 < report.conversions <= 8
+    assert report.larger == pytest.approx(
+        path.stat().st_size / integer_file(model, x)[1].size, rel=0.01
+    )
+    assert report.slower > 0
+    for said in (
+        "kept in floats for it: ",
+        "times as large",
+        "metric: 1 in",
+    ):
+        assert said in str(report)
+    assert report.to_dict()["raised"] == report.raised
+    # One-hot labels, and integers alone where these are good enough.
+    wide = integer_file(model, (x, np.eye(4)[y]), lose=0.9)[1]
+    assert (wide.raised, wide.floats, wide.conversions) == ({}, [], 1)
+    assert wide.scores["file"] == wide.scores["int8"] == report.scores["int8"]
+
+
+def test_any_metric_and_a_bound_that_nothing_reaches():
+    model, x, _ = labelled()
+    expected = model.predict(x, verbose=0)
+
+    def metric(labels, outputs):
+        assert labels.shape == (96,)
+        return -np.abs(outputs - expected).max()
+
+    with pytest.raises(
+        ValueError, match=r"No file of .* loses at most 0: the metric is"
+    ):
+        integer_file(model, (x, np.zeros(96)), lose=0.0, metric=metric)
+
+
+def test_refusals_of_lose():
+    model, x, y = labelled()
+    for lose in (-0.1, math.nan, math.inf):
+        with pytest.raises(ValueError, match="`lose` must be a number, 0 or greater"):
+            integer_file(model, (x, y), lose=lose)
+    with pytest.raises(ValueError, match=r"`lose` needs labels.*`\(x, y\)`"):
+        integer_file(model, x, lose=0.1)
+    with pytest.raises(ValueError, match=r"beside 8 bits.*activations=16"):
+        integer_file(model, (x, y), lose=0.1, activations=16)
+    two = keras.Model(model.inputs, [model.outputs[0], model.layers[0].output])
+    with pytest.raises(ValueError, match=r"one output.*Give another `metric`"):
+        integer_file(two, (x, y), lose=0.1)
 
 
 def test_what_may_stay_in_floats_is_named_rightly():

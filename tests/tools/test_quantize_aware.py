@@ -8,13 +8,14 @@ import pytest
 from keras import layers, ops
 from support import backend
 from support.backend import array
-from support.marks import slow, takes_fake_quantization
+from support.marks import takes_fake_quantization
 from support.zoo import randomized
 
 import keras_bn
 from keras_bn.int8 import tflite, weights
+from keras_bn.int8.convert import constant
 from keras_bn.int8.export import integer_file
-from keras_bn.int8.layers import Constants, FakeQuantizedLinear, FakeQuantizer
+from keras_bn.int8.layers import FakeQuantizedLinear, FakeQuantizer
 from keras_bn.surgery.view import ModelView
 from keras_bn.tools.linear import linear
 
@@ -81,20 +82,19 @@ def check_file(model, x, same=0.4, most=5):
     return report
 
 
-@pytest.mark.parametrize("bits", [8, slow(4)])
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_file_computes_what_the_model_does(kind, bits):
+def test_the_file_computes_what_the_model_does(kind):
     shape, make = KINDS[kind]
     bn = keras_bn.BatchNormalization(axis=1 if kind == "channels first" else -1)
     stack = [keras.Input(shape), *make(), bn, layers.ReLU()]
     model = randomized(keras.Sequential(stack))
-    aware = keras_bn.quantize_aware(model, images(16, shape), weight_bits=bits)
+    aware = keras_bn.quantize_aware(model, images(16, shape))
     assert not any(isinstance(each, type(bn)) for each in aware.layers)
-    exact = bits == 8 and kind != "separable"  # which is two operations
+    exact = kind != "separable"  # which is two operations
     check_file(aware, images(16, shape), *((0.97, 1) if exact else (0.85, 5)))
     expected = called(model, images(16, shape))
     found = error(called(aware, images(16, shape)), expected)
-    assert (0.001 < found < 0.04) if bits == 8 else (0.03 < found < 0.3)
+    assert 0.001 < found < 0.04
 
 
 def test_a_whole_network(shared):
@@ -177,11 +177,11 @@ def test_a_softmax_has_the_range_that_tflite_gives_it():
     check_file(aware, images(24, (6,)))
 
 
-def wrapped(bits=4, **options):
+def wrapped(**options):
     """A convolution and its normalization, rounded together; and both alone."""
     conv = layers.Conv2D(5, 3, use_bias=options.pop("use_bias", False))
     norm = keras_bn.BatchNormalization(**options)
-    layer = FakeQuantizedLinear(conv, norm, bits)
+    layer = FakeQuantizedLinear(conv, norm)
     layer.build((None, 8, 8, 3))
     randomized(keras.Sequential([keras.Input((8, 8, 3)), conv, norm]))
     return layer, conv, norm
@@ -198,9 +198,8 @@ def test_training_is_the_whitepapers_formula(use_bias, affine):
     sigma = np.sqrt(variance + norm.epsilon)
     plain = conv(x).numpy()
     batch_sigma = np.sqrt(plain.var((0, 1, 2)) + norm.epsilon)
-    rounded = weights.rounded(
-        linear(conv), "kernel", conv.kernel.numpy() * gamma / sigma, 4
-    )
+    folded = conv.kernel.numpy() * gamma / sigma
+    rounded = weights.rounded(linear(conv), "kernel", folded)
     whole = ops.conv(x, rounded.astype("float32")).numpy()
     # Section 3.2.2: the correction c is the batch's deviation over the moving one.
     bias = conv.bias.numpy() if use_bias else 0.0
@@ -216,7 +215,7 @@ def test_inference_and_frozen_training_use_the_weights_of_the_file(frozen):
     layer, conv, norm = wrapped(use_bias=True)
     norm.freeze_statistics = frozen
     scale = norm.gamma / ops.sqrt(norm.moving_variance + norm.epsilon)
-    rounded = weights.rounded(linear(conv), "kernel", (conv.kernel * scale).numpy(), 4)
+    rounded = weights.rounded(linear(conv), "kernel", (conv.kernel * scale).numpy())
     offset = (conv.bias - norm.moving_mean) * scale + norm.beta
     expected = ops.conv(images(6), rounded.astype("float32")) + offset
     before = norm.moving_mean.numpy()
@@ -230,8 +229,8 @@ def test_inference_and_frozen_training_use_the_weights_of_the_file(frozen):
 
 @pytest.mark.parametrize("training", [True, False])
 def test_gradients_go_straight_through(training):
-    """At 8 bits they are nearly those of the layers unrounded; none is cut off."""
-    layer, conv, norm = wrapped(bits=8)
+    """They are nearly those of the layers unrounded; none is cut off."""
+    layer, conv, norm = wrapped()
     x = tf.constant(images(6))
     upstream = np.random.default_rng(2).normal(size=(6, 6, 6, 5)).astype("float32")
 
@@ -397,17 +396,10 @@ def test_refusals(name):
 
 def test_refused_arguments():
     model = small()
-    for options in {"weight_bits": 9}, {"weight_bits": 1}, {"activation_bits": 8.0}:
-        (name,) = options
-        with pytest.raises(ValueError, match=f"`{name}` must be a whole number"):
-            keras_bn.quantize_aware(model, images(), **options)
     with pytest.raises(ValueError, match="not one batch"):
         keras_bn.quantize_aware(model, iter(()), steps=2)
     with pytest.raises(ValueError, match=r"values at .* are not finite"):
         keras_bn.quantize_aware(model, images() * np.nan)
-    wide = keras_bn.quantize_aware(model, images(), activation_bits=12)
-    with pytest.raises(ValueError, match="rounds to 12 bits"):
-        integer_file(wide)
 
 
 def test_a_model_that_rounds_already_is_refused(shared):
@@ -529,11 +521,12 @@ def test_one_channel_with_a_trained_bias_is_exported(name, tmp_path):
 def test_no_weights_are_zero_while_it_is_checked_that_a_file_can_be_made():
     """The converter leaves zeros out, which training changes."""
     layer = FakeQuantizedLinear(layers.Dense(3, kernel_initializer="zeros"))
-    layer.build((None, 2))
+    view = ModelView(keras.Sequential([keras.Input((2,)), layer]))
     for trained in False, True:
-        constants = Constants(layer, trained)
-        assert constants.kernel("kernel").numpy().any() == trained
-        assert constants.bias.any() == trained
+        with constant(view, trained):
+            kernels, bias = layer.baked
+            assert kernels["kernel"].any() == bias.any() == trained
+    assert layer.baked is None
 
 
 @pytest.mark.parametrize("activation", ["hard_sigmoid", "softplus", "selu", "mish"])

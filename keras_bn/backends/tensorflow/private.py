@@ -24,6 +24,9 @@ record = _imported("tensorflow.python.eager.record")
 _framework_ops = _imported("tensorflow.python.framework.ops")
 # `GraphOrParentsInXlaContext(graph)`: no public name says what XLA compiles.
 _control_flow = _imported("tensorflow.python.ops.control_flow_util")
+# `mlir_quantize(...)`: the second half of `TFLiteConverter.convert`, which alone takes
+# the operations that are to stay in floats.
+_lite = _imported("tensorflow.lite.python.convert")
 
 
 def in_xla(graph) -> bool:
@@ -58,6 +61,36 @@ def copy_function(function: Any, python_function: Any) -> Any:
 def set_per_channel(converter: tf.lite.TFLiteConverter, value: bool) -> None:
     """Whether each output channel of a kernel gets a scale of its own in the file."""
     converter._experimental_disable_per_channel = not value
+
+
+def measured(converter: tf.lite.TFLiteConverter) -> bytes:
+    """The first half of a conversion: a file of floats with the samples' ranges."""
+    converter._experimental_calibrate_only = True
+    return converter.convert()
+
+
+def quantized(
+    content: bytes, dtype: tf.DType, per_channel: bool, names: list[str]
+) -> bytes:
+    """The second half of a conversion.
+
+    Args:
+        content: what `measured` gives.
+        dtype: of the inputs and outputs of the file.
+        per_channel: as in `set_per_channel`.
+        names: of the output tensors of the operations that stay in floats.
+    """
+    if (quantize := getattr(_lite, "mlir_quantize", None)) is None:
+        raise NotImplementedError(
+            f"TensorFlow {tf.__version__} cannot keep operations in floats"
+        )
+    return quantize(
+        content,
+        disable_per_channel=not per_channel,
+        input_data_type=dtype,
+        output_data_type=dtype,
+        denylisted_nodes=names,
+    )
 
 
 def operations(interpreter: Any) -> list[dict[str, Any]]:
