@@ -9,8 +9,9 @@ import keras
 from keras_bn.layer.arguments import AFFINE
 from keras_bn.surgery.copying import copy_model
 from keras_bn.surgery.exchange import exchange
+from keras_bn.surgery.functional import opened
 from keras_bn.surgery.graph import scope_of_copies
-from keras_bn.surgery.norms import MadeByTool, warn_of_others
+from keras_bn.surgery.norms import MadeByTool, is_normalization, warn_of_others
 from keras_bn.surgery.private import require
 from keras_bn.surgery.view import ModelView
 from keras_bn.tools.fuse import separate
@@ -43,7 +44,9 @@ def replace(
             to the layer for its place; None leaves the normalization.
 
     Returns:
-        The copy, which is not compiled.
+        The copy, which is not compiled. A subclassed model stays one of its class, but
+        where its code passes an argument such as `mask=None`, which the new layer does
+        not take: then it is the Functional model of `keras_bn.functional`.
 
     Raises:
         TypeError: if `model` is not a Keras layer or model, or `by` gives anything but
@@ -51,7 +54,7 @@ def replace(
         ValueError: for a model that is not built or has no batch normalization, for
             one from `keras_bn.quantize_aware`, for statistics over several axes with
             `"group"`, and for a call with arguments that the new layer does not take,
-            such as a mask.
+            such as a mask, also in the code of a class that can be opened.
 
     Source: Wu and He, "Group Normalization", 2018.
 
@@ -78,8 +81,8 @@ def replace(
     make = _group if by == "group" else by
     view = ModelView(model)
     view.check_built()
-    layers = view.normalizations
-    if not layers:
+    norms = [(path, layer) for path, layer in view.layers if is_normalization(layer)]
+    if not norms:
         raise ValueError(f"'{model.name}' has no batch normalization to replace.")
     for path, layer in view.layers:
         if isinstance(layer, MadeByTool) and layer.folded_normalization is not None:
@@ -88,18 +91,36 @@ def replace(
                 "normalization. Replace the layers of the model that it was made from."
             )
     with scope_of_copies(model):
-        new_layers = {path: _made(make, norm, path) for path, norm in layers.items()}
-    _check_all_different(new_layers)
-    _check_calls(view, {id(layers[path]): new for path, new in new_layers.items()})
-    copy, of = copy_model(model, compiled=False, view=view)
+        made = [(norm, path, _made(make, norm, path)) for path, norm in norms]
+    _check_all_different(made)
+    made = [(norm, path, layer) for norm, path, layer in made if layer is not None]
+    if norms[0][1] is model:
+        return made[0][2] if made else copy_model(model, compiled=False, view=view)[0]
+    with opened(view) as (graph, closed):
+        _check_calls(graph, {id(norm): layer for norm, _, layer in made})
+    copy = _replaced(view, made)
+    if graph is not view:
+        with opened(ModelView(copy)) as (_, closed_now):
+            fails = len(closed_now) > len(closed)
+        if fails:  # its own code calls the new layers with what they do not take
+            with opened(view) as (graph, _):
+                copy = _replaced(graph, made)
     warn_of_others(model)
-    pairs = [
-        (of(layers[path]), layer)
-        for path, layer in new_layers.items()
-        if layer is not None
-    ]
-    if any(layer is model for layer in layers.values()):
-        return pairs[0][1] if pairs else copy
+    return copy
+
+
+def _replaced(view, made):
+    """A copy of the model of a view, with other layers in it.
+
+    Args:
+        view: a `ModelView`.
+        made: a list of a normalization, its path, and the layer for its place.
+    """
+    copy, of = copy_model(view.model, compiled=False, view=view)
+    pairs = [(of(norm), layer) for norm, _, layer in made]
+    for (old, new), (_, path, _) in zip(pairs, made, strict=True):
+        if new.name == path.rpartition("/")[2]:
+            new.name = old.name  # in a graph, no two may have the same
     view = ModelView(copy)
     separate(view)  # the new layers follow no deferred affine maps
     exchange(pairs, view.holders)
@@ -158,12 +179,12 @@ def _group(norm):
     )
 
 
-def _check_all_different(layers):
+def _check_all_different(made):
     """Refuse one layer for two places, which would share its variables."""
-    first: dict[int, str] = {}
-    for path, layer in layers.items():
-        other = first.setdefault(id(layer), path)
-        if layer is not None and other != path:
+    first: dict[int, tuple] = {}
+    for norm, path, layer in made:
+        before, other = first.setdefault(id(layer), (norm, path))
+        if layer is not None and before is not norm:
             raise ValueError(
                 f"`by` must give each normalization a layer of its own. Received: "
                 f"'{layer.name}' for '{other}' and for '{path}'"

@@ -67,6 +67,38 @@ def test_a_subclassed_model(bn):
     np.testing.assert_allclose(array(whole)[:1], array(alone), rtol=1e-4, atol=1e-5)
 
 
+class Passing(keras.Model):
+    """Passes an argument to its normalizations, which have one name."""
+
+    def __init__(self, mask=None):
+        super().__init__()
+        self.dense = [layers.Dense(4), layers.Dense(3)]
+        self.norms = [keras_bn.BatchNormalization(name="norm") for _ in range(2)]
+        self.mask = mask
+
+    def call(self, x):
+        for dense, norm in zip(self.dense, self.norms, strict=True):
+            x = norm(dense(x), mask=self.mask and self.mask(x))
+        return x
+
+
+def test_a_subclassed_model_whose_code_passes_arguments(tmp_path):
+    model = Passing()
+    x = np.random.default_rng(0).normal(size=(5, 6)).astype("float32")
+    model(x)
+    replaced = keras_bn.replace(model)
+    assert len(found(replaced, layers.GroupNormalization)) == 2
+    whole, alone = replaced(x, training=True), replaced(x[:1], training=True)
+    np.testing.assert_allclose(array(whole)[:1], array(alone), rtol=1e-4, atol=1e-5)
+    assert [norm.name for norm in model.norms] == ["norm", "norm"]
+    replaced.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    np.testing.assert_allclose(array(loaded(x)), array(whole), rtol=1e-5)
+    model.mask = lambda x: keras.ops.any(x > 0, -1)
+    with pytest.raises(ValueError, match="'norm' would be called with `mask`"):
+        keras_bn.replace(model)
+
+
 @pytest.mark.parametrize(
     ("shape", "options", "groups"),
     [
