@@ -16,6 +16,7 @@ def run(arguments):
     folded_into = {f.layer: f.into for f in folds if f.into is not None}
     results = {
         "folded": folded_into,
+        "sums": {f.layer: f.into for f in folds.sums},
         "stays": {f.layer: f.reason for f in folds if f.into is None},
         "relative_difference": difference,
     }
@@ -28,7 +29,7 @@ def run(arguments):
         )
     else:
         closing = f"{compared}: nothing written"
-    rows = [[f.layer, f.into or "stays", f.reason] for f in folds]
+    rows = [[f.layer, f.into or "stays", f.reason] for f in [*folds, *folds.sums]]
     show(
         arguments,
         results,

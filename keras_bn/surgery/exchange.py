@@ -67,38 +67,53 @@ def _exchange(pairs, holders):
         replace(holder, others)
 
 
-def bypass(view, layers):
-    """Take layers of one input and one output out of the graphs of a model.
+def bypass(view, layers, others=None):
+    """Take layers out of the graphs of a model, and those that nothing needs then.
 
     Args:
         view: the `ModelView` of a model, which is changed in place.
-        layers: the layers, each called once in some graph. Whatever takes the output
-            of one then takes its input.
+        layers: layers of one input and one output, each called once in some graph.
+            Whatever takes the output of one then takes its input.
+        others: the tensors that are taken instead of further tensors, by their `id`.
 
     Raises:
         BrokenPromiseError: if one is still in the model, or an output is cut off.
     """
     ids = {id(layer): GONE for layer in layers}
+    before = _operations(view)
     for graph in view.graphs:
         instead: dict = {}
         for node in nodes(graph):
-            if id(node.operation) in ids:
+            output = id(node.outputs[0])
+            if others and output in others:
+                source = others[output]
+            elif id(node.operation) in ids:
                 source = input_of(node)
-                instead[id(node.outputs[0])] = instead.get(id(source), source)
+            else:
+                continue
+            instead[output] = instead.get(id(source), source)
         if not instead:
             continue
         for node in nodes(graph):
             if id(node.operation) not in ids:
                 _take_other_inputs(node, instead)
-        for operation in graph._operations:
-            users = operation._outbound_nodes
-            users[:] = [node for node in users if id(node.operation) not in ids]
         replace(graph, instead)
         redraw(graph)
         graph.output_names = [t._keras_history.operation.name for t in graph.outputs]
+    after = _operations(view)
+    fallen = [op for key, op in before.items() if key not in after]
+    ids |= {id(op): GONE for op in fallen if view.called_once(op)}
+    for operation in after.values():
+        users = operation._outbound_nodes
+        users[:] = [node for node in users if id(node.operation) not in ids]
     for holder in view.holders:
         replace(holder, ids)
     promises.bypassed(view.holders, layers)
+
+
+def _operations(view):
+    """What the graphs of a model call, by `id`."""
+    return {id(op): op for graph in view.graphs for op in graph._operations}
 
 
 def redraw(graph):

@@ -318,7 +318,12 @@ def _described(node, numbers):
     """What a call calls on what, to compare two calls of one model."""
     operation = node.operation
     parts: list = [id(operation)]
-    if not isinstance(operation, keras.layers.Layer):
+    if isinstance(operation, keras.layers.Layer):
+        if _is_librarys(type(operation)) and not operation.variables:
+            # A `call` may make it anew each time, as `layers.Add()([x, y])`.
+            state = {k: v for k, v in operation.get_config().items() if k != "name"}
+            parts = [type(operation), repr(sorted(state.items()))]
+    else:
         state = {k: v for k, v in vars(operation).items() if k[0] != "_"}
         state.pop("name", None)
         parts = [type(operation), repr(sorted(state.items()))]

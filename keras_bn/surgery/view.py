@@ -21,8 +21,8 @@ class ModelView:
         layers: a list of `(path, layer)`, each layer once, in Keras's order. The model
             comes first, under its own name.
         graphs: the Functional models in it, each once.
-        calls: the nodes of these graphs, each once; of those in one graph, each after
-            those that it depends on.
+        calls: the nodes of these graphs, each once, and after those that it depends on;
+            those in a model come before the first call of that model.
 
     Raises:
         TypeError: if `model` is not a Keras layer or model.
@@ -37,7 +37,7 @@ class ModelView:
         unique = {id(graph): graph for graph in graphs if graph is not None}
         self.graphs = list(unique.values())
         # A tensor may be in two graphs, as in a model and a part made of its tensors.
-        calls = {id(node): node for graph in self.graphs for node in nodes(graph)}
+        calls = {id(node): node for graph in self.graphs for node in _within(graph)}
         self.calls = list(calls.values())
         self._outputs = {id(t) for graph in self.graphs for t in graph.outputs}
         self._producers = {id(t): node for node in self.calls for t in node.outputs}
@@ -108,3 +108,12 @@ class ModelView:
             return None
         consumers = self.consumers(node.outputs[0])
         return consumers[0] if len(consumers) == 1 else None
+
+
+def _within(graph):
+    """The calls of a graph and of the models in it, in calling order."""
+    for node in nodes(graph):
+        inner = graph_of(node.operation)
+        if inner is not None:
+            yield from _within(inner)
+        yield node

@@ -127,6 +127,77 @@ _TABLE = {
 _NONLINEAR = (layers.ELU, layers.LeakyReLU, layers.PReLU, layers.ReLU, layers.Softmax)
 
 
+def changes_nothing(node):
+    """Whether a call gives its input itself in inference."""
+    rule = _TABLE.get(type(node.operation))
+    linear = rule is _if_linear and not is_activated(node.operation)
+    return not node.arguments.kwargs.get("training") and (linear or rule is _unchanged)
+
+
+def parts_of(node):
+    """The tensors that a call adds or concatenates; None for any other call.
+
+    Returns:
+        `(tensors, axis)`, where `axis` is None for a sum, and not negative otherwise.
+    """
+    kind = type(node.operation)
+    keras_own = kind.__module__.partition(".")[0] == "keras"
+    if not keras_own or kind.__name__ not in ("Add", "Concatenate"):
+        return None
+    whole = node.outputs[0]
+    tensors = keras.tree.flatten((node.arguments.args, node.arguments.kwargs))
+    tensors = [t for t in tensors if not (type(t) is int and t == 0)]  # of `sum(…)`
+    if not all(isinstance(tensor, keras.KerasTensor) for tensor in tensors):
+        return None  # it adds numbers too
+    if kind.__name__ == "Concatenate":
+        return tensors, node.operation.axis % len(whole.shape)
+    repeats = any(tensor.shape != whole.shape for tensor in tensors)
+    return None if repeats else (tensors, None)
+
+
+def divided(parts, affine, axes):
+    """What each part takes of an `Affine` that follows a sum or a concatenation.
+
+    Args:
+        parts: as `parts_of` gives them.
+        affine, axes: as for `through`.
+
+    Returns:
+        A list of an `Affine` for each part.
+
+    Raises:
+        UnfoldableError: as `through`.
+    """
+    tensors, axis = parts
+    if axis is None:
+        others = Affine(affine.scale, np.zeros_like(affine.shift))
+        return [affine, *[others] * (len(tensors) - 1)]
+    if axis not in axes:
+        return [affine] * len(tensors)
+    if len(axes) > 1:
+        raise UnfoldableError(f"concatenates along axis {axis} alone")
+    ends = np.cumsum([tensor.shape[axis] for tensor in tensors])[:-1]
+    return list(map(Affine, *(np.split(values, ends) for values in affine)))
+
+
+def widened(parts, affine, axes, scaled):
+    """What an `Affine` of some parts of a concatenation is to the whole.
+
+    Args:
+        parts, affine, axes: as for `divided`.
+        scaled: for each part, whether it is one of them.
+    """
+    tensors, axis = parts
+    if axes != (axis,):
+        raise UnfoldableError(f"concatenates along axis {axis}")
+    sizes = [tensor.shape[axis] for tensor in tensors]
+    affines = [
+        affine if yes else Affine(np.ones(size), np.zeros(size))
+        for yes, size in zip(scaled, sizes, strict=True)
+    ]
+    return Affine(*map(np.concatenate, zip(*affines, strict=True)))
+
+
 def through(node, affine, axes, *, before):
     """What becomes of an `Affine` on the way through a call, against or with it.
 

@@ -1,8 +1,10 @@
 """Folding batch normalizations into the layers next to them, for inference."""
 
+import contextlib
 from typing import NamedTuple
 
 import keras
+import numpy as np
 
 from keras_bn.pages.display import Content, Displayed
 from keras_bn.pages.plain import escaped
@@ -19,10 +21,11 @@ from keras_bn.surgery.norms import (
     is_ours,
     plain,
 )
-from keras_bn.surgery.private import require
+from keras_bn.surgery.private import get_keras_mask, require
 from keras_bn.surgery.rebuild import rebuild
 from keras_bn.surgery.view import ModelView
-from keras_bn.tools.commute import through
+from keras_bn.tools.branches import Branch, merge, zeros_around
+from keras_bn.tools.commute import divided, parts_of, through, widened
 from keras_bn.tools.fuse import has_own_call, separate
 from keras_bn.tools.linear import (
     Linear,
@@ -32,6 +35,7 @@ from keras_bn.tools.linear import (
     is_linear,
     linear,
 )
+from keras_bn.tools.remaining import Remaining
 
 
 class Fold(NamedTuple):
@@ -39,7 +43,8 @@ class Fold(NamedTuple):
 
     Args:
         layer: its path in the model.
-        into: the path of the layer that it is folded into; None if it stays.
+        into: the path of the layer that it is folded into, or of several, with commas;
+            None if it stays.
         reason: why it stays, naming the layers; empty if it is folded.
     """
 
@@ -58,15 +63,24 @@ class Folds(Displayed, list[Fold]):
 
     Args:
         folds: the `Fold` of each normalization.
+
+    Attributes:
+        sums: a `Fold` of each sum that one layer computes: `layer` names all that it
+            adds, as `c1 + c3 + bn`, and `into` that layer.
     """
 
+    def __init__(self, folds=()):
+        super().__init__(folds)
+        self.sums: list[Fold] = []
+
     def __str__(self) -> str:
-        return "\n".join(map(str, self))
+        return "\n".join(map(str, [*self, *self.sums]))
 
     def _content(self):
         folded = sum(fold.into is not None for fold in self)
         title = f"{folded} of {len(self)} can be folded"
-        return Content(title, "folds.html", {"title": title, "folds": self})
+        rows = [*self, *self.sums]
+        return Content(title, "folds.html", {"title": title, "folds": rows})
 
 
 def plan_fold(model: keras.Model) -> Folds:
@@ -109,9 +123,12 @@ def fold(model: keras.Model) -> keras.Model:
     Dense, EinsumDense, convolutions, their transposes, depthwise and separable
     convolutions, and other batch normalizations. Between the two may be layers that a
     scale and a shift go through: dropout, noise, pooling, cropping, nearest upsampling,
-    `Identity`, linear activations, `Flatten`, `Reshape` and `Permute`. The arithmetic
-    is in float64; the weights keep their dtype. `plan_fold` says which normalizations
-    stay, and why.
+    `Identity`, linear activations, `Flatten`, `Reshape`, `Permute`, concatenations and
+    sums. A sum of such layers that read the same tensor becomes one layer, if a
+    normalization is in it or behind it: a k×k and a 1×1 convolution and a normalization
+    of the tensor itself, as in RepVGG, become one convolution. The arithmetic is in
+    float64; the weights keep their dtype. `plan_fold` says which normalizations stay,
+    and why.
 
     Args:
         model: a built model, which does not change.
@@ -176,7 +193,8 @@ class FoldPlan:
 
     `plan_fold` returns `folds`; `fold` returns `folded_model()`. `folded` holds the
     layers to remove, `edits` the `Linear` of each layer that changes, both by the `id`
-    of the layer. `forward` holds the paths of those that go into a later layer.
+    of the layer. `forward` holds the paths of those that go into a later layer, `sums`
+    pairs of the output of a sum and the tensor that is taken instead.
 
     Args:
         view: the `ModelView` of a built model.
@@ -195,18 +213,27 @@ class FoldPlan:
         self.folded: dict[int, keras.layers.Layer] = {}
         self.edits: dict[int, Linear] = {}
         self.forward: set[str] = set()
-        self._calls = _Remaining(view)
+        self.sums: list[tuple] = []
+        # The paths of all that a layer adds, by its path.
+        self._added: dict[str, list[str]] = {}
+        self._calls = Remaining(view, inside=not fusing)
         folds: dict[int, Fold] = {}
-        for node in view.calls:
-            norm = node.operation
-            if self._concerns(norm) and id(norm) not in folds:
-                folds[id(norm)] = self._place(node)
+        found = -1
+        while found < len(self.folded) + len(self.sums):  # one may wait for another
+            found = len(self.folded) + len(self.sums)
+            for node in view.calls:
+                norm = node.operation
+                if self._concerns(norm) and id(norm) not in self.folded:
+                    folds[id(norm)] = self._place(node)
+                elif not fusing and _is_sum(node) and self._calls.is_there(node):
+                    folds |= self._merge(node)
         within = {
             id(layer.folded_normalization)
             for _, layer in named.layers
             if isinstance(layer, MadeByTool)
         }
         self.folds = Folds()
+        self.folds.sums = [Fold(" + ".join(a), into) for into, a in self._added.items()]
         for path, layer in named.layers:
             if computes_otherwise(layer):
                 self.folds.append(Fold(path, None, _OTHERWISE))
@@ -233,7 +260,8 @@ class FoldPlan:
                     layer = whole
                 edit.write(layer)
         exchange(pairs, view.holders)
-        bypass(view, [of(layer) for layer in self.folded.values()])
+        others = {id(of(tensor)): of(other) for tensor, other in self.sums}
+        bypass(view, [of(layer) for layer in self.folded.values()], others)
         if self.folded:
             as_graphs(view)
         return copy
@@ -254,56 +282,64 @@ class FoldPlan:
         reasons = []
         for place in (self._before,) if self._fusing else (self._before, self._after):
             try:
-                target = place(node, edit)
+                targets = place(node, edit)
             except UnfoldableError as reason:
                 reasons.append(str(reason))
                 continue
             self.edits.pop(id(norm), None)
             self.folded[id(norm)] = norm
             if self._fusing:
-                self.fused.append(Fused(norm, self.edits[id(target)], inner.axes))
+                self.fused.append(Fused(norm, self.edits[id(targets[0])], inner.axes))
             if place == self._after:
                 self.forward.add(path)
-            self._calls.bypass(node)
-            return Fold(path, self._named.path(target))
+            self._calls.replace(node.outputs[0], input_of(node))
+            return Fold(path, ", ".join(map(self._named.path, targets)))
         return Fold(path, None, "; ".join(reasons))
 
     def _before(self, node, norm):
-        """Fold into the linear layer before; returns it."""
-        affine, axes = norm.affine, norm.axes
+        """Fold into the linear layers before; returns them."""
+        ends = self._ends(node, input_of(node), norm.affine, norm.axes, norm.layer)
+        targets = {id(target): target for target, *_ in ends}
+        if len(targets) < len(ends):
+            raise UnfoldableError("parts of a sum or concatenation before it are one")
+        for end in ends:
+            self._take("fold_output", *end)
+        return list(targets.values())
+
+    def _ends(self, node, tensor, affine, axes, norm, name="it"):
+        """The layers before a call that take in an `Affine`, and what each takes in."""
         while True:
-            tensor = self._calls.source(input_of(node))
+            tensor = self._calls.source(tensor)
             producer = self._calls.producer(tensor)
             if producer is None:
-                raise UnfoldableError("it takes an input of the model")
+                raise UnfoldableError(f"{name} takes an input of the model")
             target = producer.operation
+            name = f"'{target.name}'"
+            parts = None if self._fusing else parts_of(producer)
             if is_linear(target):
-                self._check_target(target, norm, "before")
-                if is_activated(target):
-                    name = getattr(target.activation, "__name__", target.activation)
-                    raise UnfoldableError(
-                        f"'{target.name}' before it has the activation {name}"
-                    )
-            else:
-                affine, axes = self._through(producer, affine, axes, "before")
-            others = [n for n in self._calls.consumers(tensor) if n is not node]
-            if others:
-                raise UnfoldableError(
-                    f"'{others[0].operation.name}' also uses the output of "
-                    f"'{target.name}'"
-                )
-            if self._calls.is_output(tensor):
-                raise UnfoldableError(
-                    f"'{target.name}' before it is an output of the model"
-                )
+                self._check_target(target, norm, "before it")
+            elif parts is None:
+                affine, axes = self._through(producer, affine, axes, "before it")
+            self._check_read_once(tensor, node, f"{name} before it")
             if is_linear(target):
                 rank = len(input_of(producer).shape)
-                self._take(target, "fold_output", affine, axes, rank)
-                return target
+                with _about(name):
+                    self._edit(target, rank).along_output(axes)
+                return [(target, affine, axes, rank)]
             node = producer
+            if parts is not None:
+                with _about(f"{name} before it"):
+                    shares = divided(parts, affine, axes)
+                each = zip(parts[0], shares, strict=True)
+                return [
+                    end
+                    for part, share in each
+                    for end in self._ends(node, part, share, axes, norm, name)
+                ]
+            tensor = input_of(node)
 
     def _after(self, node, norm):
-        """Fold into the linear layer after; returns it."""
+        """Fold into the linear layer after; returns it in a list."""
         affine, axes = norm.affine, norm.axes
         name = "it"
         while True:
@@ -319,24 +355,155 @@ class FoldPlan:
             target = node.operation
             name = f"'{target.name}'"
             if is_linear(target):
-                self._check_target(target, norm, "after")
+                self._check_target(target, norm.layer, "after it")
                 if is_normalization(target) and node.arguments.kwargs.get("training"):
                     raise UnfoldableError(f"{name} is called with `training`")
                 rank = len(input_of(node).shape)
-                self._take(target, "fold_input", affine, axes, rank)
-                return target
-            affine, axes = self._through(node, affine, axes, "after")
+                self._take("fold_input", target, affine, axes, rank)
+                return [target]
+            parts = parts_of(node)
+            if parts is None:
+                affine, axes = self._through(node, affine, axes, "after it")
+            elif parts[1] is None:
+                if not self._is_inner(node):
+                    self._branches(node)
+                    raise UnfoldableError(f"{name} after it is a sum")
+            else:
+                same = [self._calls.source(t) is tensor for t in parts[0]]
+                with _about(f"{name} after it"):
+                    affine = widened(parts, affine, axes, same)
+
+    def _merge(self, node):
+        """Let one layer compute a sum that a normalization is in or behind.
+
+        Returns:
+            A dict of the `Fold` of each normalization in it, by `id`.
+        """
+        try:
+            parts, sums, (into, kernel, bias) = self._branches(node)
+        except UnfoldableError:
+            return {}
+        around = [part.edit.layer for part in parts if part.edit]
+        around += [n.operation for n in self._calls.consumers(node.outputs[0])]
+        if not any(is_normalization(la) or id(la) in self.edits for la in around):
+            return {}
+        target = into.edit.layer
+        into.edit.take_convolution(kernel, bias)
+        path, folds, added = self._named.path(target), {}, []
+        for part in parts:
+            own = self._named.path(part.edit.layer) if part.edit else "identity"
+            added += self._added.pop(own, [own])
+            if part.edit is None or part.edit.layer is target:
+                continue
+            layer = part.edit.layer
+            self.edits.pop(id(layer), None)
+            self._calls.replace(part.node.outputs[0], into.node.outputs[0])
+            if is_normalization(layer):
+                self.folded[id(layer)] = layer
+                folds[id(layer)] = Fold(own, path)
+        self._added[path], self.edits[id(target)] = added, into.edit
+        self.sums += [(each.outputs[0], tensor) for each, tensor in into.way]
+        for each in sums:
+            self._calls.replace(each.outputs[0], into.way[-1][1])
+        return folds
+
+    def _branches(self, node):
+        """The parts of a sum, and how one layer can compute it.
+
+        Returns:
+            `(parts, sums, merged)`: a list of `Branch`, the calls of this sum and those
+            in it, and what `merge` gives.
+        """
+        sums: list[tuple] = [(node, [])]
+        ends = []
+        for each, way in sums:  # it grows
+            for tensor in parts_of(each)[0]:
+                inner, here = self._calls.producer(tensor), [*way, (each, tensor)]
+                if inner is not None and _is_sum(inner) and self._is_inner(inner):
+                    sums.append((inner, here))
+                else:
+                    ends.append(here)
+        readings = [self._readings(way[-1][1]) for way in ends]
+        missing = None
+        for source in [r.tensor for each in readings for r in each if r.maker]:
+            chosen = [
+                next((r for r in each if r.tensor is source), None) for each in readings
+            ]
+            if None not in chosen:
+                break
+            missing = missing or self._calls.producer(ends[chosen.index(None)][-1][1])
+        else:
+            other = f"'{missing.operation.name}'" if missing else "an input"
+            raise UnfoldableError(
+                f"'{node.operation.name}' adds {other}, which is not linear in what "
+                "its other parts read"
+            )
+        parts = [self._branch(w, r) for w, r in zip(ends, chosen, strict=True)]
+        with _about(f"in '{node.operation.name}',"):
+            merged = merge(parts)
+            into = merged[0]
+            tensors = node.outputs[0], into.way[-1][1]
+            if len({get_keras_mask(tensor) is None for tensor in tensors}) > 1:
+                raise UnfoldableError(f"'{into.name}' has not the mask of the sum")
+            return parts, [each for each, _ in sums], merged
+
+    def _readings(self, tensor):
+        """What a tensor may be taken to read: itself, or what a linear layer reads."""
+        itself = list(self._back(tensor, None))
+        maker = self._calls.producer(itself[-1].tensor)
+        if maker is None or not is_linear(maker.operation) or itself[-1].zeros.any():
+            return itself
+        return [*self._back(input_of(maker), maker), *itself]
+
+    def _back(self, tensor, maker):
+        """A tensor, and those that it is the same as, but for zeros around them."""
+        zeros = np.zeros((len(tensor.shape), 2), int)
+        while True:
+            tensor = self._calls.source(tensor)
+            yield _Reading(tensor, zeros, maker)
+            node = self._calls.producer(tensor)
+            more = None if node is None else zeros_around(node)
+            if more is None:
+                return
+            zeros, tensor = zeros + more, input_of(node)
+
+    def _branch(self, way, reading):
+        """The `Branch` of a part of a sum; refuses what cannot be in another layer."""
+        whole, (reader, tensor), maker = way[0][0], way[-1], reading.maker
+        if maker is None:
+            return Branch("identity", None, tensor.shape, reading.zeros, way)
+        layer, where = maker.operation, f"in '{whole.operation.name}'"
+        name = f"'{layer.name}' {where}"
+        if maker.arguments.kwargs.get("training"):
+            raise UnfoldableError(f"{name} is called with `training`")
+        given, wanted = maker.outputs[0].dtype, whole.outputs[0].dtype
+        if given != wanted:
+            raise UnfoldableError(f"{name} computes in {given}, not in {wanted}")
+        self._check_target(layer, layer, where)
+        while reader is not maker:
+            tensor = self._calls.source(tensor)
+            self._check_read_once(tensor, reader, name)
+            reader = self._calls.producer(tensor)
+            tensor = input_of(reader)
+        with _about(name):
+            edit = self._edit(layer, len(tensor.shape))
+        return Branch(layer.name, edit, tensor.shape, reading.zeros, way, maker)
+
+    def _is_inner(self, node):
+        """Whether the output of a sum is a part of another sum alone."""
+        tensor = node.outputs[0]
+        consumers = self._calls.consumers(tensor)
+        alone = len(consumers) == 1 and not self._calls.is_output(tensor)
+        return alone and _is_sum(consumers[0])
 
     def _through(self, node, affine, axes, where):
         """What a layer with no weights to fold into makes of an `Affine`."""
         layer = node.operation
-        name = f"'{layer.name}' {where} it"
+        name = f"'{layer.name}' {where}"
         if graph_of(layer) is not None:
             raise UnfoldableError(f"{name} is a model of its own")
-        try:
-            moved = through(node, affine, axes, before=where == "before")
-        except UnfoldableError as reason:
-            raise UnfoldableError(f"{name} {reason}") from None
+        with _about(name):
+            moved = through(node, affine, axes, before=where == "before it")
         if self._fusing:
             raise UnfoldableError(
                 f"{name} is of type {type(layer).__name__}, and only a linear layer "
@@ -348,22 +515,25 @@ class FoldPlan:
         name = f"'{target.name}'"
         if adapts(target):
             raise UnfoldableError(
-                f"{name} {where} it follows its inputs (`keras_bn.adapt`)"
+                f"{name} {where} follows its inputs (`keras_bn.adapt`)"
             )
         if self._fusing and is_normalization(target):
-            raise UnfoldableError(f"{name} {where} it is a batch normalization")
+            raise UnfoldableError(f"{name} {where} is a batch normalization")
         if self._fusing and has_own_call(target):
-            raise UnfoldableError(f"{name} {where} it has a `call` set on it")
+            raise UnfoldableError(f"{name} {where} has a `call` set on it")
         if target.quantization_mode is not None or getattr(
             target, "lora_enabled", False
         ):
-            raise UnfoldableError(f"{name} {where} it is quantized or has LoRA weights")
-        if target.compute_dtype != norm.layer.compute_dtype:
+            raise UnfoldableError(f"{name} {where} is quantized or has LoRA weights")
+        if target.compute_dtype != norm.compute_dtype:
             raise UnfoldableError(
-                f"{name} {where} it computes in {target.compute_dtype}, not in "
-                f"{norm.layer.compute_dtype}"
+                f"{name} {where} computes in {target.compute_dtype}, not in "
+                f"{norm.compute_dtype}"
             )
         self._check_alone(target, f"{name} ")
+        if where != "after it" and is_activated(target):
+            activation = getattr(target.activation, "__name__", target.activation)
+            raise UnfoldableError(f"{name} {where} has the activation {activation}")
 
     def _check_alone(self, layer, name=""):
         if not self._view.called_once(layer):
@@ -371,13 +541,47 @@ class FoldPlan:
                 f"{name}is shared: it is called in {self._view.places(layer)} places"
             )
 
-    def _take(self, target, side, affine, axes, rank):
-        edit = self.edits.get(id(target)) or linear(target, rank)
-        try:
+    def _check_read_once(self, tensor, node, name):
+        """Refuse a tensor that anything but one call reads."""
+        others = [n for n in self._calls.consumers(tensor) if n is not node]
+        if others:
+            maker = self._calls.producer(tensor).operation.name
+            raise UnfoldableError(
+                f"'{others[0].operation.name}' also uses the output of '{maker}'"
+            )
+        if self._calls.is_output(tensor):
+            raise UnfoldableError(f"{name} is an output of the model")
+
+    def _take(self, side, target, affine, axes, rank):
+        edit = self._edit(target, rank)
+        with _about(f"'{target.name}'"):
             getattr(edit, side)(affine, axes)
-        except UnfoldableError as reason:
-            raise UnfoldableError(f"'{target.name}' {reason}") from None
         self.edits[id(target)] = edit
+
+    def _edit(self, layer, rank):
+        return self.edits.get(id(layer)) or linear(layer, rank)
+
+
+class _Reading(NamedTuple):
+    """A tensor that a part of a sum reads, with zeros around it, by a linear layer."""
+
+    tensor: keras.KerasTensor
+    zeros: np.ndarray
+    maker: object
+
+
+def _is_sum(node):
+    parts = parts_of(node)
+    return parts is not None and parts[1] is None
+
+
+@contextlib.contextmanager
+def _about(name):
+    """Begin a reason with a name."""
+    try:
+        yield
+    except UnfoldableError as reason:
+        raise UnfoldableError(f"{name} {reason}") from None
 
 
 _OUTSIDE = "it is an attribute of a layer, and only graphs show what is next to it"
@@ -394,45 +598,3 @@ def _outside(path, closed, whole):
     if holder == whole:
         return closed[holder].removesuffix(".")
     return f"'{holder}' around it cannot be opened: {closed[holder]}"
-
-
-class _Remaining:
-    """The calls of a model without those of normalizations that are folded."""
-
-    def __init__(self, view):
-        self._view = view
-        self._sources: dict[int, object] = {}
-        # The tensors that one replaces, by its `id`.
-        self._replaced: dict[int, list] = {}
-
-    def bypass(self, node):
-        """Take out a call, so that its input replaces its output."""
-        output, source = node.outputs[0], self.source(input_of(node))
-        self._sources[id(output)] = source
-        tensors = [output, *self._replaced.pop(id(output), [])]
-        self._replaced.setdefault(id(source), []).extend(tensors)
-
-    def source(self, tensor):
-        """The tensor that replaces this one, now that some calls are out."""
-        while id(tensor) in self._sources:
-            tensor = self._sources[id(tensor)]
-        return tensor
-
-    def producer(self, tensor):
-        return self._view.producer(self.source(tensor))
-
-    def _same(self, tensor):
-        source = self.source(tensor)
-        return [source, *self._replaced.get(id(source), [])]
-
-    def consumers(self, tensor):
-        """The calls still there that take a tensor."""
-        return [
-            node
-            for same in self._same(tensor)
-            for node in self._view.consumers(same)
-            if id(node.outputs[0]) not in self._sources
-        ]
-
-    def is_output(self, tensor):
-        return any(self._view.is_output(same) for same in self._same(tensor))

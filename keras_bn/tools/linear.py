@@ -215,6 +215,24 @@ class Linear:
         """Take in an `Affine` per channel of the input, whatever happens at borders."""
         raise NotImplementedError
 
+    def as_convolution(self, axis):
+        """The layer as a convolution of groups, with channels on an axis.
+
+        Returns:
+            `(kernel, bias, groups)`: the kernel of shape `(..., channels // groups,
+            filters)`, with an axis for each that the layer has a size along.
+
+        Raises:
+            UnfoldableError: if it is none.
+        """
+        kind = type(self.layer).__name__
+        raise UnfoldableError(f"is of type {kind}, which `fold` does not add to others")
+
+    def take_convolution(self, kernel, bias):
+        """Take other values, as `as_convolution` gives them."""
+        self.arrays["kernel"] = kernel.reshape(self.arrays["kernel"].shape)
+        self.arrays["bias"] = bias
+
     def write(self, layer):
         """Assign the arrays to a copy of the layer; add a bias if it has none."""
         if layer.bias is None or layer.bias.shape != self.arrays["bias"].shape:
@@ -292,6 +310,11 @@ class _Dense(_Einsum):
     def take_input(self, affine):
         self.fold_input(affine, (self.rank - 1,))
 
+    def as_convolution(self, axis):
+        if axis != self.rank - 1:
+            raise UnfoldableError(f"has no weights along axis {axis} of its input")
+        return self.arrays["kernel"], self.arrays["bias"], 1
+
 
 class _Convolution(Linear):
     """Convolutions of any rank, with groups."""
@@ -313,6 +336,10 @@ class _Convolution(Linear):
             self.arrays["kernel"], self.arrays["bias"], affine, self.layer.groups
         )
 
+    def as_convolution(self, axis):
+        self._check_channels((axis,))
+        return self.arrays["kernel"], self.arrays["bias"], self.layer.groups
+
     def _check_channels(self, axes):
         axis = self.channel_axis(self.rank)
         if axes != (axis,):
@@ -329,6 +356,7 @@ class _Convolution(Linear):
 
 class _Transpose(_Convolution):
     has_input_channels = False
+    as_convolution = Linear.as_convolution
 
     def channel_axes(self, name):
         return (len(getattr(self.layer, name).shape) - 2,)
@@ -352,9 +380,16 @@ class _Depthwise(_Convolution):
         self.arrays["kernel"] = kernel
         self.arrays["bias"] = self.arrays["bias"] + addend
 
+    def as_convolution(self, axis):
+        self._check_channels((axis,))
+        *places, channels, _ = self.arrays["kernel"].shape
+        kernel = self.arrays["kernel"].reshape(*places, 1, -1)
+        return kernel, self.arrays["bias"], channels
+
 
 class _Separable(_Convolution):
     names = ("depthwise_kernel", "pointwise_kernel")
+    as_convolution = Linear.as_convolution
 
     def channel_axes(self, name):
         kernel = getattr(self.layer, name)
@@ -397,6 +432,14 @@ class Normalization(Linear):
         self._check(axes)
         scale, shift = self.affine
         self.affine = Affine(scale * affine.scale, scale * affine.shift + shift)
+
+    def along_output(self, axes):
+        self._check(axes)
+        return (-1,), (-1,)
+
+    def as_convolution(self, axis):
+        self._check((axis,))
+        return self.affine.scale[None], self.affine.shift, self.affine.scale.size
 
     def _check(self, axes):
         if axes != self.axes:

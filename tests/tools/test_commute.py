@@ -205,9 +205,9 @@ def graph(build):
     return randomized(keras.Model(x, build(x)))
 
 
-def summed(x):
+def multiplied(x):
     dense = layers.Dense(4, name="dense")(x)
-    return bn()(layers.Add(name="sum")([dense, x]))
+    return bn()(layers.Multiply(name="product")([dense, x]))
 
 
 def training(x):
@@ -230,14 +230,14 @@ def output_between(x):
 
 
 def into_a_model(x):
-    inner = keras.Sequential([keras.Input(IMAGE), layers.Dense(2)], name="inner")
-    return inner(bn()(layers.ReLU()(x)))
+    inner = keras.Sequential([keras.Input(IMAGE), layers.Dense(4)], name="inner")
+    return inner(bn()(layers.ReLU()(inner(x))))
 
 
 @pytest.mark.parametrize(
     ("build", "reason"),
     [
-        (summed, "'sum' before it is of type Add, which `fold`"),
+        (multiplied, "'product' before it is of type Multiply, which `fold`"),
         (training, "'drop' before it is called with `training`"),
         (read_twice, "'relu' also uses the output of 'drop'"),
         (read_before, "'relu' also uses the output of 'dense'"),

@@ -761,3 +761,22 @@ def test_what_may_stay_in_floats_is_named_rightly():
         integer_file(model, images(), keep_float="elu")
     with pytest.raises(ValueError, match="must be 8 or 16"):
         integer_file(model, images(), activations=4)
+
+
+def test_parallel_branches_and_concatenations(tmp_path):
+    def norm(name, x):
+        return keras_bn.BatchNormalization(name=name)(x)
+
+    image = keras.Input((8, 8, 3))
+    x = layers.Conv2D(6, 1, activation="relu", name="stem")(image)
+    c3 = norm("b3", layers.Conv2D(6, 3, padding="same", name="c3")(x))
+    c1 = norm("b1", layers.Conv2D(6, 1, name="c1")(x))
+    x = layers.ReLU()(layers.Add()([c3, c1, norm("skip", x)]))
+    parts = [layers.Conv2D(4, n, padding="same", name=f"p{n}")(x) for n in (1, 3)]
+    x = layers.ReLU()(norm("join", layers.Concatenate()(parts)))
+    model = keras.Model(image, layers.GlobalAveragePooling2D(name="pool")(x))
+    path = tmp_path / "model.tflite"
+    report = keras_bn.export_int8(randomized(model), path, images())
+    named = {each.layer for each in report.layers if each.operation == "CONV_2D"}
+    assert named == {"stem", "c3", "p1", "p3"}
+    assert report.error < 0.1
