@@ -691,6 +691,7 @@ def test_what_a_layer_adds_to_the_error_is_told():
         assert 0 <= each.added <= each.error
     first = next(each for each in report.layers if each.layer == "conv")
     assert first.added == first.error
+    assert any(each.added < 0.5 * each.error for each in report.layers)
 
 
 def test_layers_stay_in_floats_until_little_is_lost(tmp_path):
