@@ -97,7 +97,7 @@ class Block(layers.Layer):
 class Pyramid(layers.Layer):
     """A layer that makes models in `build`, and adds a tuple to its shape.
 
-    With `closed`, its call makes a layer, so that its graph cannot be opened.
+    With `closed`, it computes with a variable of its own, so that it cannot be opened.
     """
 
     def __init__(self, closed=False, **kwargs):
@@ -110,11 +110,12 @@ class Pyramid(layers.Layer):
         self.parallel[0].build(shape)
         self.projection = keras.Sequential([layers.Dense(3, name="b"), norms[1]])
         self.projection.build(shape[:-1] + (4,))  # noqa: RUF005
-        self.built = True
+        if self.closed:
+            self.scale = self.add_weight(shape=(3,), initializer="ones")
 
     def call(self, x):
         y = self.projection(self.parallel[0](x))
-        return layers.Activation("linear")(y) if self.closed else y
+        return y * self.scale if self.closed else y
 
     def get_config(self):
         return {**super().get_config(), "closed": self.closed}

@@ -91,10 +91,24 @@ def _of(name, **options):
     )
 
 
-# Without DeepLabV3: the file of a folded one does not load, for its pyramid makes its
-# layers again.
+def _deeplab(hub, shape):
+    encoder = hub.models.ResNetBackbone(
+        **_RESNET, use_pre_activation=False, image_shape=shape
+    )
+    return hub.models.DeepLabV3Backbone(
+        image_encoder=encoder,
+        projection_filters=4,
+        low_level_feature_key="P2",
+        spatial_pyramid_pooling_key="P5",
+        upsampling_size=8,
+        dilation_rates=[2, 3],
+        image_shape=shape,
+    )
+
+
 BACKBONES = {
     "CSPNet": _of("CSPNet", **_CSP, stage_type="dark", block_type="dark_block"),
+    "DeepLabV3": _deeplab,
     "DenseNet": _of("DenseNet", stackwise_num_repeats=[2, 2], growth_rate=8),
     "EfficientNet": _of("EfficientNet", **_EFFICIENT),
     "HGNetV2": _of("HGNetV2", **_HGNET),
