@@ -58,13 +58,19 @@ def shifts_of(view, samples):
     return {path: value / total for path, value in sums.items()}
 
 
-def correct(view, shifts):
-    """Take shifts from the biases of the layers of a model, in place."""
+def correct(view, shifts, of):
+    """Take shifts from the biases of a copy of a model, in place.
+
+    Args:
+        view: the `ModelView` of the model.
+        shifts: what `shifts_of` gives for it, or a part of that.
+        of: the copy of each of its layers.
+    """
     for path, layer in view.layers:
         if path in shifts:
             edit = linear(layer, len(layer.input.shape))
             edit.arrays["bias"] = edit.arrays["bias"] - shifts[path]
-            edit.write(layer)
+            edit.write(of(layer))
 
 
 def _edit(layer):

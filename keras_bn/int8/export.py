@@ -242,8 +242,8 @@ def _from_floats(view, samples, labels, options, to_onnx):
     """The content of the file of a model of floats, and its report."""
     model, plan = view.model, FoldPlan(view)
     reference = plan.folded_model()
-    equalized = equalize_channels(ModelView(reference)) if options.equalize else []
     folded = ModelView(reference)
+    equalized = equalize_channels(folded) if options.equalize else []
     shifts = shifts_of(folded, samples) if options.correct_bias else {}
     compared = samples[:_COMPARED]
 
@@ -256,8 +256,8 @@ def _from_floats(view, samples, labels, options, to_onnx):
         """
         exact |= keep_float if options.activations == 8 else set()
         rounded = {path: s for path, s in shifts.items() if path not in exact}
-        converted, _ = copy_model(reference, compiled=False, view=folded)
-        correct(ModelView(converted), rounded)
+        converted, of = copy_model(reference, compiled=False, view=folded)
+        correct(folded, rounded, of)
         content, interpreter, floats = convert(
             converted,
             samples[0],

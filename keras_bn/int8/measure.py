@@ -158,7 +158,7 @@ class Traced(NamedTuple):
         outputs: of the model, a list.
         last: the number of the call that gives each of them, or None.
         calls: the calls, by number.
-        inputs: the first argument of each, by number.
+        inputs: the first tensor that each is given, by number.
         values: the output of each that has one of floats, by number.
     """
 
@@ -176,7 +176,8 @@ def through(model, inputs):
 
     def around(call, compute):
         traced.calls[call.number] = call
-        traced.inputs[call.number] = compute.args[0] if compute.args else None
+        tensors = keras.tree.flatten((compute.args, compute.keywords))
+        traced.inputs[call.number] = next(filter(keras.ops.is_tensor, tensors), None)
         with tflite.scope(f"call{call.number}"):  # a layer's name may be no scope
             outputs = compute()
         flat = keras.tree.flatten(outputs)

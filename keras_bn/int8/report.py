@@ -103,7 +103,7 @@ class Int8Report(Section):
             f"{self.samples} samples{drawn}"
         )
 
-    def said(self):
+    def said(self) -> list[str]:
         """The errors of the outputs, and what was done on the way: lines of text."""
         lines = [f"output {escaped(n)}: error {e:.2%}" for n, e in self.outputs.items()]
         if self.equalized:

@@ -1,6 +1,7 @@
 """Folding batch normalizations into the layers next to them, for inference."""
 
 import contextlib
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import keras
@@ -69,7 +70,7 @@ class Folds(Displayed, list[Fold]):
             adds, as `c1 + c3 + bn`, and `into` that layer.
     """
 
-    def __init__(self, folds=()):
+    def __init__(self, folds: Iterable[Fold] = ()) -> None:
         super().__init__(folds)
         self.sums: list[Fold] = []
 

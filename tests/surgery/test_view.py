@@ -164,4 +164,4 @@ def test_export_goes_through_a_model_three_times(mended, tmp_path):
     count = walks(
         keras_bn.export_int8, model, tmp_path / "a.tflite", inputs_of(model), **options
     )
-    assert count == (3 if mended else 2)
+    assert count == 3
