@@ -54,6 +54,7 @@ def usage_error(arguments, capsys):
     return captured.err
 
 
+@pytest.mark.slow
 def test_quick_proof_passes(tmp_path, capsys, monkeypatch):
     """On two shapes; all of them are proved from the wheel (`.ci/wheel`)."""
     monkeypatch.setattr(cases, "SHAPES", [cases.SHAPES[0], cases.SHAPES[4]])

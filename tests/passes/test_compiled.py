@@ -8,6 +8,7 @@ import pytest
 from keras import layers
 from support import zoo
 from support.backend import NAME, array, only
+from support.marks import mostly_slow_cases
 from support.zoo import inputs_of, randomized
 
 import keras_bn
@@ -80,6 +81,8 @@ MODELS = {
     "mixed": mixed,
     "noisy": noisy,
 }
+# The models of the default run.
+USUAL = [*itertools.product(("subclassed", "options", "noisy"), (OURS, KERAS))]
 
 
 def both_ways(tool, make):
@@ -100,7 +103,10 @@ def close(got, expected, mixed):
         np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize(("name", "bn"), zip(MODELS, itertools.cycle([OURS, KERAS])))
+@pytest.mark.parametrize(
+    ("name", "bn"),
+    mostly_slow_cases([*zip(MODELS, itertools.cycle([OURS, KERAS]))], USUAL),
+)
 @pytest.mark.parametrize("how", [{}, {"exact": True, "prior": 3}])
 def test_recalibrate(name, bn, how):
     def tool(model):
@@ -124,7 +130,10 @@ def rows(n):
     return np.random.default_rng(1).normal(0.3, 2.0, (n, 4)).astype("float32")
 
 
-@pytest.mark.parametrize(("name", "bn"), zip(MODELS, itertools.cycle([KERAS, OURS])))
+@pytest.mark.parametrize(
+    ("name", "bn"),
+    mostly_slow_cases([*zip(MODELS, itertools.cycle([KERAS, OURS]))], USUAL),
+)
 def test_diagnose(name, bn):
     def tool(model):
         x = inputs_of(model, 21) if name not in SUBCLASSED else rows(21)

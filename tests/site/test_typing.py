@@ -126,6 +126,7 @@ def wrong(model: keras.Model) -> int:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checker", [mypy, pyright], ids=lambda c: c.__name__)
 def test_type_checkers_find_no_error_in_the_file_of_a_user(checker, tmp_path):
     require("torch")

@@ -10,7 +10,7 @@ import pytest
 from keras import layers
 from support import classes
 from support.backend import only
-from support.marks import takes_fake_quantization
+from support.marks import mostly_slow, takes_fake_quantization
 from support.zoo import randomized
 
 import keras_bn
@@ -195,7 +195,9 @@ def test_classes_of_the_user_s_that_are_set_later_load(kind, tmp_path):
         assert type(norms(again)[0].gamma_regularizer) is kind
 
 
-@pytest.mark.parametrize("make", classes.ALL)
+@pytest.mark.parametrize(
+    "make", mostly_slow(classes.ALL, [classes.ALL[0], classes.calling])
+)
 def test_training_goes_on_frozen(make, tmp_path):
     model = converted(make)
     with pytest.warns(UserWarning, match=REMEDY):

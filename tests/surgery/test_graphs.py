@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from keras import layers
 from support.backend import only
-from support.marks import takes_fake_quantization
+from support.marks import mostly_slow, takes_fake_quantization
 from support.zoo import randomized
 
 import keras_bn
@@ -107,7 +107,10 @@ MODELS = [
 ]
 
 
-@pytest.mark.parametrize("make", MODELS)
+USUAL = [base_of_a_classifier, in_the_middle, everything_by_keyword]
+
+
+@pytest.mark.parametrize("make", mostly_slow(MODELS, USUAL))
 def test_every_tool_takes_it(make, tmp_path):
     model = randomized(make())
     x = np.random.default_rng(0).normal(size=(32, *model.input_shape[1:]))

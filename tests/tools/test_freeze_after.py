@@ -4,6 +4,7 @@ import keras
 import numpy as np
 import pytest
 from support import backend
+from support.marks import mostly_slow
 
 import keras_bn
 
@@ -87,9 +88,9 @@ class Crash(keras.callbacks.Callback):
             raise InterruptedError
 
 
-@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("first", mostly_slow([True, False], [True]))
 @pytest.mark.parametrize("per_update", [None, 2])
-@pytest.mark.parametrize("steps", [3, 8, 10, 99])
+@pytest.mark.parametrize("steps", mostly_slow([3, 8, 10, 99], [8, 99]))
 def test_steps_that_a_backup_restores_count(tmp_path, first, per_update, steps):
     """4 steps an epoch; the process ends after 2 epochs, and a new one goes on."""
     x = np.ones((32, 2))

@@ -11,6 +11,7 @@ import pytest
 from conftest import require
 from keras import layers
 from support.backend import array, but_on
+from support.marks import mostly_slow
 from support.zoo import convolutional, inputs_of, randomized, sequential, wrapped
 
 import keras_bn
@@ -326,7 +327,7 @@ COMPILATIONS = {
 }
 
 
-@pytest.mark.parametrize("suffix", [".keras", ".h5"])
+@pytest.mark.parametrize("suffix", mostly_slow([".keras", ".h5"], [".h5"]))
 @pytest.mark.parametrize("compilation", COMPILATIONS)
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_what_keras_2_has_compiled(compilation, suffix, tmp_path):

@@ -10,6 +10,7 @@ import pytest
 from keras import layers
 from support import backend
 from support.backend import COMPILED, array, dataset, in_mode, tf
+from support.marks import mostly_slow, mostly_slow_cases
 from support.zoo import (
     Subclassed,
     convolutional,
@@ -470,7 +471,10 @@ class Spy(keras.callbacks.Callback):
 
 @pytest.mark.parametrize(
     ("when", "swap"),
-    [("epoch", None), ("epoch", False), ("epoch", True), ("end", None)],
+    mostly_slow_cases(
+        [("epoch", None), ("epoch", False), ("epoch", True), ("end", None)],
+        [("epoch", None), ("epoch", True)],
+    ),
 )
 def test_callback(when, swap):
     x = data(64)
@@ -548,7 +552,12 @@ def _dataset_of_a_generator():
     return tf.data.Dataset.from_generator(lambda: batches, output_signature=signature)
 
 
-@pytest.mark.parametrize("callback", [keras_bn.Recalibrate, keras_bn.StatisticsLogger])
+@pytest.mark.parametrize(
+    "callback",
+    mostly_slow(
+        [keras_bn.Recalibrate, keras_bn.StatisticsLogger], [keras_bn.Recalibrate]
+    ),
+)
 @pytest.mark.parametrize(
     "ending",
     [
@@ -586,7 +595,7 @@ class Saver(keras.callbacks.Callback):
         self.model.save_weights(self.path.format(epoch=epoch + 1))
 
 
-@pytest.mark.parametrize("place", [0, 1])
+@pytest.mark.parametrize("place", mostly_slow([0, 1], [1]))
 @pytest.mark.parametrize("together", [1] if backend.NAME == "torch" else [1, 3])
 @pytest.mark.parametrize(
     "saver",
@@ -634,6 +643,7 @@ def test_the_length_of_an_epoch_is_known_from_the_first(tmp_path):
     assert off[0] > 1e-2 > 1e-5 > off[1]
 
 
+@pytest.mark.slow
 @backend.only("tensorflow", "its strategies")
 def test_replicas():
     script = Path(__file__).parents[1] / "support" / "two_replicas.py"
