@@ -55,6 +55,7 @@ def run(arguments):
 # What the messages of `keras_bn.export_int8` name, in the words of the command.
 _WORDS = {
     "`data` with them, as `(x, y)`": "them in `--data DATA`, as y",
+    "Give another `metric`": "Call `keras_bn.export_int8` with another `metric`",
     "`data`": "`--data DATA`",
     "`equalize`": "`--equalize`",
     "`lose`": "`--lose`",
@@ -82,7 +83,10 @@ def _advice(arguments):
     if not arguments.equalize:
         tries.append("--equalize")
     if arguments.activations == 8:
-        tries.append("--lose X, with labels in --data, or --activations 16")
+        if arguments.lose is None:
+            tries.append("--lose X, with labels in --data")
+        if not arguments.output.lower().endswith(".onnx"):
+            tries.append("--activations 16")
     return (
         f"above --tolerance {arguments.tolerance:g}. Try {'; '.join(tries)}; or train "
         "for int8: keras_bn.quantize_aware. The layers above show where the error "

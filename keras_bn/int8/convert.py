@@ -155,6 +155,7 @@ def convert(
             for name in operation.outputs
         ]
 
+    advice = _MEASURES if samples is None else " Or name it in `keep_float`."
     try:
         content = tflite.convert(
             function,
@@ -166,7 +167,9 @@ def convert(
         )
     except tflite.ConversionError as error:
         paths = _paths_in(str(error), calls, quoted)
-        raise refusal(model, paths, error, samples is not None) from error
+        kept = bool(paths) and {quoted(path) for path in keep_float}.issuperset(paths)
+        hint = "" if kept else advice  # not even in floats
+        raise refusal(model, paths, error, hint) from error
     try:
         tflite.check_runs(content, inputs)
     except tflite.RunError as error:
@@ -191,7 +194,7 @@ def convert(
     if left:
         parts = [f"{', '.join(names)} of {path}" for path, names in left.items()]
         why = f"it leaves {'; '.join(parts)} in floats"
-        raise refusal(model, left, why, samples is not None)
+        raise refusal(model, left, why, advice)
     try:
         interpreter = onnx(content) if onnx else interpreter
     except tflite.ConversionError as error:
@@ -215,11 +218,14 @@ def _computes_in_floats(operation):
     return floats and operation.name not in MOVES
 
 
-def refusal(model, paths, why, measured):
+def refusal(model, paths, why, advice=_MEASURES):
     """The error that says which layers cannot be made integer.
 
     Args:
-        measured: whether the converter measures ranges within a layer.
+        model: the model that has them.
+        paths: what the error says for each.
+        why: the reason, whose first line that tells of an error is quoted.
+        advice: a last sentence; by default that for a model that has its ranges.
     """
     names = ", ".join(paths) or "a layer"
     lines = [line.strip() for line in str(why).splitlines() if line.strip()]
@@ -227,6 +233,5 @@ def refusal(model, paths, why, measured):
     return ValueError(
         f"TensorFlow's converter cannot make {names} of '{model.name}' integer: "
         f"{errors[0].rpartition('error: ')[2]}. Replace what it names by other layers, "
-        "or take it out of the model that is exported."
-        + (" Or name it in `keep_float`." if measured else _MEASURES)
+        f"or take it out of the model that is exported.{advice}"
     )

@@ -10,16 +10,13 @@ Correction", 2019, section 4.2, which takes the mean of $x$ from batch normaliza
 import collections
 from typing import Any
 
-import numpy as np
 from keras import ops
 
 from keras_bn.int8 import tflite, weights
 from keras_bn.int8.measure import through
+from keras_bn.int8.samples import at_once
 from keras_bn.surgery.norms import is_normalization
 from keras_bn.tools.linear import call_with, linear
-
-# Samples that go through the model at once.
-_CHUNK = 8
 
 
 def shifts_of(view, samples):
@@ -47,14 +44,11 @@ def shifts_of(view, samples):
     compiled = tflite.graph(means)
     sums: dict[str, Any] = collections.defaultdict(float)
     total = 0
-    for at in range(0, len(samples), _CHUNK):
-        chunk = zip(*samples[at : at + _CHUNK], strict=True)
-        together = [np.concatenate(arrays) for arrays in chunk]
+    for _, together in at_once(samples):
+        many = len(together[0])
         for path, mean in compiled(*map(ops.convert_to_tensor, together)).items():
-            sums[path] += ops.convert_to_numpy(mean).astype("float64") * len(
-                together[0]
-            )
-        total += len(together[0])
+            sums[path] += ops.convert_to_numpy(mean).astype("float64") * many
+        total += many
     return {path: value / total for path, value in sums.items()}
 
 

@@ -3,9 +3,10 @@
 import fnmatch
 import functools
 import math
+import numbers
 import os
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 import keras
@@ -23,6 +24,7 @@ from keras_bn.pages import files
 from keras_bn.surgery.calls import check_graph
 from keras_bn.surgery.copying import copy_model
 from keras_bn.surgery.functional import opened
+from keras_bn.surgery.graph import graph_of, nodes
 from keras_bn.surgery.private import require
 from keras_bn.surgery.view import ModelView
 from keras_bn.tools.fold import FoldPlan
@@ -79,17 +81,17 @@ def export_int8(
             weights causes on the samples.
         activations: bits of the activations, of inputs and outputs too: 8, or 16, which
             lose less and take more time. Kernels have 8.
-        keep_float: paths of layers, or patterns as `"block*"`, that stay in floats,
-            also where TFLite has no integers for them, as for `ELU`; with
-            `activations=16`, only there. None by default.
+        keep_float: paths of layers, operations and models in the model, or patterns as
+            `"block*"`, that stay in floats, also where TFLite has no integers for them,
+            as for `ELU`; with `activations=16`, only there. None by default.
         lose: how much lower than that of the model the `metric` of the file may be, as
             0.01. The layers that add most error stay in floats until it is not lower,
             the fewest that bisection finds in at most eight conversions. `data` needs
             labels then, as `(x, y)`. The report says which layers and why, and how much
             larger and slower the file became. None asks for integers alone.
         metric: for `lose`, a function of labels and outputs (an array, or a list of
-            arrays where the model has several), greater where better. The accuracy by
-            default.
+            arrays where the model has several), greater where better. Weights of
+            samples are not used. The accuracy by default.
         symmetric: of an `.onnx` file, whether activations are int8 with a zero point of
             0, as some runtimes want it.
 
@@ -105,7 +107,8 @@ def export_int8(
             `quantize_aware`; if no file is found that loses as little as `lose`.
             Nothing is written then.
         OSError: if the file cannot be written.
-        RuntimeError: on another backend than TensorFlow.
+        RuntimeError: on another backend than TensorFlow, or one that lacks what
+            `keep_float` and `lose` need.
         ImportError: if what an `.onnx` file needs is not installed.
 
     Source: Jacob et al., "Quantization and Training of Neural Networks for Efficient
@@ -177,41 +180,19 @@ def integer_file(model, data=None, *, steps=None, batch_size=None, **options):
     """
     tflite.check_backend("export_int8")
     chosen = Options(**options)
-    if chosen.activations not in (8, 16):
-        raise ValueError(
-            "`activations` must be 8 or 16. Received: "
-            f"activations={chosen.activations!r}"
-        )
-    if chosen.lose is not None and not 0 <= chosen.lose < math.inf:
-        raise ValueError(
-            f"`lose` must be a number, 0 or greater. Received: lose={chosen.lose!r}"
-        )
-    if chosen.lose is not None and chosen.activations != 8:
-        raise ValueError(
-            "`lose` keeps layers in floats, which TensorFlow's converter does only "
-            f"beside 8 bits. Received: activations={chosen.activations!r}"
-        )
+    _check(chosen)
     to_onnx = None
-    if chosen.suffix == ".onnx":
-        if chosen.activations != 8:
-            raise ValueError(
-                "`activations` must be 8 for an `.onnx` file: onnxruntime has no "
-                "convolution with others. Received: "
-                f"activations={chosen.activations!r}"
-            )
+    if chosen.suffix.lower() == ".onnx":
         onnx.check_installed()
         to_onnx = functools.partial(onnx.Interpreter, symmetric=chosen.symmetric)
-    elif chosen.symmetric:
-        raise ValueError(
-            "`symmetric` is for an `.onnx` file. Received: symmetric=True and a path "
-            f"that ends in {chosen.suffix!r}"
-        )
     with opened(ModelView(model), strict=True) as (view, _):
         check_graph(view)
         check_layers(view)
         model, samples, labels = view.model, None, None
         if data is not None:
-            samples, labels = samples_of(model, data, steps, batch_size)
+            samples, labels = samples_of(
+                model, data, steps, batch_size, chosen.lose is not None
+            )
         if view.of_type(FakeQuantizer):
             others = {
                 "equalize": chosen.equalize,
@@ -238,11 +219,51 @@ def integer_file(model, data=None, *, steps=None, batch_size=None, **options):
         return _from_floats(view, samples, labels, chosen, to_onnx)
 
 
+def _check(options: Any) -> None:
+    """Refuse options that are invalid, or that do not go together."""
+    bits, lose, metric = options.activations, options.lose, options.metric
+    to_onnx, received = options.suffix.lower() == ".onnx", f"activations={bits!r}"
+    number = isinstance(lose, numbers.Real) and 0 <= float(lose) < math.inf
+    if bits not in (8, 16):
+        raise ValueError(f"`activations` must be 8 or 16. Received: {received}")
+    if not (lose is None or number):
+        raise ValueError(
+            f"`lose` must be a number, 0 or greater. Received: lose={lose!r}"
+        )
+    if lose is not None and bits != 8:
+        raise ValueError(
+            "`lose` keeps layers in floats, which TensorFlow's converter does only "
+            f"beside 8 bits. Received: {received}"
+        )
+    if not callable(metric):
+        raise ValueError(
+            "`metric` must be a function of labels and outputs. Received: "
+            f"metric={metric!r}"
+        )
+    if lose is None and metric is not accuracy:
+        raise ValueError("`metric` is for `lose`. Received: lose=None")
+    if to_onnx and bits != 8:
+        raise ValueError(
+            "`activations` must be 8 for an `.onnx` file: onnxruntime has no "
+            f"convolution with others. Received: {received}"
+        )
+    if options.symmetric and not to_onnx:
+        raise ValueError(
+            "`symmetric` is for an `.onnx` file. Received: symmetric=True and a path "
+            f"that ends in {options.suffix!r}"
+        )
+
+
 def _from_floats(view, samples, labels, options, to_onnx):
     """The content of the file of a model of floats, and its report."""
     model, plan = view.model, FoldPlan(view)
     reference = plan.folded_model()
     folded = ModelView(reference)
+    keep_float = _matching(folded, options.keep_float)
+    score = None
+    if options.lose is not None:
+        names = names_of(reference)
+        score = Scored(model, samples, labels, names, options.metric)
     equalized = equalize_channels(folded) if options.equalize else []
     shifts = shifts_of(folded, samples) if options.correct_bias else {}
     compared = samples[:_COMPARED]
@@ -286,12 +307,9 @@ def _from_floats(view, samples, labels, options, to_onnx):
         )
         return report, content, interpreter
 
-    keep_float = _matching(folded, options.keep_float)
     first = written(keep_float)
-    if options.lose is None:
+    if score is None:
         return first[1], first[0]
-    names = names_of(reference)
-    score = Scored(model, samples, labels, names, options.metric)
     report, content = raised(
         first, lambda paths: written(keep_float | paths), score, options.lose
     )
@@ -299,19 +317,37 @@ def _from_floats(view, samples, labels, options, to_onnx):
 
 
 def _matching(view, patterns):
-    """The paths of a model that `keep_float` names."""
-    if isinstance(patterns, str):
+    """The paths of the calls in a model that `keep_float` names.
+
+    A model names all calls in it, and a layer within another the whole of that.
+    """
+    listed = isinstance(patterns, Collection) and not isinstance(patterns, str)
+    if not (listed and all(isinstance(pattern, str) for pattern in patterns)):
         raise ValueError(
             "`keep_float` must be a list of paths or patterns. Received: "
             f"keep_float={patterns!r}"
         )
-    paths, matching = [path for path, _ in view.layers], set()
+    layers, matching = view.layers[1:], set()
+    graphs = [("", view.graph), *((f"{p}/", graph_of(layer)) for p, layer in layers)]
+    calls = {
+        f"{within}{node.operation.name}"
+        for within, graph in graphs
+        if graph is not None
+        for node in nodes(graph)
+        if graph_of(node.operation) is None
+    }
+    every = calls.union(path for path, _ in layers)
     for pattern in patterns:
-        matches = fnmatch.filter(paths, pattern)
+        named = [f"{path}/" for path in fnmatch.filter(every, pattern)]
+        matches = {
+            call
+            for call in calls
+            if any(f"{call}/".startswith(n) or n.startswith(f"{call}/") for n in named)
+        }
         if not matches:
             raise ValueError(
-                f"`keep_float` names {pattern!r}, and '{view.model.name}' has no such "
-                "layer after its normalizations are folded."
+                f"`keep_float` names {pattern!r}, and '{view.model.name}' computes no "
+                "such layer after its normalizations are folded."
             )
         matching.update(matches)
     return matching

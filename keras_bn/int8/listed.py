@@ -54,7 +54,7 @@ def check_listed(view):
             names.add(activation.__name__)
     if refused:
         why = f"it has no integers for {', '.join(sorted(names))} in training"
-        raise refusal(view.model, refused, why, measured=False)
+        raise refusal(view.model, refused, why)
 
 
 def _is_listed(function):

@@ -7,7 +7,7 @@ import keras
 import numpy as np
 
 from keras_bn import verify
-from keras_bn.int8.samples import batch_of
+from keras_bn.int8.samples import batch_of, joined
 from keras_bn.surgery.calls import as_declared
 
 # Files that are made at most. Bisection then finds the fewest of 127 steps.
@@ -23,14 +23,16 @@ def accuracy(labels, outputs):
         labels: array of whole numbers, or of ones and zeros for each class.
         outputs: array with a value for each class along its last axis.
     """
-    if isinstance(outputs, list) or outputs.shape[-1] < 2:
-        raise ValueError(
-            "The accuracy needs a model with one output, a value for each class. Give "
-            "another `metric`: a function of labels and outputs, greater where better."
-        )
-    labels = np.asarray(labels)
-    if labels.shape == outputs.shape:
+    several = isinstance(outputs, list) or outputs.shape[-1] < 2
+    labels = None if several else np.asarray(labels)
+    if not several and labels.shape == outputs.shape:
         labels = labels.argmax(-1)
+    if several or labels.size != math.prod(outputs.shape[:-1]):
+        raise ValueError(
+            "The accuracy needs a model with one output, a value for each class, and a "
+            "label for each of its samples. Give another `metric`: a function of "
+            "labels and outputs, greater where better."
+        )
     return float(np.mean(outputs.argmax(-1) == labels.reshape(outputs.shape[:-1])))
 
 
@@ -46,12 +48,11 @@ class Scored:
     """
 
     def __init__(self, model, samples, labels, names, metric):
-        self._samples, self._labels, self._metric = samples, labels, metric
-        self._names = names
-        together = [np.concatenate(arrays) for arrays in zip(*samples, strict=True)]
-        outputs = model.predict(
-            as_declared(model, together), batch_of(model), verbose=0
-        )
+        self._samples, self._names, self._metric = samples, names, metric
+        leaves = keras.tree.flatten(labels)  # a dict may hold those of one output
+        self._labels = leaves[0] if len(leaves) == 1 else labels
+        x = as_declared(model, joined(samples))
+        outputs = model.predict(x, batch_of(model), verbose=0)
         self.floats = self._of(keras.tree.flatten(outputs))
 
     def __call__(self, interpreter):
@@ -61,7 +62,7 @@ class Scored:
             interpreter.run(dict(zip(self._names.inputs, batch, strict=True)))
             tensors = interpreter.outputs()
             outputs.append([interpreter.value(tensors[n]) for n in self._names.outputs])
-        return self._of([np.concatenate(parts) for parts in zip(*outputs, strict=True)])
+        return self._of(joined(outputs))
 
     def slower(self, interpreter, other):
         """How long a file takes, over the time of another."""
@@ -75,7 +76,13 @@ class Scored:
 
     def _of(self, outputs):
         outputs = outputs[0] if len(outputs) == 1 else outputs
-        return float(self._metric(self._labels, outputs))
+        value = self._metric(self._labels, outputs)
+        if np.size(value) != 1 or isinstance(value, str):
+            raise ValueError(
+                "`metric` must return a number. Received: a "
+                f"{type(value).__name__} of shape {np.shape(value)}"
+            )
+        return float(np.reshape(value, ()))
 
 
 def raised(first, written, score, lose):
@@ -96,7 +103,9 @@ def raised(first, written, score, lose):
     report, content, interpreter = first
     scores = [score(interpreter)]
     least = score.floats - lose
-    added = {layer.layer: layer.added for layer in report.layers}
+    added: dict[str, float] = {}
+    for layer in report.layers:  # a shared one adds at each call
+        added[layer.layer] = max(added.get(layer.layer, 0.0), layer.added)
     order = sorted(added, key=lambda path: -np.nan_to_num(added[path], nan=math.inf))
     most = 2 ** (CONVERSIONS - 1) - 1
     steps = sorted({math.ceil(len(order) * i / most) for i in range(1, most + 1)})

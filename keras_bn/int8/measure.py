@@ -9,11 +9,10 @@ import numpy as np
 from keras_bn.int8 import tflite
 from keras_bn.int8.layers import FakeQuantizedLinear
 from keras_bn.int8.report import Int8Layer
+from keras_bn.int8.samples import at_once
 from keras_bn.surgery.calls import run
 from keras_bn.tools.linear import is_linear
 
-# Samples that go through a model of floats at once.
-_CHUNK = 8
 _WEIGHTED = ("CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED", "TRANSPOSE_CONV")
 # Between integers of other scales, or between these and floats.
 MOVES = ("QUANTIZE", "DEQUANTIZE")
@@ -71,9 +70,7 @@ def compare(interpreter, original, converted, samples, names):
     of_outputs, of_calls = Errors(), Errors()
     places: dict[int, _Place] = {}
     of_original, of_converted = _Floats(original), _Floats(converted)
-    for at in range(0, len(samples), _CHUNK):
-        chunk = samples[at : at + _CHUNK]
-        together = [np.concatenate(arrays) for arrays in zip(*chunk, strict=True)]
+    for chunk, together in at_once(samples):
         expected, _ = of_original(together)
         _, values = of_converted(together)
         calls = of_converted.calls
@@ -122,9 +119,7 @@ def check_finite(model, samples):
         ValueError: naming the layer.
     """
     floats = _Floats(model)
-    together = [
-        np.concatenate(arrays) for arrays in zip(*samples[:_CHUNK], strict=True)
-    ]
+    _, together = next(at_once(samples))
     _, values = floats(together)
     for number, value in sorted(values.items()):
         if not np.isfinite(value).all():

@@ -63,13 +63,12 @@ class Interpreter(tflite.Interpreter):
         shown = [(name, f"shown{i}") for i, name in enumerate(made)]
         try:
             self.content = self._translated(content, outputs, symmetric)
-            self._runs = [
-                (shown, _session(self._translated(content, shown, symmetric))),
-                (outputs, _session(self.content)),
-            ]
+            self._file = outputs, _session(self.content)
+            shows = _session(self._translated(content, shown, symmetric))
+            self._shows = shown, shows
         except Exception as error:  # both packages raise whatever their parts raise
             raise tflite.ConversionError(str(error)) from error
-        self._values = {}
+        self._given, self._values = {}, {}
 
     def run(self, inputs):
         """Run one batch.
@@ -77,14 +76,19 @@ class Interpreter(tflite.Interpreter):
         Args:
             inputs: dict of arrays by the name of the input.
         """
-        for outputs, session in self._runs:
-            values = session.run([name for _, name in outputs], inputs)
-            tensors = [tensor for tensor, _ in outputs]
-            self._values.update(zip(tensors, values, strict=True))
+        self._given = inputs
+        self._values = self._run(*self._file)
 
     def value(self, index):
         """A tensor after `run`, as an array of floats."""
-        return self._values[self._tensors[index]["name"]]
+        name = self._tensors[index]["name"]
+        if name not in self._values:
+            self._values = {**self._run(*self._shows), **self._values}
+        return self._values[name]
+
+    def _run(self, outputs, session):
+        values = session.run([name for _, name in outputs], self._given)
+        return dict(zip([tensor for tensor, _ in outputs], values, strict=True))
 
     def _translated(self, content, outputs, symmetric):
         """An ONNX file with these outputs, which are pairs of tensor and name."""
@@ -206,12 +210,17 @@ class _Graph:
 
     def _requantize(self):
         """Let activations be uint8, or symmetric."""
-        arrays = self.arrays
+        arrays, maker, done = self.arrays, self._makers(), set()
         kernels = {node.input[1] for node in self.nodes if node.op_type in _WEIGHTED}
         for node in self.nodes:
             if node.op_type not in _PAIR:
                 continue
-            value = arrays.get(node.input[0])
+            holder = node
+            while node.op_type == _PAIR[1] and holder.input[0] in maker:
+                if maker[holder.input[0]].op_type in _PAIR:
+                    break
+                holder = maker[holder.input[0]]  # as one that picks from a constant
+            value = arrays.get(holder.input[0])
             scale, zero = (arrays[name] for name in node.input[1:])
             kernel = value is not None and node.output[0] in kernels
             if zero.dtype != np.int8 or kernel:
@@ -221,10 +230,11 @@ class _Graph:
             if self.symmetric:
                 most = max(above, 255 - above) / 127
                 new = np.float32(scale * most), np.int8(0)
-            if value is not None:
+            if value is not None and id(holder) not in done:
+                done.add(id(holder))
                 real = (value - np.float32(zero)) * (scale / new[0])
-                node.input[0] += " requantized"
-                arrays[node.input[0]] = (np.rint(real) + new[1]).astype(new[1].dtype)
+                holder.input[0] += " requantized"
+                arrays[holder.input[0]] = (np.rint(real) + new[1]).astype(new[1].dtype)
             node.input[1:] = map(self._scalar, new)
 
     def _scale_biases(self):

@@ -62,8 +62,8 @@ class Int8Report(Section):
         raised: the layers that `lose` keeps in floats, with the error that they add in
             the file of integers alone, by path.
         conversions: how many files `lose` took.
-        larger, slower: the size of this file, and its time in TFLite's own kernels,
-            over those of the file of integers alone.
+        larger, slower: the size of this file, and its time in TFLite's own kernels
+            or in onnxruntime, over those of the file of integers alone.
     """
 
     model: str

@@ -7,9 +7,16 @@ from keras_bn.passes.data import batches
 from keras_bn.surgery.calls import as_list
 from keras_bn.surgery.graph import graph_of
 
+_CHUNK = 8
 
-def samples_of(model, data, steps=None, batch_size=None):
+
+def samples_of(model, data, steps=None, batch_size=None, labelled=False):
     """The inputs in the data, as the file takes them, and the labels.
+
+    Args:
+        model: a Functional or Sequential model.
+        data, steps, batch_size: as in `export_int8`.
+        labelled: whether the labels are wanted.
 
     Returns:
         `(samples, labels)`: a list of batches of the size that the model fixes, or of
@@ -17,13 +24,18 @@ def samples_of(model, data, steps=None, batch_size=None):
         labels of all of them, as the data has them, None without.
 
     Raises:
-        ValueError: if there are none.
+        ValueError: if there are none, or labels that make no array.
     """
     size = batch_of(model)
-    with_labels = data if isinstance(data, tuple) else (data,)
+    given = data if isinstance(data, tuple) else (data,)
+    if not 1 <= len(given) <= 3:
+        raise ValueError(
+            "A tuple in `data` is `(x, y)` or `(x, y, sample_weight)`. Received: a "
+            f"tuple of {len(given)}"
+        )
     parts = [
-        (in_order(model, x), y)
-        for x, y, _ in batches(*with_labels, steps=steps, batch_size=batch_size)
+        (in_order(model, x), y if labelled else None)
+        for x, y, _ in batches(*given, steps=steps, batch_size=batch_size)
     ]
     if not parts:
         raise ValueError("There is no data: not one batch came.")
@@ -35,7 +47,7 @@ def samples_of(model, data, steps=None, batch_size=None):
             for i in range(len(arrays[0]))
         ]
     else:
-        whole = [np.concatenate(arrays) for arrays in zip(*inputs, strict=True)]
+        whole = joined(inputs)
         samples = [
             [array[i : i + size] for array in whole]
             for i in range(0, len(whole[0]) - size + 1, size)
@@ -47,9 +59,32 @@ def samples_of(model, data, steps=None, batch_size=None):
             )
     if any(y is None for y in labels):
         return samples, None
-    return samples, keras.tree.map_structure(
-        lambda *arrays: np.concatenate(arrays)[: size * len(samples)], *labels
-    )
+    try:
+        return samples, keras.tree.map_structure(
+            lambda *arrays: np.concatenate(arrays)[: size * len(samples)], *labels
+        )
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"The labels of the batches in `data` do not make one array: {error}"
+        ) from error
+
+
+def at_once(samples):
+    """Batches that go through a model at once, eight each, and what each becomes.
+
+    Args:
+        samples: list of batches, each a list of arrays, one for each input.
+
+    Returns:
+        An iterator of `(chunk, arrays)`.
+    """
+    for at in range(0, len(samples), _CHUNK):
+        yield (chunk := samples[at : at + _CHUNK]), joined(chunk)
+
+
+def joined(samples):
+    """Batches as one, a list of arrays."""
+    return [np.concatenate(arrays) for arrays in zip(*samples, strict=True)]
 
 
 def batch_of(model):
@@ -59,7 +94,13 @@ def batch_of(model):
 
 def in_order(model, x):
     """A batch as a list of arrays, in the order of the model's inputs."""
-    return [keras.ops.convert_to_numpy(array) for array in as_list(model, x)]
+    arrays = [keras.ops.convert_to_numpy(array) for array in as_list(model, x)]
+    if len(arrays) != (wanted := len(graph_of(model).inputs)):
+        raise ValueError(
+            f"'{model.name}' takes {wanted} inputs, as a list or a dict: a tuple in "
+            f"`data` is `(x, y)`. Received: {len(arrays)} inputs"
+        )
+    return arrays
 
 
 def example_of(model):

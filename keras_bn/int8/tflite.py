@@ -124,11 +124,14 @@ def convert(function, inputs, samples=None, per_channel=True, bits=8, floats=Non
 
     Raises:
         ConversionError: if the converter refuses it.
+        RuntimeError: if TensorFlow lacks what `floats` needs.
     """
     import tensorflow as tf
 
     from keras_bn.backends.tensorflow import private
 
+    if floats is not None and bits == 8:
+        private.check_keeps_floats()
     specs = [tf.TensorSpec(shape, dtype, name) for name, shape, dtype in inputs]
     traced = tf.function(function, input_signature=specs, autograph=False)
     concrete = traced.get_concrete_function()

@@ -169,7 +169,7 @@ def test_export_int8_writes_nothing_beyond_the_tolerance(saved, tmp_path, capsys
     printed = " ".join(capsys.readouterr().out.split())
     assert "nothing written" in printed
     assert "Try samples in --data" in printed
-    assert "--equalize; --lose X, with labels in --data, or --activations 16" in printed
+    assert "--equalize; --lose X, with labels in --data; --activations 16" in printed
     assert not out.exists()
 
 
@@ -190,6 +190,9 @@ def test_export_int8_keeps_layers_in_floats(saved, tmp_path, capsys):
     assert run("export-int8", *arguments, "--force", "--lose", "0.5") == 0
     assert "metric: 1 in floats" in " ".join(capsys.readouterr().out.split())
     assert json.loads((tmp_path / "j.json").read_text())["scores"]["float"] == 1.0
+    np.savez(data, x=x, y=np.ones((20, 7)))
+    message = refused(capsys, "export-int8", *arguments, "--force", "--lose", "0.5")
+    assert "Call `keras_bn.export_int8` with another `metric`: " in message
     message = refused(
         capsys, "export-int8", *arguments, "--force", "--keep-float", "gone"
     )

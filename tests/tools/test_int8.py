@@ -19,6 +19,7 @@ from keras_bn.int8 import tflite, weights
 from keras_bn.int8.correct import correct, shifts_of
 from keras_bn.int8.equalize import equalize, input_range, output_range
 from keras_bn.int8.export import integer_file
+from keras_bn.int8.lose import raised
 from keras_bn.int8.report import Int8Layer, Int8Report
 from keras_bn.surgery.copying import copy_model
 from keras_bn.surgery.view import ModelView
@@ -381,8 +382,9 @@ def test_bias_correction_takes_out_the_mean_error():
     samples = [[images()[i : i + 1]] for i in range(24)]
     shifts = shifts_of(ModelView(folded), samples)
     assert set(shifts) == {"conv", "depthwise", "project", "inner/strided", "head"}
-    corrected, _ = copy_model(folded)
-    correct(ModelView(corrected), shifts)
+    view = ModelView(folded)
+    corrected, of = copy_model(folded, view=view)
+    correct(view, shifts, of)
     plain, corrected = rounded(copy_model(folded)[0]), rounded(corrected)
     assert off(folded, corrected, "conv") < 0.02 * off(folded, plain, "conv")
     assert off(folded, corrected, "project") < 0.3 * off(folded, plain, "project")
@@ -659,7 +661,9 @@ def test_without_the_private_name_of_tensorflow_integers_alone_are_written(monke
 
     monkeypatch.setattr(private, "_lite", None)
     integer_file(chain(), images(4))
-    with pytest.raises(ValueError, match="cannot keep operations in floats"):
+    with pytest.raises(
+        RuntimeError, match=r"^`keep_float` and `lose` need a TensorFlow"
+    ):
         integer_file(chain(), images(4), keep_float=["last"])
 
 
@@ -757,12 +761,89 @@ def test_what_may_stay_in_floats_is_named_rightly():
             integer_file(model, images(), activations=bits)
         with pytest.raises(ValueError, match="'elu'"):
             integer_file(model, images(), activations=bits, keep_float=["conv"])
-    with pytest.raises(ValueError, match="names 'gelu', and 'mixed' has no such"):
+    with pytest.raises(ValueError, match="names 'gelu', and 'mixed' computes no such"):
         integer_file(model, images(), keep_float=["gelu"])
     with pytest.raises(ValueError, match="must be a list"):
         integer_file(model, images(), keep_float="elu")
     with pytest.raises(ValueError, match="must be 8 or 16"):
         integer_file(model, images(), activations=4)
+
+
+def test_models_and_operations_stay_in_floats_by_name():
+    image = keras.Input((8, 8, 3))
+    x = keras.ops.softplus(layers.Conv2D(2, 3, name="conv")(image))
+    inner = keras.Model(image, layers.ReLU(name="relu")(x), name="inner")
+    parts = layers.TimeDistributed(layers.Dense(3, name="dense"), name="parts")
+    model = keras.Model(image, layers.Flatten()(parts(inner(image))), name="outer")
+    for names, floats in (
+        (["inner"], {"inner/conv", "inner/softplus", "inner/relu"}),
+        (["inner/soft*", "parts/dense"], {"inner/softplus", "parts"}),
+    ):
+        found = integer_file(model, images(4), keep_float=names)[1].floats
+        assert set(found) == floats
+    for name in ("outer", image.name):
+        with pytest.raises(ValueError, match=f"names '{name}', and 'outer' computes"):
+            integer_file(model, images(4), keep_float=[name])
+    erf = with_last(layers.Lambda(keras.ops.erf, name="erf"))
+    with pytest.raises(ValueError, match=r"'erf'.*is exported\.$"):
+        integer_file(erf, images(4), keep_float=["erf"])
+
+
+def batches_of(labels):
+    """Batches of eight samples, with labels from a function of their number."""
+    return ((images()[8 * i : 8 * i + 8], labels(i)) for i in range(3))
+
+
+@pytest.mark.parametrize(
+    "labels", [lambda i: np.zeros((8, i + 1)), lambda i: np.float32(0)]
+)
+def test_labels_are_read_for_lose_alone(labels):
+    assert integer_file(chain(), batches_of(labels), steps=3)[1].samples == 24
+    with pytest.raises(ValueError, match="labels of the batches in `data` do not make"):
+        integer_file(chain(), batches_of(labels), steps=3, lose=0.1)
+
+
+def test_labels_by_the_name_of_the_output():
+    model, x, y = labelled()
+    report = integer_file(model, (x, {"last": y[:, None]}), lose=0.9)[1]
+    assert report.scores["float"] == 1.0
+
+
+def test_arguments_of_another_kind():
+    model, x, y = labelled()
+    for data, options, message in (
+        ((x, y, None, None), {}, "`data` is .*a tuple of 4"),
+        ((x, y), {"lose": "0.1"}, "`lose` must be a number.*lose='0.1'"),
+        ((x, y), {"lose": 0.1, "metric": "auc"}, "`metric` must be a function.*'auc'"),
+        ((x, y), {"metric": max}, "`metric` is for `lose`"),
+        ((x, y), {"lose": 0.1, "metric": lambda y, _: y}, r"a number.*shape \(96,\)"),
+        ((x, y[:, None] + [0, 1]), {"lose": 0.1}, "a label for each of its samples"),
+        (x, {"keep_float": None}, "a list of paths .*None"),
+        (x, {"keep_float": [1]}, r"a list of paths .*\[1\]"),
+        (x, {"keep_float": iter(["last"])}, "a list of paths"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            integer_file(model, data, **options)
+    a, b = keras.Input((4,)), keras.Input((4,))
+    two = keras.Model([a, b], layers.Add()([a, b]))
+    with pytest.raises(ValueError, match=r"2 inputs.*`\(x, y\)`\. Received: 1 inputs"):
+        integer_file(two, (np.ones((4, 4)), np.ones((4, 4))))
+
+
+def test_a_shared_layer_adds_what_it_adds_most():
+    added = [("shared", 0.5), ("other", 0.2), ("shared", 0.0)]
+    found = [Int8Layer(name, name, "ADD", 0.5, part) for name, part in added]
+
+    def written(paths):
+        return Int8Report("m", 1, 1, False, {}, found, [], [], {}), b"1", paths
+
+    class Score:
+        floats = 1.0
+        __call__ = staticmethod(lambda paths: float("shared" in paths))
+        slower = staticmethod(lambda _, __: 1.0)
+
+    report, _ = raised(written(set()), written, Score(), 0.0)
+    assert report.raised == {"shared": 0.5}
 
 
 def test_parallel_branches_and_concatenations(tmp_path):

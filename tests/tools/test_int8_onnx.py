@@ -199,6 +199,17 @@ def test_several_inputs_and_outputs_and_one_twice():
     assert max(report.outputs.values()) < 0.05
 
 
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_embeddings(symmetric):
+    words = keras.Input((5,), dtype="int32")
+    embedded = layers.Embedding(10, 4, name="words")(words)
+    same = layers.Concatenate()([embedded, layers.Permute((1, 2))(embedded)])
+    model = keras.Model(words, layers.Dense(3)(layers.Flatten()(same)))
+    x = np.random.default_rng(0).integers(0, 10, (40, 5))
+    _, report = integer_file(model, x, suffix=".ONNX", symmetric=symmetric)
+    assert report.error < 0.02
+
+
 def test_layers_in_floats():
     content, report = integer_file(
         mixed(), images(), keep_float=["elu"], suffix=".onnx"

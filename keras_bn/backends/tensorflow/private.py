@@ -63,6 +63,19 @@ def set_per_channel(converter: tf.lite.TFLiteConverter, value: bool) -> None:
     converter._experimental_disable_per_channel = not value
 
 
+def check_keeps_floats() -> None:
+    """Refuse a TensorFlow that lacks the second half of a conversion.
+
+    Raises:
+        RuntimeError: naming its version.
+    """
+    if not hasattr(_lite, "mlir_quantize"):
+        raise RuntimeError(
+            "`keep_float` and `lose` need a TensorFlow with `mlir_quantize`. Received: "
+            f"TensorFlow {tf.__version__}"
+        )
+
+
 def measured(converter: tf.lite.TFLiteConverter) -> bytes:
     """The first half of a conversion: a file of floats with the samples' ranges."""
     converter._experimental_calibrate_only = True
@@ -80,11 +93,7 @@ def quantized(
         per_channel: as in `set_per_channel`.
         names: of the output tensors of the operations that stay in floats.
     """
-    if (quantize := getattr(_lite, "mlir_quantize", None)) is None:
-        raise NotImplementedError(
-            f"TensorFlow {tf.__version__} cannot keep operations in floats"
-        )
-    return quantize(
+    return _lite.mlir_quantize(
         content,
         disable_per_channel=not per_channel,
         input_data_type=dtype,
