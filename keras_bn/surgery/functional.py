@@ -18,7 +18,7 @@ import keras
 
 from keras_bn.surgery.graph import children, graph_of, walk
 from keras_bn.surgery.norms import computes_otherwise, is_normalization
-from keras_bn.surgery.private import get_keras_mask
+from keras_bn.surgery.private import NONE_HIDES_TRAINING, get_keras_mask
 from keras_bn.surgery.view import ModelView
 
 
@@ -249,11 +249,11 @@ class _Opened:
             if "training" not in options or options["training"] is None:
                 continue
             if one.arguments.kwargs.get("training") is not options["training"]:
-                node.arguments = type(node.arguments)(
-                    *node.arguments.args,
-                    # Not left out: `Resizing` sets it to True for what comes after.
-                    **{**options, "training": None},
-                )
+                rest = {k: v for k, v in options.items() if k != "training"}
+                if not NONE_HIDES_TRAINING:
+                    # Left out, `Resizing` sets it to True for what comes after.
+                    rest["training"] = None
+                node.arguments = type(node.arguments)(*node.arguments.args, **rest)
             elif self._keep:
                 raise NotAGraphError(
                     f"'{self._model.name}' cannot be a Functional model: it calls "

@@ -28,6 +28,10 @@ def _imported(*paths) -> Any:
     return None
 
 
+# Up to Keras 3.15 a call in a graph gets the `training` of the whole graph; later only
+# where its own arguments have none, and None is one.
+NONE_HIDES_TRAINING = tuple(map(int, keras.__version__.split(".")[:2])) > (3, 15)
+
 # Draws a graph anew: the calls between inputs and outputs, by depth.
 map_graph = _imported("keras.src.ops.function.map_graph")
 # The key of a call in `Functional._nodes`.

@@ -224,8 +224,8 @@ def calls_of_fit(sizes):
 
 
 @TRACES
-def test_fit_traces_no_more_for_many_sizes_than_for_one():
-    assert calls_of_fit(BATCHES) == calls_of_fit([4])
+def test_fit_traces_no_more_for_many_sizes_than_for_a_few():
+    assert calls_of_fit(BATCHES) == calls_of_fit([4, 5, 6])
 
 
 @SIZES

@@ -48,12 +48,12 @@ def check(model, tolerance=1e-5):
         x = np.random.default_rng(0).normal(size=(3, 7, 8, 6)).astype("float32")
     else:
         x = inputs_of(model)
+    for variable, was in zip(model.variables, before, strict=True):
+        np.testing.assert_array_equal(variable.numpy(), was)
     outputs = (m(x, training=False) for m in (model, folded))
     assert relative_difference(*outputs) < tolerance
     left = [path for path, layer in walk(folded) if is_normalization(layer)]
     assert left == [fold.layer for fold in plan if fold.into is None]
-    for variable, was in zip(model.variables, before, strict=True):
-        np.testing.assert_array_equal(variable.numpy(), was)
     return plan, folded
 
 

@@ -179,7 +179,7 @@ def test_a_layer_alone():
 
 def test_what_is_refused():
     model = randomized(masked())
-    with pytest.raises(ValueError, match="'sequence' would be called with `mask`"):
+    with pytest.raises(ValueError, match="would be called with `mask`, which Group"):
         keras_bn.replace(model)
     # A layer that takes a mask can stand there.
     keras_bn.replace(model, lambda norm: keras_bn.BatchNormalization(name=norm.name))
