@@ -198,6 +198,6 @@ def test_what_cannot_be_exported_is_refused_by_name():
     stack = [layers.Dense(4, activation="elu", name="dense"), layers.LSTM(3, name="r")]
     model = keras.Sequential([keras.Input(LINE), *stack])
     x = np.zeros((4, *LINE), "float32")
-    message = r"activation of 'dense', 'r' of .* no integers for LSTM, elu in training\."
+    message = r"activation of 'dense', 'r' of .* no integers for LSTM, elu in training"
     with pytest.raises(ValueError, match=message):
         keras_bn.quantize_aware(model, x)
