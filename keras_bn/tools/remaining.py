@@ -24,11 +24,18 @@ class Remaining:
         # The tensors that one replaces, by its `id`.
         self._replaced: dict[int, list] = {}
         self._outputs = Counter(id(t) for graph in view.graphs for t in graph.outputs)
+        holders = Counter(id(t) for graph in view.graphs for t in graph.inputs)
         for node in view.calls if inside else ():
-            if (graph := _seen_through(view, node)) is not None:
-                self._outputs[id(graph.outputs[0])] -= 1
-                self.replace(node.outputs[0], graph.outputs[0])
-                self.replace(graph.inputs[0], input_of(node))
+            if (graph := _seen_through(view, node)) is None:
+                continue
+            given, wanted = input_of(node), graph.inputs[0]
+            # A part of a model may have the same input, and be called on it or not.
+            if given is not wanted and holders[id(wanted)] > 1:
+                continue
+            self._outputs[id(graph.outputs[0])] -= 1
+            self.replace(node.outputs[0], graph.outputs[0])
+            if given is not wanted:
+                self.replace(wanted, given)
 
     def replace(self, tensor, other):
         """Let whatever takes a tensor take another."""
@@ -53,12 +60,13 @@ class Remaining:
 
     def consumers(self, tensor):
         """The calls still there that take a tensor."""
-        return [
-            node
+        calls = {
+            id(node): node  # it may take several tensors that are now the same
             for same in self._same(tensor)
             for node in self._view.consumers(same)
             if self.is_there(node)
-        ]
+        }
+        return list(calls.values())
 
     def is_there(self, node):
         """Whether a call is not taken out."""

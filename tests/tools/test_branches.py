@@ -318,6 +318,16 @@ def test_parts_inside_of_models():
     assert len(folded.layers) == 5
 
 
+def test_a_part_with_the_input_of_the_model():
+    x = keras.Input(IMAGE)
+    part = keras.Model(x, conv(1)(bn("inside")(x)), name="part")
+    plan, _ = check(randomized(keras.Model(x, bn("behind")(part(x)))))
+    assert [fold.into for fold in plan] == ["part/c1", "part/c1"]
+    y = layers.Add()([bn()(x), part(conv(1, "first")(x))])
+    plan, _ = check(randomized(keras.Model(x, y)))
+    assert [fold.layer for fold in plan if fold.into] == ["part/inside"]
+
+
 def test_a_mask_is_kept():
     def build(x):
         y = layers.Masking(0.0)(x)
@@ -469,6 +479,15 @@ def test_into_the_layer_behind_a_concatenation():
 
     (fold,), _ = check(model_of(build, VECTOR))
     assert fold.into == "d"
+
+
+def test_parts_of_a_concatenation_that_become_one():
+    def build(x):
+        y = bn("first")(x)
+        return layers.Dense(4, name="d")(layers.Concatenate()([bn("again")(y), y]))
+
+    plan, _ = check(model_of(build, VECTOR))
+    assert {fold.layer: fold.into for fold in plan} == {"first": "d", "again": "d"}
 
 
 def one_twice(x):
