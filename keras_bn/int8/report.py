@@ -1,7 +1,7 @@
 """How far a file of integers is from the model of floats, layer by layer."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
 from keras_bn.pages import plain
@@ -146,31 +146,8 @@ class Int8Report(Section):
 
     def to_dict(self) -> dict[str, Any]:
         """The report in plain types, ready for JSON; NaN and infinity become None."""
-        return {
-            "model": self.model,
-            "bytes": self.size,
-            "samples": self.samples,
-            "drawn": self.drawn,
-            "error": number(self.error),
-            "outputs": {name: number(error) for name, error in self.outputs.items()},
-            "layers": [
-                {
-                    **layer._asdict(),
-                    "error": number(layer.error),
-                    "added": number(layer.added),
-                }
-                for layer in self.layers
-            ],
-            "equalized": [list(pair) for pair in self.equalized],
-            "corrected": list(self.corrected),
-            "kept": dict(self.kept),
-            "floats": list(self.floats),
-            "scores": {name: number(score) for name, score in self.scores.items()},
-            "raised": {path: number(error) for path, error in self.raised.items()},
-            "conversions": self.conversions,
-            "larger": self.larger,
-            "slower": self.slower,
-        }
+        own = {each.name: _plain(getattr(self, each.name)) for each in fields(self)}
+        return {"bytes": own.pop("size"), "error": number(self.error), **own}
 
     def section(self) -> Content:
         context = {
@@ -203,6 +180,16 @@ class Int8Report(Section):
         ]
         size = [("bytes", f"{self.size:,}"), ("samples compared", f"{self.samples:,}")]
         return [("Error of the outputs", outputs), ("File", size), ("Done", counts)]
+
+
+def _plain(value):
+    """A value in types that JSON has."""
+    if isinstance(value, float):
+        return number(value)
+    value = value._asdict() if isinstance(value, Int8Layer) else value
+    if isinstance(value, dict):
+        return {name: _plain(each) for name, each in value.items()}
+    return [*map(_plain, value)] if isinstance(value, list | tuple) else value
 
 
 def _tone(error):

@@ -7,6 +7,7 @@ from keras_bn.passes.data import batches
 from keras_bn.surgery.calls import as_list
 from keras_bn.surgery.graph import graph_of
 
+# Batches that go through a model at once.
 _CHUNK = 8
 
 
@@ -70,14 +71,7 @@ def samples_of(model, data, steps=None, batch_size=None, labelled=False):
 
 
 def at_once(samples):
-    """Batches that go through a model at once, eight each, and what each becomes.
-
-    Args:
-        samples: list of batches, each a list of arrays, one for each input.
-
-    Returns:
-        An iterator of `(chunk, arrays)`.
-    """
+    """Pairs of a list of batches, eight or fewer, and these as one."""
     for at in range(0, len(samples), _CHUNK):
         yield (chunk := samples[at : at + _CHUNK]), joined(chunk)
 
