@@ -6,6 +6,7 @@ is installed, and TensorFlow's otherwise.
 
 import contextlib
 import functools
+import gc
 import os
 import re
 import signal
@@ -289,6 +290,7 @@ def check_runs(content, inputs):
         warnings.simplefilter("ignore")  # of threads, which the copy does not use
         child = os.fork()
     if not child:
+        gc.disable()  # TensorFlow's objects need its threads to end
         with contextlib.suppress(BaseException):
             os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
             Interpreter(content).run(inputs)

@@ -1,9 +1,11 @@
 """Files of integers: what is in them, how far they are from float, what is refused."""
 
 import functools
+import gc
 import math
 import os
 import re
+import signal
 import sys
 
 import applications
@@ -521,6 +523,21 @@ def test_a_file_that_ends_the_process_is_refused(monkeypatch, tmp_path):
     with pytest.raises(ValueError, match="ends the process that runs it by SIGABRT"):
         keras_bn.export_int8(padded(0.0), tmp_path / "model.tflite", images(4))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="there a process is copied")
+def test_no_garbage_is_collected_where_a_file_is_tried(monkeypatch):
+    class Tried:
+        def __init__(self, content):
+            if gc.isenabled():
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        def run(self, inputs):
+            pass
+
+    monkeypatch.setattr(tflite, "Interpreter", Tried)
+    tflite.check_runs(b"", {})
+    assert gc.isenabled()
 
 
 @pytest.mark.parametrize("name", REFUSED)
