@@ -8,7 +8,7 @@ the tensor itself have one place. Kernels add where their places are the same.
 Source: Ding et al., "RepVGG: Making VGG-style ConvNets Great Again", 2021.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from keras import layers
@@ -28,7 +28,6 @@ class Branch(NamedTuple):
             array of shape `(rank, 2)`.
         way: the sums that it is a part of, the outermost first: a list of the call of
             a sum and the tensor that it takes.
-        node: the call of the layer, or None.
     """
 
     name: str
@@ -36,7 +35,6 @@ class Branch(NamedTuple):
     shape: tuple
     zeros: np.ndarray
     way: list
-    node: Any = None
 
 
 _PADDING = layers.ZeroPadding1D, layers.ZeroPadding2D, layers.ZeroPadding3D

@@ -398,7 +398,6 @@ class FoldPlan:
                 continue
             layer = part.edit.layer
             self.edits.pop(id(layer), None)
-            self._calls.replace(part.node.outputs[0], into.node.outputs[0])
             if is_normalization(layer):
                 self.folded[id(layer)] = layer
                 folds[id(layer)] = Fold(own, path)
@@ -406,6 +405,8 @@ class FoldPlan:
         self.sums += [(each.outputs[0], tensor) for each, tensor in into.way]
         for each in sums:
             self._calls.replace(each.outputs[0], into.way[-1][1])
+        for part in parts:
+            self._calls.drop(part.way[-1][1])
         return folds
 
     def _branches(self, node):
@@ -488,7 +489,7 @@ class FoldPlan:
             tensor = input_of(reader)
         with _about(name):
             edit = self._edit(layer, len(tensor.shape))
-        return Branch(layer.name, edit, tensor.shape, reading.zeros, way, maker)
+        return Branch(layer.name, edit, tensor.shape, reading.zeros, way)
 
     def _is_inner(self, node):
         """Whether the output of a sum is a part of another sum alone."""

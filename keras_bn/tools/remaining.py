@@ -44,6 +44,13 @@ class Remaining:
         self._sources[id(tensor)] = source
         self._replaced.setdefault(id(source), []).extend(tensors)
 
+    def drop(self, tensor):
+        """Take out the calls that make a tensor, as far as nothing takes theirs."""
+        while not self.consumers(tensor) and not self.is_output(tensor):
+            node = self.producer(tensor)
+            tensor = input_of(node)
+            self.replace(node.outputs[0], tensor)
+
     def source(self, tensor):
         """The tensor that replaces this one, now that some calls are out."""
         while id(tensor) in self._sources:

@@ -273,6 +273,16 @@ def test_a_normalization_behind_a_sum_or_before_its_branches():
     assert len(folded.layers) == 4
 
 
+def test_what_a_sum_no_longer_needs_reads_nothing():
+    def build(x):
+        x = bn("first")(x)
+        y = layers.Dropout(0.5)(conv(1, "a")(layers.Dropout(0.5)(x)))
+        return bn("behind")(layers.Add()([conv(1, "b")(x), y]))
+
+    plan, _ = check(model_of(build))
+    assert [fold.into for fold in plan] == ["b", "b"]
+
+
 def test_a_sum_without_normalization_stays():
     model = model_of(lambda x: layers.Add()([conv()(x), x]))
     plan, folded = check(model)
