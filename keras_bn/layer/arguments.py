@@ -125,7 +125,7 @@ def check_clipping(clipping: dict[str, Any]) -> None:
     if unknown := set(clipping) - set(renorm.KEYS):
         raise ValueError(
             "Received invalid keys for `renorm_clipping`, which takes "
-            f"{list(renorm.KEYS)}. Received: {sorted(unknown)}"
+            f"{list(renorm.KEYS)}. Received: {sorted(unknown, key=str)}"
         )
     rmax, rmin, dmax = (
         None if callable(clipping.get(key)) else clipping.get(key)
@@ -177,13 +177,16 @@ def check_bounds(clipping: Any) -> dict[str, Any] | None:
     if clipping is None:
         return None
     try:
-        return {
+        bounds = {
             key: bound if bound is None or callable(bound) else float(bound)
             for key, bound in clipping.items()
         }
+        if any(isinstance(b, float) and math.isnan(b) for b in bounds.values()):
+            raise ValueError
     except (AttributeError, TypeError, ValueError) as error:
         rule = "a dict of numbers, schedules or None, or None"
         raise _refusal("renorm_clipping", rule, clipping) from error
+    return bounds
 
 
 # The arguments of the layer, and what checks each and gives the attribute.

@@ -68,7 +68,7 @@ WRONG = {
     "momentum": ["x", "0.5", [0.5, 0.5], {}, b"1", lambda n: n, object()],
     "epsilon": [None, "x", "1e-3", [], np.zeros(2), 1j],
     "renorm_momentum": [None, "x", [], 2, float("nan")],
-    "renorm_clipping": ["x", 3, [1.0], {"rmax": "x"}, {"rmax": [1.0]}],
+    "renorm_clipping": ["x", 3, [1.0], {"rmax": "x"}, {"rmax": float("nan")}],
     "virtual_batch_size": ["x", 1.5, [], -2, True],
     "freeze_affine": ["x", None, 2, [], np.array(["gamma", "beta"])],
     "adapt_prior": ["x", [], -1, float("inf"), 1j],
