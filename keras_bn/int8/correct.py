@@ -29,9 +29,10 @@ def shifts_of(view, samples):
     Returns:
         A dict of arrays by the path of the layer: of each linear one with a bias.
     """
-    layers = {path: layer for path, layer in view.layers if _edit(layer) is not None}
-    paths = {id(layer): path for path, layer in layers.items()}
-    rounded = {path: _rounded(_edit(layer)) for path, layer in layers.items()}
+    paths, rounded = {}, {}
+    for path, layer in view.layers:
+        if (edit := _edit(layer)) is not None:
+            paths[id(layer)], rounded[path] = path, _rounded(edit)
 
     def means(*inputs):
         traced, found = through(view.model, list(inputs)), collections.defaultdict(list)

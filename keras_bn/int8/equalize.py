@@ -26,14 +26,26 @@ _SWEEPS = 50
 _CLOSE = 1e-3
 
 # Layers that do the same to each channel, and whose output scales with their input.
-_HOMOGENEOUS = tuple(
-    getattr(layers, name)
-    for name in """
-    AveragePooling1D AveragePooling2D Cropping1D Cropping2D Dropout
-    GlobalAveragePooling1D GlobalAveragePooling2D GlobalMaxPooling1D
-    GlobalMaxPooling2D Identity LeakyReLU MaxPooling1D MaxPooling2D SpatialDropout1D
-    SpatialDropout2D UpSampling1D UpSampling2D ZeroPadding1D ZeroPadding2D
-    """.split()  # noqa: SIM905 (a list would take twenty lines)
+_HOMOGENEOUS = (
+    layers.AveragePooling1D,
+    layers.AveragePooling2D,
+    layers.Cropping1D,
+    layers.Cropping2D,
+    layers.Dropout,
+    layers.GlobalAveragePooling1D,
+    layers.GlobalAveragePooling2D,
+    layers.GlobalMaxPooling1D,
+    layers.GlobalMaxPooling2D,
+    layers.Identity,
+    layers.LeakyReLU,
+    layers.MaxPooling1D,
+    layers.MaxPooling2D,
+    layers.SpatialDropout1D,
+    layers.SpatialDropout2D,
+    layers.UpSampling1D,
+    layers.UpSampling2D,
+    layers.ZeroPadding1D,
+    layers.ZeroPadding2D,
 )
 
 

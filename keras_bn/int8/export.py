@@ -168,6 +168,11 @@ class Options(NamedTuple):
     per_channel: bool = True
     suffix: str = ".tflite"
 
+    @property
+    def to_onnx(self) -> bool:
+        """Whether the file is one of ONNX."""
+        return self.suffix.lower() == ".onnx"
+
 
 def integer_file(model, data=None, *, steps=None, batch_size=None, **options):
     """The content of the file that `export_int8` writes, and its report.
@@ -182,7 +187,7 @@ def integer_file(model, data=None, *, steps=None, batch_size=None, **options):
     chosen = Options(**options)
     _check(chosen)
     to_onnx = None
-    if chosen.suffix.lower() == ".onnx":
+    if chosen.to_onnx:
         onnx.check_installed()
         to_onnx = functools.partial(onnx.Interpreter, symmetric=chosen.symmetric)
     with opened(ModelView(model), strict=True) as (view, _):
@@ -219,10 +224,10 @@ def integer_file(model, data=None, *, steps=None, batch_size=None, **options):
         return _from_floats(view, samples, labels, chosen, to_onnx)
 
 
-def _check(options: Any) -> None:
+def _check(options: Options) -> None:
     """Refuse options that are invalid, or that do not go together."""
     bits, lose, metric = options.activations, options.lose, options.metric
-    to_onnx, received = options.suffix.lower() == ".onnx", f"activations={bits!r}"
+    received = f"activations={bits!r}"
     number = isinstance(lose, numbers.Real) and 0 <= float(lose) < math.inf
     if bits not in (8, 16):
         raise ValueError(f"`activations` must be 8 or 16. Received: {received}")
@@ -242,12 +247,12 @@ def _check(options: Any) -> None:
         )
     if lose is None and metric is not accuracy:
         raise ValueError("`metric` is for `lose`. Received: lose=None")
-    if to_onnx and bits != 8:
+    if options.to_onnx and bits != 8:
         raise ValueError(
             "`activations` must be 8 for an `.onnx` file: onnxruntime has no "
             f"convolution with others. Received: {received}"
         )
-    if options.symmetric and not to_onnx:
+    if options.symmetric and not options.to_onnx:
         raise ValueError(
             "`symmetric` is for an `.onnx` file. Received: symmetric=True and a path "
             f"that ends in {options.suffix!r}"

@@ -6,7 +6,12 @@ from keras_bn.surgery.exchange import refresh_parameters
 
 # The attributes to copy besides the arguments.
 _ATTRIBUTES = (
-    *("_trainable", "_path", "_parent_path", "_remat_mode", "_called", "set_later"),
+    "_trainable",
+    "_path",
+    "_parent_path",
+    "_remat_mode",
+    "_called",
+    "set_later",
 )
 
 

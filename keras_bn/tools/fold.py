@@ -194,8 +194,8 @@ class FoldPlan:
 
     `plan_fold` returns `folds`; `fold` returns `folded_model()`. `folded` holds the
     layers to remove, `edits` the `Linear` of each layer that changes, both by the `id`
-    of the layer. `forward` holds the paths of those that go into a later layer, `sums`
-    pairs of the output of a sum and the tensor that is taken instead.
+    of the layer. `sums` holds pairs of the output of a sum and the tensor that is taken
+    instead.
 
     Args:
         view: the `ModelView` of a built model.
@@ -213,7 +213,6 @@ class FoldPlan:
         self.fused: list[Fused] = []
         self.folded: dict[int, keras.layers.Layer] = {}
         self.edits: dict[int, Linear] = {}
-        self.forward: set[str] = set()
         self.sums: list[tuple] = []
         # The paths of all that a layer adds, by its path.
         self._added: dict[str, list[str]] = {}
@@ -291,8 +290,6 @@ class FoldPlan:
             self.folded[id(norm)] = norm
             if self._fusing:
                 self.fused.append(Fused(norm, self.edits[id(targets[0])], inner.axes))
-            if place == self._after:
-                self.forward.add(path)
             self._calls.replace(node.outputs[0], input_of(node))
             return Fold(path, ", ".join(map(self._named.path, targets)))
         return Fold(path, None, "; ".join(reasons))

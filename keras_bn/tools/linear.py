@@ -211,10 +211,6 @@ class Linear:
         """Take in an `Affine` along the given axes of the input."""
         raise NotImplementedError
 
-    def take_input(self, affine):
-        """Take in an `Affine` per channel of the input, whatever happens at borders."""
-        raise NotImplementedError
-
     def as_convolution(self, axis):
         """The layer as a convolution of groups, with channels on an axis.
 
@@ -307,9 +303,6 @@ class _Dense(_Einsum):
     def along_kernel(self):
         return (-1,)
 
-    def take_input(self, affine):
-        self.fold_input(affine, (self.rank - 1,))
-
     def as_convolution(self, axis):
         if axis != self.rank - 1:
             raise UnfoldableError(f"has no weights along axis {axis} of its input")
@@ -332,6 +325,7 @@ class _Convolution(Linear):
         self.take_input(affine)
 
     def take_input(self, affine):
+        """Take in an `Affine` per channel of the input, whatever happens at borders."""
         self.arrays["kernel"], self.arrays["bias"] = scale_convolution_input(
             self.arrays["kernel"], self.arrays["bias"], affine, self.layer.groups
         )

@@ -57,6 +57,14 @@ def check(model, tolerance=1e-5):
     return plan, folded
 
 
+def padded():
+    """Branches with strides, of which one pads by a layer of its own."""
+    return [
+        [layers.ZeroPadding2D(1), conv(strides=2, padding="valid"), bn()],
+        [conv(1, strides=2)],
+    ]
+
+
 # Branches, the shape of what they read, and the layer that computes them all.
 BRANCHES = {
     "RepVGG": ([[conv(), bn("b3")], [conv(1), bn("b1")], [bn()]], IMAGE, "c3"),
@@ -70,14 +78,7 @@ BRANCHES = {
         IMAGE,
         "c3",
     ),
-    "own padding": (
-        [
-            [layers.ZeroPadding2D(1), conv(strides=2, padding="valid"), bn()],
-            [conv(1, strides=2)],
-        ],
-        IMAGE,
-        "c3",
-    ),
+    "own padding": (padded(), IMAGE, "c3"),
     "valid": (
         [
             [conv(padding="valid"), bn()],
@@ -88,14 +89,7 @@ BRANCHES = {
         None,
     ),
     "unknown sizes": ([[conv(5), bn("b5")], [conv(3)], [conv(1)], [bn()]], ANY, "c5"),
-    "unknown sizes, strides": (
-        [
-            [layers.ZeroPadding2D(1), conv(strides=2, padding="valid"), bn()],
-            [conv(1, strides=2)],
-        ],
-        ANY,
-        "c3",
-    ),
+    "unknown sizes, strides": (padded(), ANY, "c3"),
     "asymmetric": (
         [[conv((1, 3), "a"), bn("ba")], [conv((3, 1), "b")], [conv(), bn()]],
         IMAGE,
