@@ -21,7 +21,6 @@ if TYPE_CHECKING:
         LayerRecord,
         MeasuredLayer,
         ModelRecord,
-        Origin,
     )
     from keras_bn.diagnosis.report import Comparison, Fixed, Report
     from keras_bn.int8.aware import quantize_aware
@@ -31,6 +30,7 @@ if TYPE_CHECKING:
     from keras_bn.layer.renorm import LinearRamp, renorm_ramp
     from keras_bn.loading.load import load_model
     from keras_bn.moments import Moments
+    from keras_bn.pages.origin import Origin
     from keras_bn.passes.statistics import Statistics, pooled
     from keras_bn.tools.adapt import adapt, unadapt
     from keras_bn.tools.convert import from_keras, to_keras
@@ -112,7 +112,7 @@ _MODULES = {
     "MeasuredLayer": "diagnosis.records",
     "ModelRecord": "diagnosis.records",
     "Moments": "moments",
-    "Origin": "diagnosis.records",
+    "Origin": "pages.origin",
     "Recalibrate": "tools.recalibrate",
     "Report": "diagnosis.report",
     "Statistics": "passes.statistics",

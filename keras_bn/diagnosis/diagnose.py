@@ -1,23 +1,21 @@
 """Diagnosing a model, comparing two diagnoses, mending what statistics can mend."""
 
-import sys
 from collections.abc import Sequence
-from datetime import datetime
 from typing import Any
 
 import keras
 
 from keras_bn.diagnosis.collect import collect, read
 from keras_bn.diagnosis.findings import findings
-from keras_bn.diagnosis.records import Origin, Source
+from keras_bn.diagnosis.records import Source
 from keras_bn.diagnosis.report import Comparison, Fixed, Report
 from keras_bn.diagnosis.rules import ERROR, WARNING, ignored_kinds
+from keras_bn.pages.origin import origin_of
 from keras_bn.passes.data import Verbose, check_end
 from keras_bn.surgery.arrays import rolled_back
 from keras_bn.surgery.norms import normalizations, warn_of_others
 from keras_bn.surgery.private import require
 from keras_bn.tools.recalibrate import replace_statistics
-from keras_bn.version import __version__
 
 
 def diagnose(
@@ -98,31 +96,9 @@ def diagnose(
         record,
         [f for f in every if f.kind not in kinds],
         [f for f in every if f.kind in kinds],
-        _origin(data),
+        origin_of(data),
         Source(model, data, steps, batch_size, tuple(kinds)),
     )
-
-
-def _origin(data):
-    """The `Origin` of a report that is made now."""
-    backend = keras.backend.backend()
-    version = getattr(sys.modules.get(backend), "__version__", "")
-    versions = f"keras_bn {__version__}", f"Keras {keras.__version__}"
-    return Origin(
-        datetime.now().astimezone().isoformat(" ", "minutes"),
-        (*versions, f"{backend} {version}".strip()),
-        data=None if data is None else _kind(data),
-    )
-
-
-def _kind(data):
-    """What some data is, in words."""
-    if isinstance(data, tuple):
-        return ", ".join(_kind(part) for part in data if part is not None)
-    shape = getattr(data, "shape", None)
-    if shape is None:
-        return type(data).__name__
-    return f"{type(data).__name__} {tuple(shape)}"
 
 
 def compare(before: Report, after: Report) -> Comparison:

@@ -8,6 +8,7 @@ import keras
 import numpy as np
 
 from keras_bn.moments import Moments
+from keras_bn.pages.plain import escaped
 
 
 class Drift(NamedTuple):
@@ -102,7 +103,7 @@ class MeasuredLayer(LayerRecord):
             return np.sqrt(variance + self.epsilon)
 
 
-@dataclass
+@dataclass(repr=False)
 class ModelRecord:
     """A model, on data or without.
 
@@ -132,6 +133,10 @@ class ModelRecord:
     loss: tuple[float, float] | None = None
     accuracy: tuple[float, float] | None = None
 
+    def __repr__(self) -> str:
+        layers, name = len(self.layers), escaped(self.model)
+        return f"<ModelRecord {name}: layers: {layers}, samples: {self.samples:,}>"
+
     @property
     def measured(self) -> list[MeasuredLayer]:
         """The layers through which data went."""
@@ -151,25 +156,3 @@ class Source(NamedTuple):
     steps: int | None
     batch_size: int | None
     ignore: tuple[str, ...]
-
-
-class Origin(NamedTuple):
-    """Where a report comes from, to say on its page.
-
-    Args:
-        time: when it was made, as `"2026-11-28 16:30+00:00"`.
-        versions: of what it was made with, as `"Keras 3.15.1"`.
-        file: of the model, if it comes from one.
-        data: the file or the kind of the data, if there is any.
-    """
-
-    time: str
-    versions: tuple[str, ...]
-    file: str | None = None
-    data: str | None = None
-
-    def lines(self) -> list[str]:
-        """The lines of the page about it."""
-        pairs = ("Model", self.file), ("Data", self.data)
-        lines = [f"{what}: {name}" for what, name in pairs if name]
-        return [*lines, ", ".join([self.time, *self.versions])]

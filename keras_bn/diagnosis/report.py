@@ -12,13 +12,13 @@ from keras_bn.diagnosis.records import (
     LayerRecord,
     MeasuredLayer,
     ModelRecord,
-    Origin,
     Source,
 )
 from keras_bn.diagnosis.rules import RULES, SCHEMA_VERSION, SEVERITIES, WARNING
 from keras_bn.moments import Moments
 from keras_bn.pages import plain
 from keras_bn.pages.display import Displayed, Section, opened, render, write
+from keras_bn.pages.origin import Origin
 from keras_bn.pages.plain import escaped, number
 
 

@@ -21,6 +21,7 @@ from keras_bn.int8.measure import check_finite, compare
 from keras_bn.int8.report import Int8Report
 from keras_bn.int8.samples import example_of, random_samples, samples_of
 from keras_bn.pages import files
+from keras_bn.pages.origin import origin_of
 from keras_bn.surgery.calls import check_graph
 from keras_bn.surgery.copying import copy_model
 from keras_bn.surgery.functional import opened
@@ -147,6 +148,7 @@ def export_int8(
         symmetric=symmetric,
     )
     files.write_whole(path, lambda part: part.write_bytes(content), force=True)
+    report.origin = origin_of(data)
     return report
 
 

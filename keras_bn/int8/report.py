@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from keras_bn.pages import plain
 from keras_bn.pages.display import Content, Section
+from keras_bn.pages.origin import Origin
 from keras_bn.pages.plain import escaped, number
 
 # The error that fills the bar of a layer: what the command allows for an output. The
@@ -64,6 +65,7 @@ class Int8Report(Section):
         conversions: how many files `lose` took.
         larger, slower: the size of this file, and its time in TFLite's own kernels
             or in onnxruntime, over those of the file of integers alone.
+        origin: an `Origin`: on what it was made, when, and with which versions.
     """
 
     model: str
@@ -81,6 +83,7 @@ class Int8Report(Section):
     conversions: int = 1
     larger: float = 1.0
     slower: float = 1.0
+    origin: Origin | None = field(default=None, compare=False)
 
     @property
     def error(self) -> float:
@@ -146,7 +149,8 @@ class Int8Report(Section):
 
     def to_dict(self) -> dict[str, Any]:
         """The report in plain types, ready for JSON; NaN and infinity become None."""
-        own = {each.name: _plain(getattr(self, each.name)) for each in fields(self)}
+        names = [each.name for each in fields(self) if each.name != "origin"]
+        own = {name: _plain(getattr(self, name)) for name in names}
         return {"bytes": own.pop("size"), "error": number(self.error), **own}
 
     def section(self) -> Content:
@@ -165,6 +169,7 @@ class Int8Report(Section):
             "tone": _tone(self.error),
             "verdict": self._verdict(),
             "tiles": self._tiles(),
+            "origin": self.origin.lines() if self.origin else [],
         }
         return Content(section.title, "int8.html", {**section.context, **context})
 

@@ -164,6 +164,8 @@ def test_the_report_is_a_page_and_a_part_of_the_diagnosis(exported):
         assert f"output head: error {report.error:.2%}" in page
         assert not re.search("https?:", page)
     assert "default-src 'none'" in alone
+    for words in report.origin.time, f"Keras {keras.__version__}", "Data: ndarray (":
+        assert words in alone
     assert 'class="keras-bn cell"' in cell
     # The diagnosis is as it is without, and the layers in int8 come last.
     assert both.startswith(diagnosis.to_html().partition("</main>")[0].rstrip())
