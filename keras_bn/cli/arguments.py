@@ -8,6 +8,7 @@ from keras_bn.version import __version__
 
 MODEL_SUFFIXES = (".keras", ".h5")
 FORMATS = ("text", "json", "junit", "sarif", "github")
+BATCH_SIZE = 32
 
 
 def parser():
@@ -193,7 +194,7 @@ def _recalibrate(commands):
         "Run data through a model and replace the moving statistics of its batch "
         "normalizations by those of the data, pooled over all batches.",
     )
-    _data(command, "samples at once (32)", required=True)
+    _data(command, "samples at once", required=True)
     command.add_argument(
         "--exact",
         action="store_true",
@@ -226,7 +227,7 @@ def _export_int8(commands):
     )
     _data(
         command,
-        "samples in a step (32)",
+        "samples in a step",
         more="; a model from quantize_aware needs none",
     )
     command.add_argument(
@@ -323,7 +324,11 @@ def _data(command, batch_size, required=False, more=""):
     command.add_argument("--x", metavar="NAME", help="the array of the inputs")
     command.add_argument("--y", metavar="NAME", help="the array of the labels")
     command.add_argument(
-        "--batch-size", metavar="N", type=at_least(1), default=32, help=batch_size
+        "--batch-size",
+        metavar="N",
+        type=at_least(1),
+        default=BATCH_SIZE,
+        help=f"{batch_size} ({BATCH_SIZE})",
     )
     command.add_argument(
         "--steps", metavar="N", type=at_least(1), help="how many batches to take (all)"
@@ -333,7 +338,7 @@ def _data(command, batch_size, required=False, more=""):
 def _diagnosis(command):
     _data(
         command,
-        "as in training; samples in arrays are shuffled (32)",
+        "as in training; samples in arrays are shuffled",
         more="; with labels, loss and accuracy are compared, too",
     )
     for option, what in (("--ignore", "leave out"), ("--select", "look at alone")):

@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 
+from keras_bn.cli.checks import check_file
 from keras_bn.cli.errors import UsageError
 from keras_bn.cli.formats import FORMATS, Checked, Unchecked
 from keras_bn.pages.plain import escaped
@@ -33,8 +34,7 @@ def run(arguments):
 
 
 def _checked(arguments, file):
-    if not Path(file).exists():
-        raise UsageError(f"there is no file {file}")
+    check_file(file)
 
     # A build without the files that it names need not wait for Keras.
     from keras_bn.cli.diagnosing import as_in_file, commands, diagnosed

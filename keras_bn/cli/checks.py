@@ -2,6 +2,7 @@
 
 import errno
 import os
+import stat
 from pathlib import Path
 
 from keras_bn.cli.arguments import MODEL_SUFFIXES
@@ -33,7 +34,7 @@ def check(arguments):
         if values.get(option) is not None and arguments.data is None:
             raise UsageError(f"--{option} needs --data")
     if values.get("model") is not None:
-        _readable(values["model"])
+        check_file(values["model"])
     if values.get("data") is not None:
         _check_data(arguments)
     # What is written, and the suffixes that it may have.
@@ -74,19 +75,36 @@ def _check_data(arguments):
     data = arguments.data
     if function_name(data):
         return
-    if not os.path.exists(data):
-        raise UsageError(f"there is no file {data}{_FORMS}")
-    if not os.path.isdir(data):
-        if Path(data).suffix not in (".npz", ".npy"):
-            raise UsageError(f"--data {data} is none of these{_FORMS}")
-        _readable(data)
+    if not is_folder(data, _FORMS) and Path(data).suffix not in (".npz", ".npy"):
+        raise UsageError(f"--data {data} is none of these{_FORMS}")
 
 
-def _readable(file):
-    path = Path(file)
-    if not path.exists():
-        raise UsageError(f"there is no file {file}")
-    if path.is_dir():
+def check_file(file):
+    """Refuse what is no file, or cannot be read.
+
+    Raises:
+        UsageError: with the reason.
+    """
+    if is_folder(file):
         raise UsageError(f"{file} is a folder, not a file")
-    if not os.access(path, os.R_OK):
-        raise UsageError(f"{file} can't be read: {os.strerror(errno.EACCES).lower()}")
+
+
+def is_folder(place, more=""):
+    """Whether what is read is a folder and no file.
+
+    Args:
+        place: a path.
+        more: what to say too if there is nothing.
+
+    Raises:
+        UsageError: if there is nothing, or nothing that can be read.
+    """
+    path = Path(place)
+    with refused(OSError, saying=f"{place} can't be read: "):
+        try:
+            folder = stat.S_ISDIR(path.stat().st_mode)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise UsageError(f"there is no file {place}{more}") from error
+        if not os.access(path, os.R_OK | os.X_OK if folder else os.R_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    return folder

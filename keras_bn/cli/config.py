@@ -35,21 +35,29 @@ def configuration():
             text = file.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError):
             continue
-        if re.search(r"^\s*\[tool\.keras-bn\]", text, re.MULTILINE):
-            return _checked(file, _table(file, text))
+        # Most of these files have nothing for us, and need not be right.
+        if "keras-bn" in text and (table := _table(file, text)) is not None:
+            return _checked(file, table)
     return {}
 
 
 def _table(file, text):
+    """The table of a file, however TOML writes it; None if it has none."""
     if sys.version_info >= (3, 11):
         import tomllib
     else:
         import tomli as tomllib
 
     try:
-        return tomllib.loads(text)["tool"]["keras-bn"]
+        tools = tomllib.loads(text).get("tool")
     except tomllib.TOMLDecodeError as error:
-        raise UsageError(f"{file} is not valid TOML: {error}") from error
+        if re.search(r"^\s*\[tool\.keras-bn\]", text, re.MULTILINE):
+            raise UsageError(f"{file} is not valid TOML: {error}") from error
+        return None
+    table = tools.get("keras-bn") if isinstance(tools, dict) else None
+    if table is not None and not isinstance(table, dict):
+        raise UsageError(f"{file}: tool.keras-bn must be a table, not {table!r}")
+    return table
 
 
 def _checked(file, table):

@@ -97,8 +97,9 @@ def read_data(arguments, model):
 
 
 def _called(name):
-    """What a function of the user's returns."""
-    with refused(Exception, saying=f"--data {name} fails: "):
+    """What a function of the user's returns; what it prints goes to stderr."""
+    saying = f"--data {name} fails: "
+    with refused(Exception, saying=saying), contextlib.redirect_stdout(sys.stderr):
         data = imported_function(name)()
     if data is None:
         raise UsageError(f"--data {name} returns None instead of data")
@@ -170,9 +171,9 @@ def _label_mode(model):
     """How the loss of a model wants its labels."""
     loss = getattr(model, "loss", None)
     name = getattr(loss, "name", None) or getattr(loss, "__name__", None) or str(loss)
-    if "binary" in name:
+    if "binary" in name.lower():
         return "binary"
-    return "categorical" if name == "categorical_crossentropy" else "int"
+    return "categorical" if name.lower().startswith("categorical") else "int"
 
 
 def _from_arrays(arguments, model):

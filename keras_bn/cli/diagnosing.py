@@ -3,11 +3,15 @@
 import shlex
 from dataclasses import replace
 
+from keras_bn.cli.arguments import BATCH_SIZE
 from keras_bn.cli.data import passing, read_data
 from keras_bn.cli.errors import refused, warning_texts
 from keras_bn.cli.rule import rules
 from keras_bn.diagnosis.diagnose import diagnose
 from keras_bn.tools.convert import to_keras
+
+# Options about what is read, with what they are where nobody gives them.
+_READ = {"x": None, "y": None, "batch-size": BATCH_SIZE, "steps": None}
 
 
 def as_in_file(opened):
@@ -53,8 +57,13 @@ def commands(arguments, file):
         arguments: of the command.
         file: the file of the model.
     """
-    data = arguments.data or "DATA"
-    words = ["keras-bn", "recalibrate", file, "OUT.keras", "--data", data]
+    words = ["keras-bn", "recalibrate", file, "OUT.keras"]
+    words += ["--data", arguments.data or "DATA"]
+    # What is read, and how much of it at once, is as in the diagnosis.
+    for option, default in _READ.items():
+        value = getattr(arguments, option.replace("-", "_"))
+        if arguments.data is not None and value != default:
+            words += [f"--{option}", str(value)]
     for module in arguments.modules:
         words += ["--import", module]
 

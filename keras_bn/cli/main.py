@@ -1,6 +1,7 @@
 """The command line: `keras-bn` and `python -m keras_bn`."""
 
 import importlib
+import io
 import os
 import sys
 
@@ -8,7 +9,7 @@ from keras_bn.cli.arguments import parser
 from keras_bn.cli.checks import check, needs_keras
 from keras_bn.cli.config import configuration
 from keras_bn.cli.errors import UsageError
-from keras_bn.pages.plain import escaped
+from keras_bn.pages.plain import escaped, sentence
 
 
 def main(argv=None) -> int:
@@ -25,6 +26,8 @@ def main(argv=None) -> int:
         SystemExit: 2 for invalid arguments, unreadable files or unsuitable data, 1 for
             a model without batch normalization, 0 after `--help` and `--version`.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):  # what it can't encode is escaped
+        sys.stdout.reconfigure(errors="backslashreplace")
     line = parser()
     _complete(line)
     arguments = line.parse_args(argv)
@@ -33,14 +36,29 @@ def main(argv=None) -> int:
             arguments.parser.set_defaults(**configuration())
             arguments = line.parse_args(argv)
         check(arguments)
-        return _run(arguments)
+        status = _run(arguments)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        return status
     except UsageError as error:
-        message = f"{arguments.parser.prog}: error: {escaped(error)}"
-        print(message, file=sys.stderr)
+        _complain(arguments, error)
+        raise SystemExit(2) from error
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        # It is stdout. What is still to be printed would fail again at the end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):  # who reads has enough, as `head` has
+            return 1
+        _complain(arguments, f"stdout can't be written: {sentence(error)}")
         raise SystemExit(2) from error
     except KeyboardInterrupt:
         print(f"{arguments.parser.prog}: interrupted", file=sys.stderr)
         return 130
+
+
+def _complain(arguments, message):
+    print(f"{arguments.parser.prog}: error: {escaped(message)}", file=sys.stderr)
 
 
 def _complete(line):

@@ -1,7 +1,7 @@
 """Writing a file completely or not at all, and never over another by accident."""
 
 import os
-import shutil
+import stat
 import tempfile
 from pathlib import Path
 
@@ -16,18 +16,18 @@ def check_writable(file, force):
     Raises:
         OSError: with the reason.
     """
-    path = Path(file).resolve()
-    if not path.parent.is_dir():
-        raise OSError(f"there is no folder {path.parent}")
+    path = Path(os.path.realpath(file))
     try:
-        path.lstat()
-    except FileNotFoundError:
-        pass
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        mode = None
     except OSError as error:  # such as a name that is too long
         raise OSError(f"{file} can't be written: {error.strerror}") from error
-    if path.exists() and not path.is_file():
+    if not path.parent.is_dir():
+        raise OSError(f"there is no folder {path.parent}")
+    if mode is not None and not stat.S_ISREG(mode):
         raise OSError(f"{file} is not a regular file")
-    if path.exists() and not force:
+    if mode is not None and not force:
         raise _exists(file)
     if not os.access(path.parent, os.W_OK):
         raise OSError(f"the folder {path.parent} can't be written to")
@@ -49,24 +49,24 @@ def write_whole(file, write, force=False):
         OSError: if it can't be written; the message names `file`.
     """
     check_writable(file, force)
-    path = Path(file).resolve()
-    folder = tempfile.mkdtemp(prefix=".keras_bn-", dir=path.parent)
-    part = Path(folder, path.name)
+    path = Path(os.path.realpath(file))
     try:
-        write(part)
-        if path.exists():
-            part.chmod(path.stat().st_mode)
-        if force:
-            part.replace(path)
-        else:
-            _move_to_free(part, path, file)
+        with tempfile.TemporaryDirectory(
+            prefix=".keras_bn-", dir=path.parent, ignore_cleanup_errors=True
+        ) as folder:
+            part = Path(folder, path.name)
+            write(part)
+            if path.exists():
+                part.chmod(path.stat().st_mode)
+            if force:
+                part.replace(path)
+            else:
+                _move_to_free(part, path, file)
     except OSError as error:
         if not error.strerror and str(part) not in str(error):
             raise
         reason = error.strerror or str(error).replace(str(part), str(file))
         raise OSError(f"{file} can't be written: {reason}") from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _move_to_free(part, path, file):

@@ -74,12 +74,18 @@ class Folds(Displayed, list[Fold]):
         super().__init__(folds)
         self.sums: list[Fold] = []
 
+    def __repr__(self) -> str:
+        return f"<Folds: {self._title()}>"
+
     def __str__(self) -> str:
         return "\n".join(map(str, [*self, *self.sums]))
 
-    def _content(self):
+    def _title(self):
         folded = sum(fold.into is not None for fold in self)
-        title = f"{folded} of {len(self)} can be folded"
+        return f"{folded} of {len(self)} can be folded"
+
+    def _content(self):
+        title = self._title()
         rows = [*self, *self.sums]
         return Content(title, "folds.html", {"title": title, "folds": rows})
 

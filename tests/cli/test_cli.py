@@ -1,11 +1,13 @@
 """The command line, and `verify`: statuses, what it prints and what it writes."""
 
 import json
+import os
 import pathlib
 
 import keras
 import pytest
 from support.backend import NAME, eagerly_too
+from support.command_line import refused, run
 
 import keras_bn
 from keras_bn.backends import modes
@@ -157,6 +159,24 @@ def test_layers_that_raise_are_listed(side, texts, capsys):
 )
 def test_usage_errors(arguments, named, capsys):
     assert named in usage_error(arguments, capsys)
+
+
+@pytest.mark.parametrize("command", ["inspect", "check"])
+def test_files_that_cannot_be_looked_at(tmp_path, capsys, monkeypatch, command):
+    monkeypatch.chdir(tmp_path)
+    os.symlink("loop.keras", "loop.keras")
+    for name, words in (
+        ("loop.keras", "loop.keras can't be read: too many levels of symbolic links"),
+        ("a" * 300 + ".keras", "aaa.keras can't be read: file name too long"),
+        (".", ". is a folder, not a file"),
+    ):
+        if command == "check":
+            assert run("check", name) == 2
+            out = capsys.readouterr().out
+            assert "error   not checked: " in out
+            assert words in out
+        else:
+            assert words in refused(capsys, "inspect", name)
 
 
 def test_existing_files_are_kept_unless_forced(few, tmp_path, capsys):

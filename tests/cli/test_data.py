@@ -1,6 +1,7 @@
 """`--data`: every form that it takes, and what it says of others."""
 
 import json
+import os
 from pathlib import Path
 
 import keras
@@ -107,6 +108,11 @@ class Nested:
     make = staticmethod(arrays)
 
 
+def loud():
+    print("reading")
+    return x, y
+
+
 def nothing():
     pass
 
@@ -157,6 +163,20 @@ def test_functions_that_give_no_data(functions, capsys, name, words):
     assert words in refused(capsys, "inspect", "model.keras", "--data", name)
 
 
+def test_what_a_function_prints_is_no_result(functions, capsys):
+    run("inspect", "model.keras", "--data", "my_data:loud", "--json", "-")
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["diagnosis"]["samples"] == 120
+    assert "reading" in printed.err
+
+
+def test_a_folder_that_cannot_be_read(model, capsys, monkeypatch):
+    os.mkdir("mine")
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    said = refused(capsys, "inspect", "model.keras", "--data", "mine")
+    assert said.endswith("can't be read: permission denied")
+
+
 @only("tensorflow", "tf.data is TensorFlow's")
 @pytest.mark.parametrize("batched", [True, False])
 def test_a_folder_of_tf_data(model, batched):
@@ -172,6 +192,7 @@ def test_a_folder_of_tf_data(model, batched):
     [
         (3, "sparse_categorical_crossentropy", 2),
         (1, keras.losses.CategoricalCrossentropy(), 2),
+        (3, "CategoricalFocalCrossentropy", 2),
         (3, "binary_crossentropy", 1),
     ],
 )

@@ -1,6 +1,7 @@
 """`keras-bn inspect`: what it lists, finds, writes, refuses, and its status."""
 
 import json
+import shlex
 
 import keras
 import numpy as np
@@ -216,6 +217,22 @@ def test_the_remedy_on_files_is_for_what_recalibration_mends(model, files, capsy
     model.save(files[0])
     assert run(files[0], "--data", files[1]) == 1
     assert "keras-bn recalibrate" not in capsys.readouterr().out
+
+
+def test_the_command_reads_the_data_as_the_diagnosis_did(files, tmp_path, capsys):
+    x, y = data()
+    inputs = tmp_path / "named.npz"
+    np.savez(inputs, images=x, digits=y, x=x[:, :1])
+    run(
+        *(files[0], "--data", inputs, "--x", "images", "--y", "digits"),
+        *("--batch-size", 16, "--steps", 3),
+    )
+    out = capsys.readouterr().out
+    (command,) = {line for line in out.splitlines() if "-> keras-bn recal" in line}
+    words = shlex.split(command)[2:]
+    words[words.index("OUT.keras")] = str(tmp_path / "out.keras")
+    assert command_line.run(*words) == 0
+    assert f"{16 * 3:,}" in capsys.readouterr().out
 
 
 def tools(model):

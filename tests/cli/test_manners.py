@@ -110,6 +110,11 @@ def test_the_repr_is_one_line(folder, with_data):
     assert repr(report).startswith("<Report model: 20 errors")
     comparison = keras_bn.compare(report, report)
     assert repr(comparison).startswith("<Comparison model: ")
+    plan = keras_bn.plan_fold(model)
+    assert repr(plan) == "<Folds: 20 of 20 can be folded>"
+    samples = 64 if with_data else 0
+    record = f"<ModelRecord model: layers: 20, samples: {samples}>"
+    assert repr(report.record) == record
     assert "\n" not in repr(report) + repr(comparison)
 
     class Printer:
@@ -259,7 +264,31 @@ def test_wrong_configuration(folder, capsys, line, words):
     assert words in refused(capsys, "check", "many.keras")
 
 
-@pytest.mark.parametrize("other", [b"# [tool.keras-bn] may come\n", b"# \xff\n"])
+@pytest.mark.parametrize(
+    "table",
+    [
+        "[tool]\nkeras-bn.fail-on = 'never'",
+        "[tool]\nkeras-bn = {fail-on = 'never'}",
+        "tool.keras-bn.fail-on = 'never'",
+        "[ tool . 'keras-bn' ] # ours\nfail-on = 'never'",
+    ],
+)
+def test_toml_has_several_ways_to_write_a_table(folder, capsys, table):
+    (folder / "pyproject.toml").write_text(table)
+    assert "fail-on must be one of" in refused(capsys, "check", "many.keras")
+    (folder / "pyproject.toml").write_text("[[tool.keras-bn]]")
+    assert "must be a table" in refused(capsys, "check", "many.keras")
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        b"# [tool.keras-bn] may come\n",
+        b"# \xff\n",
+        b'text = """\n[tool.keras-bn]\n"""',
+        b'dependencies = ["keras-bn"',
+    ],
+)
 def test_what_is_no_configuration(folder, capsys, monkeypatch, other):
     (folder / "pyproject.toml").write_text(CONFIGURED)
     (folder / "inner").mkdir()
@@ -369,3 +398,39 @@ def test_the_current_folder_is_not_searched_first(folder, monkeypatch):
     with imported(["my_module"]):
         assert sys.path == before
         assert "my_neighbour" in sys.modules
+
+
+def process(*arguments, code="raise SystemExit(main())", **options):
+    """Run the command line in a process of its own."""
+    script = f"from keras_bn.cli.main import main\n{code}"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **options.pop("env", {})}
+    options = {"text": True, "check": False, "stderr": subprocess.PIPE, **options}
+    command = [sys.executable, "-c", script, *map(str, arguments)]
+    return subprocess.run(command, env=environment, **options)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="pipes end otherwise there")
+@pytest.mark.parametrize("arguments", [["rule"], ["check", "gone.keras"]], ids=str)
+def test_a_pipe_that_is_closed_ends_a_command(folder, arguments):
+    read, write = os.pipe()
+    os.close(read)
+    done = process(*arguments, stdout=write)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="it is Linux's")
+def test_what_cannot_be_printed_ends_with_a_sentence(folder):
+    with open("/dev/full", "w") as full:
+        done = process("rule", stdout=full)
+    assert done.returncode == 2
+    assert done.stderr == (
+        "keras-bn rule: error: stdout can't be written: no space left on device\n"
+    )
+
+
+def test_what_stdout_cannot_encode_is_escaped(folder):
+    ascii_only = {"env": {"PYTHONIOENCODING": "ascii"}, "stdout": subprocess.PIPE}
+    done = process("check", "d\u00e9j\u00e0.keras", **ascii_only)
+    assert done.returncode == 2
+    assert "there is no file d\\xe9j\\xe0.keras" in done.stdout

@@ -104,6 +104,9 @@ def test_a_new_file_has_the_usual_mode(tmp_path):
 def test_long_names(tmp_path, name):
     write_text(tmp_path / name, "whole")
     assert alone(tmp_path, name)
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(OSError, match=r"loop can't be written: Too many levels of sym"):
+        check_writable(tmp_path / "loop", force=True)
     with pytest.raises(OSError, match=r"can't be written: File name too long") as error:
         check_writable(tmp_path / (name + "ccccccc"), force=True)
     assert "Errno" not in str(error.value)
