@@ -309,9 +309,36 @@ class _Trace:
     def __init__(self, layer, inputs, outputs, count):
         self.layer, self.count = layer, count
         self.nodes = _between(inputs, outputs)
+        for node in self.nodes:
+            _infer_sizes(node)
         numbers = {id(t): i for i, t in enumerate(inputs)}
         self.parts = [_described(node, numbers) for node in self.nodes]
         self.parts.append([numbers.get(id(t)) for t in outputs])
+
+
+def _infer_sizes(node):
+    """Let a reshape infer the size that is not known; refuse other unknown sizes.
+
+    `ops.shape` gives None for such a size, and a graph cannot run with None.
+    """
+    operation = node.operation
+    if isinstance(operation, keras.layers.Layer):
+        return
+    for name, value in list(vars(operation).items()):
+        sizes = value if isinstance(value, list | tuple) and name[0] != "_" else ()
+        unknown = [size is None for size in sizes]
+        if not any(unknown):
+            continue
+        if name != "newshape" or sum(unknown) > 1 or -1 in sizes:
+            kind = type(operation).__name__.lower()
+            raise NotAGraphError(f"its {kind} to {tuple(sizes)} needs sizes not known")
+        sizes = tuple(-1 if size is None else size for size in sizes)
+        known = type(operation)(sizes, name=operation.name)
+        known._inbound_nodes, known._outbound_nodes = _calls_of(operation)
+        node.operation = known
+        for tensor in node.outputs:
+            history = tensor._keras_history._replace(operation=known)
+            tensor._keras_history = history
 
 
 def _described(node, numbers):

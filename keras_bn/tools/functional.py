@@ -18,8 +18,8 @@ def functional(model: keras.Model, inputs: Any = None) -> keras.Model:
     by its `call`: the layers in it become layers of the graph. It stays one layer,
     which computes the same, where it has variables of its own, a `compute_mask`, an
     activity regularizer or inputs with a mask, calls `add_loss`, branches on values or
-    on `training`, or computes outside of layers and `keras.ops`. Layers of Keras stay
-    as they are.
+    on `training`, computes outside of layers and `keras.ops`, or with the batch size
+    other than in a reshape that could infer it. Layers of Keras stay as they are.
 
     The model and the result train each other's variables. What else its class has, such
     as a training step or a compilation, does not come along. `fit` passes `training` to

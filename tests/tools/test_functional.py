@@ -176,6 +176,32 @@ class Gate(layers.Layer):
         return x * self.bn(self.gate(x), training=training)
 
 
+class Heads(layers.Layer):
+    """Attention of several heads, with the batch size that it is called with."""
+
+    def __init__(self, units):
+        super().__init__()
+        self.dense, self.bn = layers.Dense(3 * units), norm()
+
+    def call(self, x):
+        batch, length, units = ops.shape(x)
+        x = ops.reshape(self.bn(self.dense(x)), (batch, length, 3, 2, units // 2))
+        query, key, value = ops.unstack(ops.transpose(x, (2, 0, 3, 1, 4)), axis=0)
+        scores = ops.softmax(ops.matmul(query, ops.transpose(key, (0, 1, 3, 2))))
+        x = ops.transpose(ops.matmul(scores, value), (0, 2, 1, 3))
+        return ops.reshape(x, (batch, length, units))
+
+
+class MultiHead(keras.Model):
+    def __init__(self):
+        super().__init__()
+        self.flat = layers.Reshape((64, 3))
+        self.embed, self.heads = layers.Dense(6), Heads(6)
+
+    def call(self, x):
+        return self.heads(self.embed(self.flat(x)))
+
+
 class Around(keras.Model):
     """A model around a backbone of `keras.applications`."""
 
@@ -202,6 +228,7 @@ MODELS = {
     Siamese: (1, 2),
     Attending: (1, 1),
     Stacked: (2, 2),
+    MultiHead: (1, 1),
     Around: (28, 28),
 }
 
@@ -381,6 +408,7 @@ REFUSED = {
     "constant": (lambda x, t, a: DROPOUT(x, training=False), "`training` of its"),
     "variable": (lambda x, t, a: a(x) * a.kernel[0, 0], "outside of its layer"),
     "constant of a layer": (lambda x, t, a: a(ops.ones((1, 6))) + x, "outside"),
+    "sizes": (lambda x, t, a: ops.reshape(a(x), (ops.shape(x)[0], -1)), "not known"),
     "no tensor": (lambda x, t, a: (a(x), 3), "tensors alone"),
 }
 
