@@ -376,9 +376,26 @@ class Tied(Loss):
         return ops.matmul(self.bn(self.dense(x)), ops.transpose(self.dense.kernel))
 
 
+class Reshaped(Loss):
+    """Takes the size of the batch, which a graph does not know, for a number."""
+
+    def call(self, x):
+        y = self.bn(self.dense(x))
+        size = ops.shape(y)[0]
+        return ops.reshape(ops.reshape(y, (size, 2, 3)), [size, -1])
+
+
+class Spread(Reshaped):
+    """The same in another operation."""
+
+    def call(self, x):
+        y = self.bn(self.dense(x))
+        return y + ops.broadcast_to(ops.mean(y, 0, keepdims=True), ops.shape(y))
+
+
 @pytest.mark.parametrize(
     "kind",
-    [OwnWeight, Loss, Training, Noisy, Tied],
+    [OwnWeight, Loss, Training, Noisy, Tied, Reshaped, Spread],
     ids=lambda k: k.__name__,
 )
 def test_what_cannot_be_opened_stays_one_layer(kind):
