@@ -14,6 +14,7 @@ from pathlib import Path
 import keras
 import numpy as np
 from keras import layers
+from support.served import served
 
 import keras_bn
 
@@ -56,8 +57,15 @@ def pages(folder):
     return ["report.html", "fixed.html", "int8.html"]
 
 
-def shoot(folder, page):
-    """Take the screenshots of a page, a path within the folder."""
+def shoot(folder, page, address):
+    """Take the screenshots of a page.
+
+    Args:
+        folder: of the pages, for the screenshots.
+        page: its path in the folder.
+        address: of a server of the folder: from a file, a browser runs few scripts, and
+            the site needs one to be dark.
+    """
     name = page.removesuffix(".html").removesuffix("/index").replace("/", "-")
     for (width, height), (theme, value) in (
         (size, theme) for size in SIZES for theme in THEMES.items()
@@ -67,14 +75,18 @@ def shoot(folder, page):
         command = [
             "chromium",
             *["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"],
-            f"--user-data-dir={folder / 'profile'}",
+            f"--user-data-dir={folder / 'profile' / theme}",
             f"--blink-settings=preferredColorScheme={value}",
             f"--window-size={max(width, 500)},{height}",
             f"--screenshot={folder / f'{name}-{width}-{theme}.png'}",
-            frame.as_uri(),
+            f"{address}/{frame.name}",
         ]
         subprocess.run(command, check=True, capture_output=True, timeout=120)
         frame.unlink()
+    for width, _ in SIZES:
+        light, dark = (folder / f"{name}-{width}-{theme}.png" for theme in THEMES)
+        if light.read_bytes() == dark.read_bytes():
+            raise SystemExit(f"{dark} is not dark")
 
 
 def main():
@@ -84,8 +96,9 @@ def main():
     if len(sys.argv) > 2:
         shutil.copytree(sys.argv[2], folder / "site", dirs_exist_ok=True)
         found += ["site/index.html", "site/reference/index.html"]
-    for page in found:
-        shoot(folder, page)
+    with served(folder) as address:
+        for page in found:
+            shoot(folder, page, address)
     for part in "site", "profile":
         shutil.rmtree(folder / part, ignore_errors=True)
 

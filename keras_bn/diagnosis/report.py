@@ -331,6 +331,9 @@ class Comparison(Displayed):
         return html.comparison(self)
 
 
+_NAMED = 10  # the layers of longer lists are named where each is shown
+
+
 @dataclass(repr=False)
 class Fixed(Comparison):
     """What `keras_bn.fix` did.
@@ -350,6 +353,8 @@ class Fixed(Comparison):
             return "Nothing was changed: no finding is fixed by recalibration."
         count = len(self.recalibrated)
         layers = "layers" if count > 1 else "layer"
+        if count > _NAMED:
+            return f"Recalibrated {count} {layers}."
         names = ", ".join(map(escaped, self.recalibrated))
         return f"Recalibrated {count} {layers}: {names}."
 

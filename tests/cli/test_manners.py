@@ -88,6 +88,7 @@ def test_before_and_after_are_grouped_too(folder):
     fixed = keras_bn.diagnose(model, np.tile(x, (2, 1)), batch_size=64).fix()
     assert "error   never-updated: 20 layers (BN001)" in str(fixed)
     assert len([line for line in str(fixed).splitlines() if "never" in line]) == 1
+    assert str(fixed).startswith("Recalibrated 20 layers.\n")
 
 
 def test_findings_that_differ_are_shown_by_example(folder):

@@ -121,6 +121,13 @@ def test_many_findings_of_a_kind_make_one_card(sick):
     assert all(finding.message in page for finding in many)
 
 
+def test_names_are_broken_between_their_words(sick):
+    layer = dataclasses.replace(sick.record.layers[0], layer="a/depthwise_<b>_long_BN")
+    record = dataclasses.replace(sick.record, layers=[layer])
+    page = dataclasses.replace(sick, record=record).to_html()
+    assert "a/<wbr>depthwise_<wbr>&lt;b&gt;_<wbr>long_<wbr>BN<small>" in page
+
+
 def test_a_healthy_model(sick):
     page = Report(sick.record, []).to_html()
     assert "No problems found" in page
@@ -133,7 +140,10 @@ def test_the_ids_of_rules_lead_to_their_text(sick):
         rule = RULES[kind]
         (target,) = set(re.findall(rf'href="#(bn-\w+-{rule.id})"', page))
         assert f'id="{target}">{rule.id} {kind}</dt>' in page
-        assert str(escape(rule.text)) in page
+        marked = re.sub("`(.*?)`", r"<code>\1</code>", str(escape(rule.text)))
+        assert marked in page
+    assert "<code>momentum ** t</code>" in page
+    assert "`" not in page
 
 
 def test_the_page_says_where_it_comes_from(sick, tmp_path):

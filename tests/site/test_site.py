@@ -1,19 +1,16 @@
 """The documentation site: it builds, is whole, fetches nothing, and fits a phone."""
 
-import contextlib
-import functools
-import http.server
 import importlib
 import json
 import os
 import re
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import pytest
 from conftest import require
+from support.served import served
 
 import keras_bn
 
@@ -107,26 +104,6 @@ onload = () => {
     document.body.textContent = JSON.stringify(found);
 };
 </script>"""
-
-
-@contextlib.contextmanager
-def served(folder):
-    """The address of a server of a folder on this machine."""
-
-    class Quiet(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, *arguments):
-            pass
-
-    handler = functools.partial(Quiet, directory=str(folder))
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}"
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
 
 
 def test_no_page_is_wider_than_a_phone(site, browser):

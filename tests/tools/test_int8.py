@@ -141,7 +141,7 @@ def rows_of(page):
         r'<tr class="\w+">\s*<th scope="row">(.*?)<small>(.*?)</small></th>\s*'
         r'<td data-label="Operation">(\w+)</td>.*?width:(\d+)%.*?<small>(.*?)</small>'
     )
-    return re.findall(row, section, re.S)
+    return re.findall(row, section.replace("<wbr>", ""), re.S)
 
 
 def test_the_report_is_a_page_and_a_part_of_the_diagnosis(exported):
