@@ -354,8 +354,6 @@ def _described(node, numbers):
         state = {k: v for k, v in vars(operation).items() if k[0] != "_"}
         state.pop("name", None)
         parts = [type(operation), repr(sorted(state.items()))]
-        if any(_has_unknown_size(value) for value in state.values()):
-            raise NotAGraphError("it computes with a size that is not known in a graph")
     options = dict(node.arguments.kwargs)
     parts.append(sorted(options))
     options.pop("training", None)
@@ -369,15 +367,6 @@ def _described(node, numbers):
     for tensor in node.outputs:
         numbers[id(tensor)] = len(numbers)
     return parts
-
-
-def _has_unknown_size(value):
-    """Whether an argument of an operation is a shape with a None in it.
-
-    `keras.ops.shape(x)` gives None for the size of a batch while a graph is made. Keras
-    takes that in the target of a `reshape`, and fails when the graph runs.
-    """
-    return isinstance(value, list | tuple) and any(size is None for size in value)
 
 
 def _first_difference(first, second):
