@@ -2,6 +2,6 @@
 
 On any backend a model trains; a file is made where TensorFlow is.
 
-TensorFlow is imported here inside functions of two files only: `tflite.py`, with the
-converter and the interpreter, and `fake.py`, with the ops of fake quantization.
+TensorFlow is imported here inside functions of one file only: `tflite.py`, with the
+converter and the interpreter.
 """

@@ -20,11 +20,12 @@ from typing import Any
 
 import keras
 from keras import ops
+from keras.quantizers import fake_quant_with_min_max_vars as fake_quant
 
 from keras_bn.backends.layout import broadcast
-from keras_bn.int8 import fake
 from keras_bn.layer.step import State, scale_and_offset
 from keras_bn.surgery.arrays import axes as axes_of
+from keras_bn.surgery.norms import is_frozen
 from keras_bn.tools.linear import call_with, linear
 
 # So that the largest weight, rounded, is not a hair outside of the range.
@@ -93,8 +94,7 @@ class FakeQuantizer(_Aware):
             high = ops.where(usable, self._moved(high, ops.maximum(most, 0.0)), high)
             self.low.assign(low)
             self.high.assign(high)
-        high = ops.maximum(high, low + _LEAST)
-        return fake.per_tensor(inputs, low, high)
+        return fake_quant(inputs, low, ops.maximum(high, low + _LEAST))
 
     def _moved(self, old, new):
         return old * self.momentum + new * (1.0 - self.momentum)
@@ -111,24 +111,16 @@ class FakeQuantizer(_Aware):
         return input_shape
 
     def get_config(self):
-        return {
-            **super().get_config(),
-            "momentum": self.momentum,
-            "fixed": self.fixed,
-        }
+        own = {"momentum": self.momentum, "fixed": self.fixed}
+        return super().get_config() | own
 
 
 class _Wrapper(_Aware):
     """A layer around others, whose names and variables stay."""
 
     def get_config(self):
-        return {
-            **super().get_config(),
-            **{
-                name: keras.saving.serialize_keras_object(getattr(self, name))
-                for name in self.wrapped
-            },
-        }
+        wrapped = {name: getattr(self, name) for name in self.wrapped}
+        return super().get_config() | keras.saving.serialize_keras_object(wrapped)
 
     @classmethod
     def from_config(cls, config):
@@ -177,52 +169,62 @@ class FakeQuantizedLinear(_Wrapper):
 
     def call(self, inputs, training=None, mask=None):
         norm, last = self.normalization, self.linear.last
-        x = inputs if self.between is None else self._depthwise(inputs, training)
-        if self.baked is not None:
-            kernels, bias = self.baked
-            return self._linear(x, ops.convert_to_tensor(kernels[last]), bias)
-        kernel = ops.convert_to_tensor(getattr(self.layer, last))
-        if norm is None:
-            return self._linear(x, self._rounded(last, kernel), self.layer.bias)
-        scale, bias = self._scale_and_bias()
-        folded = self.linear.scaled(kernel, scale, ops)
-        rounded = self._rounded(last, folded)
-        if not training or not norm.trainable or norm.freeze_statistics:
-            return self._linear(x, rounded, bias)
+        kernels, bias, folded = self._weights()
+        x = self._to_last(inputs, kernels, training)
+        if norm is None or not _trains(norm, training):
+            return self._linear(x, kernels[last], bias)
         mask = mask if self.supports_masking else None
-        plain = self._linear(x, kernel, self.layer.bias)
+        plain = self._plain(x)
         _, moments = norm.normalize_batch(plain, mask)
         inverse = ops.rsqrt(norm.moving_variance + norm.epsilon)
         batch = ops.rsqrt(moments.variance + norm.epsilon)
         ratio = ops.where(moments.count > 0, batch / inverse, ops.ones_like(batch))
-        error = self._linear(x, rounded - folded, None)
-        ratio = _along(ops.stop_gradient(ratio), error, norm)
+        error = self._linear(x, kernels[last] - folded, None)
+        axis = axes_of(norm)[0] % len(error.shape)
+        ratio = broadcast(ops.stop_gradient(ratio), error.shape, (axis,))
         return norm(plain, training=training, mask=mask) + error * ratio
 
     def call_unfolded(self, inputs, training=None, mask=None):
         """The output by a call of the normalization; passes over data need it."""
-        x = inputs if self.between is None else self._depthwise(inputs, training)
-        kernel = getattr(self.layer, self.linear.last)
-        plain = self._linear(x, ops.convert_to_tensor(kernel), self.layer.bias)
+        x = self._to_last(inputs, self._weights()[0], training)
         mask = mask if self.supports_masking else None
-        return self.normalization(plain, training=training, mask=mask)
+        return self.normalization(self._plain(x), training=training, mask=mask)
 
-    def _scale_and_bias(self):
-        """The scale of the kernel, and the bias, with the normalization folded in."""
-        scale, offset = _scale_and_offset(self.normalization)
-        bias = self.layer.bias
-        return scale, offset if bias is None else bias * scale + offset
+    def weights_of_inference(self):
+        """`(kernels, bias)`: the rounded kernels by name, and the bias or None."""
+        kernels, bias, _ = self._weights()
+        return keras.tree.map_structure(
+            lambda w: None if w is None else ops.convert_to_numpy(w), (kernels, bias)
+        )
 
-    def _depthwise(self, x, training):
-        """The first part of a separable convolution."""
-        layer, name = self.layer, "depthwise_kernel"
+    def _weights(self):
+        """`(kernels, bias, folded)` of inference: the last kernel unrounded, too."""
         if self.baked is not None:
-            kernel = ops.convert_to_tensor(self.baked[0][name])
-        else:
-            kernel = self._rounded(name, ops.convert_to_tensor(getattr(layer, name)))
+            kernels, bias = self.baked
+            return {n: ops.convert_to_tensor(k) for n, k in kernels.items()}, bias, None
+        edit, bias = self.linear, self.layer.bias
+        kernels = {n: ops.convert_to_tensor(getattr(self.layer, n)) for n in edit.names}
+        if self.normalization is not None:
+            scale, offset = _scale_and_offset(self.normalization)
+            kernels[edit.last] = edit.scaled(kernels[edit.last], scale, ops)
+            bias = offset if bias is None else bias * scale + offset
+        rounded = {name: self._rounded(name, kernels[name]) for name in edit.names}
+        return rounded, bias, kernels[edit.last]
+
+    def _rounded(self, name, kernel):
+        matrix, back = self.linear.as_matrix(name, kernel, ops)
+        limit = ops.stop_gradient(ops.max(ops.abs(matrix), axis=0))
+        limit = ops.maximum(limit * _ROOM, _LEAST)
+        return back(fake_quant(matrix, -limit, limit, narrow_range=True, axis=-1))
+
+    def _to_last(self, x, kernels, training):
+        """The input of the last kernel: of a separable one, the first's output."""
+        if self.between is None:
+            return x
+        layer = self.layer
         y = ops.depthwise_conv(
             x,
-            kernel,
+            kernels["depthwise_kernel"],
             layer.strides,
             layer.padding,
             layer.data_format,
@@ -230,11 +232,10 @@ class FakeQuantizedLinear(_Wrapper):
         )
         return self.between(y, training=training)
 
-    def _rounded(self, name, kernel):
-        matrix, back = self.linear.as_matrix(name, kernel, ops)
-        limit = ops.stop_gradient(ops.max(ops.abs(matrix), axis=0))
-        limit = ops.maximum(limit * _ROOM, _LEAST)
-        return back(fake.per_channel(matrix, limit))
+    def _plain(self, x):
+        """The output of the layer by its last kernel as it is."""
+        kernel = ops.convert_to_tensor(getattr(self.layer, self.linear.last))
+        return self._linear(x, kernel, self.layer.bias)
 
     def _linear(self, x, kernel, bias):
         """What the layer computes with other weights; a bias of None is zero."""
@@ -257,20 +258,6 @@ class FakeQuantizedLinear(_Wrapper):
                 bias = broadcast(bias, y.shape, (axis,))
             y = y + bias
         return y if layer.activation is None else layer.activation(y)
-
-    def weights_of_inference(self):
-        """`(arrays, bias)`: the rounded kernels by name, and the bias or None."""
-        kernel_of = {}
-        *first, last = self.linear.names
-        for name in first:
-            value = ops.convert_to_tensor(getattr(self.layer, name))
-            kernel_of[name] = ops.convert_to_numpy(self._rounded(name, value))
-        kernel, bias = ops.convert_to_tensor(getattr(self.layer, last)), self.layer.bias
-        if self.normalization is not None:
-            scale, bias = self._scale_and_bias()
-            kernel = self.linear.scaled(kernel, scale, ops)
-        kernel_of[last] = ops.convert_to_numpy(self._rounded(last, kernel))
-        return kernel_of, None if bias is None else ops.convert_to_numpy(bias)
 
     def compute_output_shape(self, input_shape):
         return self.layer.compute_output_shape(input_shape)
@@ -303,23 +290,14 @@ class FakeQuantizedNormalization(_Wrapper):
 
     def call(self, inputs, training=None, mask=None):
         norm = self.normalization
-        trains = training and norm.trainable and not norm.freeze_statistics
-        if trains:
+        if _trains(norm, training):
             return self.call_unfolded(inputs, training, mask)
         scale, offset = _scale_and_offset(norm)
-        channels = inputs.shape[-1]
-        x = inputs
-        if len(inputs.shape) != 4:
-            x = ops.reshape(inputs, (-1, 1, 1, channels))
-        y = ops.depthwise_conv(
-            x,
-            ops.reshape(scale, (1, 1, channels, 1)),
-            1,
-            "valid",
-            "channels_last",
-        )
-        y = y + offset
-        return y if len(inputs.shape) == 4 else ops.reshape(y, ops.shape(inputs))
+        image, channels = len(inputs.shape) == 4, inputs.shape[-1]
+        x = inputs if image else ops.reshape(inputs, (-1, 1, 1, channels))
+        kernel = ops.reshape(scale, (1, 1, channels, 1))
+        y = ops.depthwise_conv(x, kernel, 1, "valid", "channels_last") + offset
+        return y if image else ops.reshape(y, ops.shape(inputs))
 
     def call_unfolded(self, inputs, training=None, mask=None):
         """The output by a call of the normalization; passes over data need it."""
@@ -329,12 +307,12 @@ class FakeQuantizedNormalization(_Wrapper):
         return input_shape
 
 
+def _trains(norm, training):
+    """Whether a call normalizes by the statistics of the batch."""
+    return training and not is_frozen(norm)
+
+
 def _scale_and_offset(norm):
     """What a normalization does in inference, as tensors."""
     state = State(norm.moving_mean, norm.moving_variance)
     return scale_and_offset(norm.gamma, norm.beta, state, norm.epsilon, "float32")
-
-
-def _along(values, y, norm):
-    """Values per channel, in a shape that broadcasts to the output."""
-    return broadcast(values, y.shape, (axes_of(norm)[0] % len(y.shape),))

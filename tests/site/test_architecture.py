@@ -75,12 +75,11 @@ def at_the_top(source):
     return ast.unparse(tree)
 
 
-# TensorFlow's converter, interpreter and fake quantization, and the layers of PyTorch,
-# imported in functions: they are what these files are about.
+# TensorFlow's converter and interpreter, and the layers of PyTorch, imported in
+# functions: they are what these files are about.
 ABOUT = {
     PACKAGE / "cli" / "data.py": "tensorflow",
     PACKAGE / "int8" / "tflite.py": "tensorflow",
-    PACKAGE / "int8" / "fake.py": "tensorflow",
     PACKAGE / "tools" / "pytorch.py": "torch",
 }
 

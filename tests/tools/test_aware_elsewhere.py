@@ -12,7 +12,6 @@ from support.alone import run_alone
 from support.marks import takes_fake_quantization
 
 import keras_bn
-from keras_bn.int8 import fake
 from keras_bn.int8.export import integer_file
 from keras_bn.int8.listed import FUNCTIONS, LAYERS, check_listed
 from keras_bn.surgery.view import ModelView
@@ -35,17 +34,16 @@ def rounded(x, low, high, least=0):
 def test_values_and_gradients_of_the_rounding(whole):
     rng = np.random.default_rng(0)
     x, upstream = rng.normal(size=(2, 40, 5)).astype("float32")
-    if whole:
-        function, bounds = fake.per_tensor, (-0.7, 1.6)
-    else:
-        limit = np.abs(x).max(0) * np.float32([0.3, 0.7, 0.99, 1.2, 1.9])
-        function, bounds = fake.per_channel, (limit,)
+    low, high, options = -0.7, 1.6, {}
+    if not whole:
+        high = np.abs(x).max(0) * np.float32([0.3, 0.7, 0.99, 1.2, 1.9])
+        low, options = -high, {"narrow_range": True, "axis": -1}
+    bounds = [backend.tensor(np.float32(bound)) for bound in (low, high)]
     y, (gradient,) = backend.vjp(
-        lambda x: function(x, *map(backend.tensor, np.float32(bounds))),
+        lambda x: keras.quantizers.fake_quant_with_min_max_vars(x, *bounds, **options),
         [backend.tensor(x)],
         backend.tensor(upstream),
     )
-    low, high = bounds if whole else (-limit, limit)
     expected, inside = rounded(x, low, high, 0 if whole else 1)
     np.testing.assert_allclose(backend.array(y), expected, atol=1e-6)
     np.testing.assert_array_equal(backend.array(gradient), upstream * inside)
