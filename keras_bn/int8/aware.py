@@ -7,8 +7,9 @@ import keras
 import numpy as np
 from keras import layers
 
-from keras_bn.int8 import tflite, weights
+from keras_bn.int8 import tflite
 from keras_bn.int8.convert import check_layers, constant, convert
+from keras_bn.int8.equalize import relu_limit
 from keras_bn.int8.layers import (
     FakeQuantizedLinear,
     FakeQuantizedNormalization,
@@ -16,18 +17,13 @@ from keras_bn.int8.layers import (
 )
 from keras_bn.int8.listed import check_listed
 from keras_bn.int8.measure import not_finite
+from keras_bn.int8.options import Options
 from keras_bn.int8.samples import batch_of, in_order
-from keras_bn.passes.data import batches
+from keras_bn.passes.data import NoDataError, batches
 from keras_bn.surgery.arrays import axes as axes_of
-from keras_bn.surgery.calls import as_declared, check_graph
+from keras_bn.surgery.calls import as_declared
 from keras_bn.surgery.classes import as_graphs
-from keras_bn.surgery.exchange import (
-    bypass,
-    detach,
-    exchange,
-    optimizers,
-    trained_by,
-)
+from keras_bn.surgery.exchange import bypass, detach, exchange, optimizers, trained_by
 from keras_bn.surgery.functional import opened
 from keras_bn.surgery.graph import graph_of, scope
 from keras_bn.surgery.insert import insert
@@ -37,7 +33,7 @@ from keras_bn.surgery.view import ModelView
 from keras_bn.tools.convert import convert as convert_layers
 from keras_bn.tools.fold import FoldPlan
 from keras_bn.tools.fuse import separate
-from keras_bn.tools.linear import is_linear, linear
+from keras_bn.tools.linear import is_activated, is_linear
 
 ModelT = TypeVar("ModelT", bound=keras.Model)
 
@@ -143,7 +139,6 @@ def quantize_aware(
 def _aware(original, data, steps, batch_size, compiled):
     model: Any = original.model
     converts = keras.backend.backend() == "tensorflow"
-    check_graph(original)
     check_layers(original)
     if not converts:
         check_listed(original)
@@ -167,7 +162,8 @@ def _aware(original, data, steps, batch_size, compiled):
     if converts:
         paths = {path for path, _ in original.layers}
         with constant(view, trained=True):
-            convert(copy, sample, quoted=functools.partial(_quoted, paths))
+            quoted = functools.partial(_quoted, paths)
+            convert(copy, sample, Options(), quoted=quoted)
     return copy
 
 
@@ -188,71 +184,51 @@ def _check_optimizers(model):
 
 def _quantize_weights(view):
     """Put layers that round their weights in the place of the linear ones."""
-    into = {fold.layer: fold.into for fold in FoldPlan(view).folds}
+    fused = {id(each.norm): each for each in FoldPlan(view, fusing=True).fused}
     norms = {}  # the normalization after a linear layer, by the `id` of this
-    calls = {}  # a call of each layer, with the shape of its input
+    shapes = {}  # the shape of an input of each layer, by its `id`
     for node in view.calls:
-        layer, tensor = node.operation, node.input_tensors[0]
-        calls[id(layer)] = tensor.shape
-        producer = view.producer(tensor)
-        if not is_normalization(layer) or producer is None:
+        tensor, each = node.input_tensors[0], fused.get(id(node.operation))
+        shapes[id(node.operation)] = tensor.shape
+        before = view.producer(tensor)
+        if each is None or before is None or before.operation is not each.linear.layer:
             continue
-        before = producer.operation
-        same = view.path(before) == into.get(view.path(layer))
-        if same and not is_normalization(before) and _pairs(before, layer, node):
-            norms[id(before)] = layer
+        if each.axes == (each.linear.channel_axis(len(tensor.shape)),):
+            norms[id(before.operation)] = each.norm
     for path, norm in view.normalizations.items():
-        _check_normalization(path, norm)
+        if norm.renorm and not is_frozen(norm):
+            raise ValueError(
+                f"'{path}' has renorm=True, which corrects batches in its own way. "
+                "Freeze it first: `keras_bn.freeze(model)`."
+            )
     bypass(view, list(norms.values()))
     inside = {id(norm) for norm in norms.values()}
     pairs = []
     for path, layer in view.layers:
-        if id(layer) not in calls or id(layer) in inside or not is_linear(layer):
+        if id(layer) not in shapes or id(layer) in inside or not is_linear(layer):
             continue
-        shape = calls[id(layer)]
+        shape = shapes[id(layer)]
         if is_normalization(layer):
-            _check_last(path, layer, len(shape))
+            rank = len(shape)
+            if [axis % rank for axis in axes_of(layer)] != [rank - 1]:
+                raise ValueError(
+                    f"'{path}' does not follow a linear layer. Alone, int8 needs its "
+                    f"channels on the last axis; they are on axis {layer.axis}."
+                )
             new = FakeQuantizedNormalization(layer, name=layer.name)
         else:
-            norm = norms.get(id(layer))
-            new = FakeQuantizedLinear(layer, norm, name=layer.name)
+            new = FakeQuantizedLinear(layer, norms.get(id(layer)), name=layer.name)
         new.build(shape)
         pairs.append((layer, new))
     exchange(pairs, view.holders)
     detach([old for old, _ in pairs] + list(norms.values()))
 
 
-def _pairs(layer, norm, node):
-    """Whether a normalization may be rounded together with the layer before it."""
-    rank = len(node.outputs[0].shape)
-    (axis,) = {axis % rank for axis in axes_of(norm)}
-    return axis == linear(layer).channel_axis(rank)
-
-
-def _check_normalization(path, norm):
-    if norm.renorm and not is_frozen(norm):
-        raise ValueError(
-            f"'{path}' has renorm=True, which corrects batches in its own way. Freeze "
-            "it first: `keras_bn.freeze(model)`."
-        )
-
-
-def _check_last(path, norm, rank):
-    if [axis % rank for axis in axes_of(norm)] != [rank - 1]:
-        raise ValueError(
-            f"'{path}' does not follow a linear layer. Alone, int8 needs its channels "
-            f"on the last axis; they are on axis {norm.axis}."
-        )
-
-
 def _places(view):
     """Where values are rounded: pairs of a tensor and the layers behind it."""
     inputs = [t for t in view.graph.inputs if _is_float(t)]
     names = ["input"] if len(inputs) == 1 else [t.name for t in inputs]
-    places = [
-        (tensor, [FakeQuantizer(name=f"{_ROUNDING}{name}")])
-        for tensor, name in zip(inputs, names, strict=True)
-    ]
+    places = [(t, [_rounding(n)]) for t, n in zip(inputs, names, strict=True)]
     behind: dict[int, list] = {}
     for node in view.calls:
         operation = node.operation
@@ -272,35 +248,29 @@ def _behind(node, view):
         return []
     name = operation.name
     if isinstance(operation, FakeQuantizedLinear):
-        activation = getattr(operation.layer, "activation", None)
-        if activation not in (None, keras.activations.linear) and not _merges(
-            activation
-        ):
-            operation.layer.activation = keras.activations.linear
+        layer = operation.layer
+        if is_activated(layer) and not _merges(activation := layer.activation):
+            layer.activation = keras.activations.linear
             after = layers.Activation(activation, name=f"{name}{_ACTIVATION}")
-            return [
-                FakeQuantizer(name=f"{_ROUNDING}{name}"),
-                after,
-                FakeQuantizer(fixed=_fixed(after), name=f"{_ROUNDING}{after.name}"),
-            ]
+            return [_rounding(name), after, _rounding(after.name, after)]
     adds = isinstance(operation, layers.Add) or type(operation).__name__ == "Add"
     follower = view.next(node)
     merged = follower is not None and _merges(follower.operation)
     if merged and (adds or isinstance(operation, FakeQuantizedLinear)):
         return []
-    return [FakeQuantizer(fixed=_fixed(operation), name=f"{_ROUNDING}{name}")]
+    return [_rounding(name, operation)]
 
 
 def _merges(operation):
     """Whether TFLite computes a ReLU in one operation with the layer before it."""
-    return weights.relu_limit(operation) in (float("inf"), 6.0)
+    return relu_limit(operation) in (float("inf"), 6.0)
 
 
-def _fixed(operation):
-    """The range that an operation always has in int8, or None."""
+def _rounding(name, operation=None):
+    """The layer that rounds a value: of an operation, in the range it has in int8."""
     function = getattr(operation, "activation", None)
-    name = getattr(function, "__name__", type(operation).__name__)
-    return _FIXED.get(name.lower())
+    kind = getattr(function, "__name__", type(operation).__name__)
+    return FakeQuantizer(fixed=_FIXED.get(kind.lower()), name=f"{_ROUNDING}{name}")
 
 
 def _is_float(tensor):
@@ -315,11 +285,7 @@ def _quoted(paths, path):
 
 
 def _set_ranges(view, data, steps, batch_size):
-    """Set the ranges of activations to those of the data.
-
-    Returns:
-        A sample: a list of arrays in the order of the model's inputs.
-    """
+    """Set the ranges of activations to those of the data; returns a sample of it."""
     quantizers, model = view.of_type(FakeQuantizer), view.model
     for quantizer in quantizers.values():
         quantizer.observed = []
@@ -327,11 +293,11 @@ def _set_ranges(view, data, steps, batch_size):
     for x, _, _ in batches(data, steps=steps, batch_size=batch_size):
         model(as_declared(model, x), training=False)
     if x is None:
-        raise ValueError("There is no data: not one batch came.")
+        raise NoDataError
     for path, quantizer in quantizers.items():
         if not np.isfinite(quantizer.observed).all() or not quantizer.observed:
-            *around, name = path.split("/")
-            layer = "/".join([*around, name.removeprefix(_ROUNDING)])
+            around, slash, name = path.rpartition("/")
+            layer = f"{around}{slash}{name.removeprefix(_ROUNDING)}"
             raise ValueError(not_finite(layer))
         quantizer.take_observed()
     return [array[: batch_of(model)] for array in in_order(model, x)]

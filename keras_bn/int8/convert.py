@@ -1,17 +1,23 @@
-"""A model as the content of a file, in which no operation computes in floats."""
+"""A model as a file, in which no operation computes in floats but those named."""
 
 import contextlib
-from typing import NamedTuple
+import re
+from typing import Any, NamedTuple
 
 import keras
 import numpy as np
 
-from keras_bn.int8 import tflite
+from keras_bn.int8 import onnx, tflite
 from keras_bn.int8.layers import FakeQuantizedLinear
-from keras_bn.int8.measure import MOVES, computed, tagged, through
-from keras_bn.surgery.calls import Call
+from keras_bn.int8.measure import through
+from keras_bn.surgery.calls import check_graph
 from keras_bn.surgery.graph import graph_of
 from keras_bn.surgery.norms import adapts
+from keras_bn.tools.linear import is_linear
+
+_WEIGHTED = ("CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED", "TRANSPOSE_CONV")
+# Between integers of other scales, or between these and floats.
+_MOVES = ("QUANTIZE", "DEQUANTIZE")
 
 _MEASURES = (
     " `keras_bn.export_int8` of a model that is not from `keras_bn.quantize_aware` "
@@ -21,7 +27,8 @@ _MEASURES = (
 
 
 def check_layers(view):
-    """Refuse layers that integers cannot compute."""
+    """Refuse a model whose calls are not known, or that integers cannot compute."""
+    check_graph(view)
     for name, layer in view.layers:
         if adapts(layer):
             raise ValueError(
@@ -33,11 +40,10 @@ def check_layers(view):
                 f"'{name}' is quantized by Keras's `model.quantize`. Export the model "
                 "as it was before that."
             )
-        if keras.backend.is_float_dtype(layer.compute_dtype or "int32") and (
-            layer.compute_dtype != "float32"
-        ):
+        dtype = layer.compute_dtype or "float32"
+        if keras.backend.is_float_dtype(dtype) and dtype != "float32":
             raise ValueError(
-                f"'{name}' computes in {layer.compute_dtype}, and the converter takes "
+                f"'{name}' computes in {dtype}, and the converter takes "
                 "float32. Build the model with the dtype policy 'float32', and load "
                 "the weights into it."
             )
@@ -47,10 +53,8 @@ def check_layers(view):
 def constant(view, trained=False):
     """Have the linear layers of a model compute with constants, as a file does.
 
-    Args:
-        view: the `ModelView` of the model.
-        trained: whether weights that are all zero are others here, as they will be
-            after training: the converter leaves zeros out.
+    Weights that are all zero may be others here, as they will be after training
+    (`trained`): the converter leaves zeros out.
     """
     layers = view.of_type(FakeQuantizedLinear).values()
     try:
@@ -68,125 +72,199 @@ def _not_zero(values):
     return np.ones_like(values) if values is not None and not values.any() else values
 
 
-class Names(NamedTuple):
-    """The names of the inputs and outputs of a file, in the model's order."""
+class Place(NamedTuple):
+    """Where the output of a call is in a file."""
 
-    inputs: list[str]
-    outputs: list[str]
+    tensor: int  # its index
+    operation: str  # the name of the operation
+    first: int  # the number of the call that has weights in it, if one has
+    before: set[int]  # the numbers of the calls whose outputs it reads
 
 
-def names_of(model):
-    """The `Names` of a model's inputs and outputs, each name once."""
-    graph = graph_of(model)
+class File:
+    """A file that an interpreter runs, and what it computes of a model.
 
-    def once(names):
-        unique = []
-        for name in names:
-            new, number = name, 1
-            while new in unique:
-                new, number = f"{name}_{number}", number + 1
-            unique.append(new)
-        return unique
+    Args:
+        interpreter: of TFLite or of ONNX.
+        inputs, outputs: the names of its inputs and outputs, in the model's order.
+        traced: the `Traced` of the model.
 
-    return Names(once(t.name for t in graph.inputs), once(graph.output_names))
+    Attributes:
+        paths: those of the calls, by number.
+        operations: pairs of a `tflite.Operation` and of the numbers of the calls that
+            it computes, in order.
+        floats: the paths of the calls that it computes in floats.
+    """
+
+    def __init__(self, interpreter, inputs, outputs, traced):
+        self.interpreter, self.inputs, self.outputs = interpreter, inputs, outputs
+        self.paths = {number: call.path for number, call in traced.calls.items()}
+        self._shown = set(traced.values)
+        self._weighted = {
+            number
+            for number, call in traced.calls.items()
+            if isinstance(call.operation, FakeQuantizedLinear)
+            or is_linear(call.operation)
+        }
+        self.floats: list[str] = []
+        operations, tensors = interpreter.operations(), interpreter.outputs()
+        ends = {tensors[n]: i for n, i in zip(outputs, traced.last, strict=True)}
+        numbers = self._computed(operations, ends)
+        self.operations = list(zip(operations, numbers, strict=True))
+
+    def run(self, batch):
+        """Run a batch, a list of arrays; an operation that fails is one of a layer."""
+        try:
+            self.interpreter.run(dict(zip(self.inputs, batch, strict=True)))
+        except tflite.RunError as error:
+            path = self.paths[self.operations[error.operation][1][-1]]
+            raise ValueError(
+                f"TFLite cannot run '{path}' in int8 on these samples: {error}"
+            ) from error
+
+    def __call__(self, batch):
+        """The outputs for a batch, both lists of arrays."""
+        self.run(batch)
+        tensors = self.interpreter.outputs()
+        return [self.interpreter.value(tensors[name]) for name in self.outputs]
+
+    def places(self):
+        """The `Place` of each call that has a tensor of its own, by its number."""
+        places: dict[int, Place] = {}
+        inside: set[int] = set()
+        for operation, numbers in self.operations:
+            *before, number = numbers
+            if operation.name in _MOVES and number in places:
+                continue
+            first = next((i for i in numbers if i in self._weighted), number)
+            inside.update(before)
+            # Of the operations of one call, the last gives its output.
+            places[number] = Place(operation.tensors[-1], operation.name, first, set())
+        # What was merged into an operation of a later call has no tensor of its own.
+        shown = self._shown - inside
+        places = {i: place for i, place in places.items() if i in shown}
+        made = {place.tensor: number for number, place in places.items()}
+        comes_from: dict[int, set[int]] = {}
+        for operation, _ in self.operations:
+            sources = set().union(*(comes_from.get(i, set()) for i in operation.inputs))
+            for tensor in operation.tensors:
+                comes_from[tensor] = {made[tensor]} if tensor in made else sources
+                if tensor in made:
+                    places[made[tensor]].before.update(sources)
+        return places
+
+    def _computed(self, operations, ends):
+        """The numbers of the calls that each operation computes, in order.
+
+        `ends` has the number of the call that gives an output, or None, by its index.
+        """
+        every: list[list[int]] = []
+        following = [max(self.paths)]
+        for operation in reversed(operations):
+            named = {i for n in operation.outputs for i in _tagged(n, self.paths)}
+            named |= {ends[i] for i in operation.tensors if ends.get(i) in self.paths}
+            # What has no name of its own belongs to what comes after it.
+            following = sorted(named) or following
+            every.insert(0, list(following))
+        seen: set[int] = set()
+        for operation, numbers in zip(operations, every, strict=True):
+            if operation.name in _WEIGHTED and self._weighted.isdisjoint(numbers):
+                # The tensor of an output is named after the output alone.
+                before = [i for i in sorted(self._weighted) if i < numbers[-1]]
+                numbers[:0] = [i for i in before if i not in seen][-1:]
+            seen.update(numbers)
+        return every
+
+
+def _tagged(text, known):
+    """The numbers of the known calls that the name of a tensor, or a message, names."""
+    numbers = [int(number) for number in re.findall(r"\bcall(\d+)/", text)]
+    return [number for number in numbers if number in known]
 
 
 def convert(
     model,
     example,
+    options,
     samples=None,
-    per_channel=True,
-    quoted="'{}'".format,
-    bits=8,
     keep_float=frozenset(),
-    onnx=None,
+    quoted="'{}'".format,
 ):
-    """The content of a file, with no operation of floats in it but those named.
+    """A model as a `File`, with no operation of floats in it but those named.
 
     Args:
         model: a Functional or Sequential model.
         example: a batch as the file takes it, a list of arrays.
+        options: the `Options`.
         samples: a list of batches to measure ranges with; None for a model that has
             them.
-        per_channel: as in `integer_file`.
-        quoted: gives what an error says for the path of a layer.
-        bits: of the activations.
         keep_float: a set of paths of the calls that stay in floats; at 16 bits, of
             those that may, where they have no integers.
-        onnx: makes an `onnx.Interpreter` of the content, whose file is wanted; None for
-            the `.tflite` file.
-
-    Returns:
-        `(bytes, Interpreter, floats)`: the last are the paths of those that are.
+        quoted: gives what an error says for the path of a layer.
 
     Raises:
         ValueError: naming the layers that the converter cannot make integer.
     """
-    names = names_of(model)
-    inputs = dict(zip(names.inputs, example, strict=True))
+    given = _once(tensor.name for tensor in graph_of(model).inputs)
+    made = _once(graph_of(model).output_names)
+    inputs = dict(zip(given, example, strict=True))
     values = [(v, keras.ops.convert_to_numpy(v)) for v in model.variables]
-    calls: dict[int, Call] = {}
-    last: dict[str, int | None] = {}
+    traced: Any = None
 
     def function(*tensors):
+        nonlocal traced
         constants = [(v, keras.ops.convert_to_tensor(a, v.dtype)) for v, a in values]
         with keras.StatelessScope(state_mapping=constants):
             traced = through(model, list(tensors))
-        calls.update(traced.calls)
-        last.update(zip(names.outputs, traced.last, strict=True))
-        return dict(zip(names.outputs, traced.outputs, strict=True))
+        return dict(zip(made, traced.outputs, strict=True))
 
     def measured():
-        return (dict(zip(names.inputs, batch, strict=True)) for batch in samples)
-
-    def with_paths(interpreter):
-        """The operations of a file, each with the paths of its calls."""
-        operations, tensors = interpreter.operations(), interpreter.outputs()
-        ends = {tensors[name]: number for name, number in last.items()}
-        every = computed(operations, calls, ends)
-        paths = [[calls[number].path for number in numbers] for numbers in every]
-        return list(zip(operations, paths, strict=True))
+        return (dict(zip(given, batch, strict=True)) for batch in samples)
 
     def in_floats(interpreter):
+        file = File(interpreter, given, made, traced)
         return [
             name
-            for operation, paths in with_paths(interpreter)
-            if not keep_float.isdisjoint(paths)
+            for operation, numbers in file.operations
+            if not keep_float.isdisjoint(file.paths[i] for i in numbers)
             for name in operation.outputs
         ]
+
+    def said(error):
+        """What an error says for the paths of the calls that it names."""
+        numbers = _tagged(str(error), traced.calls)
+        return [quoted(traced.calls[number].path) for number in sorted(set(numbers))]
 
     advice = _MEASURES if samples is None else " Or name it in `keep_float`."
     try:
         content = tflite.convert(
             function,
-            [(name, array.shape, array.dtype.name) for name, array in inputs.items()],
+            inputs,
             None if samples is None else measured,
-            per_channel,
-            bits,
+            options.per_channel,
+            options.activations,
             in_floats if keep_float else None,
         )
     except tflite.ConversionError as error:
-        paths = _paths_in(str(error), calls, quoted)
+        paths = said(error)
         kept = bool(paths) and {quoted(path) for path in keep_float}.issuperset(paths)
-        hint = "" if kept else advice  # not even in floats
-        raise refusal(model, paths, error, hint) from error
+        raise refusal(model, paths, error, "" if kept else advice) from error
     try:
         tflite.check_runs(content, inputs)
-    except tflite.RunError as error:
-        raise ValueError(
-            f"TFLite cannot run the file of '{model.name}': {error}."
-        ) from error
-    try:
         interpreter = tflite.Interpreter(content)
-    except RuntimeError as error:
+    except (tflite.RunError, RuntimeError) as error:
+        does = "run" if isinstance(error, tflite.RunError) else "load"
         raise ValueError(
-            f"TFLite cannot load the file of '{model.name}': {error}."
+            f"TFLite cannot {does} the file of '{model.name}': {error}."
         ) from error
+    file = File(interpreter, given, made, traced)
     left: dict[str, list[str]] = {}
     floats: dict[str, None] = {}
-    for operation, paths in with_paths(interpreter):
-        if not _computes_in_floats(operation):
+    for operation, numbers in file.operations:
+        real = any(dtype.startswith(("float", "complex")) for dtype in operation.dtypes)
+        if operation.name in _MOVES or not real:
             continue
+        paths = [file.paths[number] for number in numbers]
         if keep_float.isdisjoint(paths):
             left.setdefault(quoted(paths[-1]), []).append(operation.name)
         else:
@@ -195,37 +273,35 @@ def convert(
         parts = [f"{', '.join(names)} of {path}" for path, names in left.items()]
         why = f"it leaves {'; '.join(parts)} in floats"
         raise refusal(model, left, why, advice)
-    try:
-        interpreter = onnx(content) if onnx else interpreter
-    except tflite.ConversionError as error:
-        # The tensor of an output is named after the output alone.
-        paths = _paths_in(str(error), calls, quoted) or [quoted(calls[max(calls)].path)]
-        raise ValueError(
-            f"tf2onnx cannot translate {', '.join(paths)} of '{model.name}': {error}. "
-            "Replace it by other layers, or write a `.tflite` file."
-        ) from error
-    return interpreter.content, interpreter, list(floats)
+    file.floats = list(floats)
+    if options.to_onnx:
+        try:
+            file.interpreter = onnx.Interpreter(interpreter, options.symmetric)
+        except tflite.ConversionError as error:
+            # The tensor of an output is named after the output alone.
+            paths = said(error) or [quoted(file.paths[max(file.paths)])]
+            raise ValueError(
+                f"tf2onnx cannot translate {', '.join(paths)} of '{model.name}': "
+                f"{error}. Replace it by other layers, or write a `.tflite` file."
+            ) from error
+    return file
 
 
-def _paths_in(message, calls, quoted):
-    """The paths of the calls that a message names."""
-    at = sorted({index for index in tagged(message) if index in calls})
-    return [quoted(calls[index].path) for index in at]
-
-
-def _computes_in_floats(operation):
-    floats = any(name.startswith(("float", "complex")) for name in operation.dtypes)
-    return floats and operation.name not in MOVES
+def _once(names):
+    """Names, with a number where one comes again."""
+    unique: list[str] = []
+    for name in names:
+        new, number = name, 1
+        while new in unique:
+            new, number = f"{name}_{number}", number + 1
+        unique.append(new)
+    return unique
 
 
 def refusal(model, paths, why, advice=_MEASURES):
     """The error that says which layers cannot be made integer.
 
-    Args:
-        model: the model that has them.
-        paths: what the error says for each.
-        why: the reason, whose first line that tells of an error is quoted.
-        advice: a last sentence; by default that for a model that has its ranges.
+    Of the reason, `why`, it quotes the first line that tells of an error.
     """
     names = ", ".join(paths) or "a layer"
     lines = [line.strip() for line in str(why).splitlines() if line.strip()]

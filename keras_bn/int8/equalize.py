@@ -13,40 +13,39 @@ import keras
 import numpy as np
 from keras import layers
 
-from keras_bn.int8 import weights
-from keras_bn.tools.linear import (
-    Affine,
-    Linear,
-    UnfoldableError,
-    has_input_channels,
-    linear,
-)
+from keras_bn.tools.linear import Affine, has_input_channels, is_activated, linear
 
 _SWEEPS = 50
 _CLOSE = 1e-3
 
 # Layers that do the same to each channel, and whose output scales with their input.
 _HOMOGENEOUS = (
-    layers.AveragePooling1D,
-    layers.AveragePooling2D,
-    layers.Cropping1D,
-    layers.Cropping2D,
-    layers.Dropout,
-    layers.GlobalAveragePooling1D,
-    layers.GlobalAveragePooling2D,
-    layers.GlobalMaxPooling1D,
-    layers.GlobalMaxPooling2D,
-    layers.Identity,
-    layers.LeakyReLU,
-    layers.MaxPooling1D,
-    layers.MaxPooling2D,
-    layers.SpatialDropout1D,
-    layers.SpatialDropout2D,
-    layers.UpSampling1D,
-    layers.UpSampling2D,
-    layers.ZeroPadding1D,
-    layers.ZeroPadding2D,
+    *(layers.AveragePooling1D, layers.AveragePooling2D),
+    *(layers.Cropping1D, layers.Cropping2D),
+    *(layers.Dropout, layers.Identity, layers.LeakyReLU),
+    *(layers.GlobalAveragePooling1D, layers.GlobalAveragePooling2D),
+    *(layers.GlobalMaxPooling1D, layers.GlobalMaxPooling2D),
+    *(layers.MaxPooling1D, layers.MaxPooling2D),
+    *(layers.SpatialDropout1D, layers.SpatialDropout2D),
+    *(layers.UpSampling1D, layers.UpSampling2D),
+    *(layers.ZeroPadding1D, layers.ZeroPadding2D),
 )
+
+
+def relu_limit(operation):
+    """The upper bound of a ReLU, infinity if it has none; None for anything else."""
+    function = operation
+    if isinstance(operation, layers.ReLU):
+        if operation.negative_slope or operation.threshold:
+            return None
+        return np.inf if operation.max_value is None else float(operation.max_value)
+    if isinstance(operation, layers.Activation):
+        function = operation.activation
+    if function is keras.activations.relu or type(function).__name__ == "Relu":
+        return np.inf
+    if function is keras.activations.relu6 or type(function).__name__ == "Relu6":
+        return 6.0
+    return None
 
 
 def equalize(view):
@@ -60,10 +59,7 @@ def equalize(view):
         A list of pairs of paths.
     """
     calls = _pairs(view)
-    edits: dict[int, Linear] = {}
-    for pair in calls:
-        for node in pair:
-            edits.setdefault(id(node.operation), _linear(node))
+    edits = {id(node.operation): _linear(node) for pair in calls for node in pair}
     for _ in range(_SWEEPS):
         steps = [_step(edits, first, second) for first, second in calls]
         if max(steps, default=0.0) < _CLOSE:
@@ -127,12 +123,7 @@ def _is_weighted(operation, view):
 
 def _homogeneous(layer):
     """Whether what a linear layer computes after its sum is homogeneous."""
-    activation = getattr(layer, "activation", None)
-    return (
-        activation is None
-        or activation is keras.activations.linear
-        or weights.relu_limit(activation) == np.inf
-    )
+    return not is_activated(layer) or relu_limit(layer.activation) == np.inf
 
 
 def _next_weighted(node, view):
@@ -140,7 +131,7 @@ def _next_weighted(node, view):
     node = view.next(node)
     while node is not None and not _is_weighted(node.operation, view):
         operation = node.operation
-        relu = weights.relu_limit(operation) == np.inf
+        relu = relu_limit(operation) == np.inf
         if not (relu or type(operation) in _HOMOGENEOUS) or len(node.input_tensors) > 1:
             return None
         node = view.next(node)
@@ -153,17 +144,5 @@ def _takes(first, second):
         getattr(node.operation, "data_format", "channels_last")
         for node in (first, second)
     }
-    if len(formats) > 1:
-        return False
-    before, after = _linear(first), _linear(second)
-    out, into = output_range(before), input_range(after)
-    if out.shape != into.shape:
-        return False
-    none = np.zeros_like(into)
-    try:
-        after.fold_input(
-            Affine(none + 1, none), _channels(second.input_tensors[0], after)
-        )
-    except UnfoldableError:
-        return False
-    return True
+    out, into = output_range(_linear(first)), input_range(_linear(second))
+    return len(formats) == 1 and out.shape == into.shape

@@ -1,31 +1,28 @@
 """Writing a model as a `.tflite` or `.onnx` file of integers."""
 
 import fnmatch
-import functools
-import math
-import numbers
 import os
 import pathlib
 from collections.abc import Callable, Collection, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import keras
 
 from keras_bn.int8 import onnx, tflite
-from keras_bn.int8.convert import check_layers, constant, convert, names_of
+from keras_bn.int8.convert import check_layers, constant, convert
 from keras_bn.int8.correct import correct, shifts_of
 from keras_bn.int8.equalize import equalize as equalize_channels
 from keras_bn.int8.layers import FakeQuantizer
-from keras_bn.int8.lose import Scored, accuracy, raised
+from keras_bn.int8.lose import CONVERSIONS, Scored, raised
 from keras_bn.int8.measure import check_finite, compare
+from keras_bn.int8.options import Options, accuracy
 from keras_bn.int8.report import Int8Report
 from keras_bn.int8.samples import example_of, random_samples, samples_of
 from keras_bn.pages import files
 from keras_bn.pages.origin import origin_of
-from keras_bn.surgery.calls import check_graph
+from keras_bn.surgery.calls import paths
 from keras_bn.surgery.copying import copy_model
 from keras_bn.surgery.functional import opened
-from keras_bn.surgery.graph import graph_of, nodes
 from keras_bn.surgery.private import require
 from keras_bn.surgery.view import ModelView
 from keras_bn.tools.fold import FoldPlan
@@ -79,7 +76,8 @@ def export_int8(
             their weights have equal ranges. It helps where the channels of a tensor
             have very different ranges, and may harm a little elsewhere.
         correct_bias: whether to correct biases for the mean error that rounding the
-            weights causes on the samples.
+            weights causes on the samples. Those of a model from `quantize_aware` stay
+            as they are: they were trained beside rounded weights.
         activations: bits of the activations, of inputs and outputs too: 8, or 16, which
             lose less and take more time. Kernels have 8.
         keep_float: paths of layers, operations and models in the model, or patterns as
@@ -152,30 +150,6 @@ def export_int8(
     return report
 
 
-class Options(NamedTuple):
-    """How a file is made: as in `export_int8`, but for the last two.
-
-    Args:
-        per_channel: whether each output channel of a kernel has a scale of its own.
-        suffix: of the path of the file.
-    """
-
-    equalize: bool = False
-    correct_bias: bool = True
-    activations: int = 8
-    keep_float: Sequence[str] = ()
-    lose: float | None = None
-    metric: Callable[..., float] = accuracy
-    symmetric: bool = False
-    per_channel: bool = True
-    suffix: str = ".tflite"
-
-    @property
-    def to_onnx(self) -> bool:
-        """Whether the file is one of ONNX."""
-        return self.suffix.lower() == ".onnx"
-
-
 def integer_file(model, data=None, *, steps=None, batch_size=None, **options):
     """The content of the file that `export_int8` writes, and its report.
 
@@ -187,140 +161,101 @@ def integer_file(model, data=None, *, steps=None, batch_size=None, **options):
     """
     tflite.check_backend("export_int8")
     chosen = Options(**options)
-    _check(chosen)
-    to_onnx = None
+    chosen.check()
     if chosen.to_onnx:
         onnx.check_installed()
-        to_onnx = functools.partial(onnx.Interpreter, symmetric=chosen.symmetric)
     with opened(ModelView(model), strict=True) as (view, _):
-        check_graph(view)
         check_layers(view)
-        model, samples, labels = view.model, None, None
+        samples, labels = None, None
         if data is not None:
             samples, labels = samples_of(
-                model, data, steps, batch_size, chosen.lose is not None
+                view.model, data, steps, batch_size, chosen.lose is not None
             )
         if view.of_type(FakeQuantizer):
-            others = {
-                "equalize": chosen.equalize,
-                "activations": chosen.activations != 8,
-                "keep_float": chosen.keep_float,
-                "lose": chosen.lose is not None,
-            }
-            if refused := [f"`{name}`" for name, used in others.items() if used]:
-                raise ValueError(
-                    f"{', '.join(refused)}: for models that are not from "
-                    "`keras_bn.quantize_aware`, whose weights and activations are "
-                    "trained for 8 bits."
-                )
-            return _from_aware(view, samples, to_onnx)
-        if samples is None:
-            raise ValueError(
-                f"'{model.name}' is not from `keras_bn.quantize_aware`, so it has no "
-                "ranges of activations. Give `data`: a few hundred samples as in "
-                "training."
-            )
-        if chosen.lose is not None and labels is None:
-            raise ValueError("`lose` needs labels: give `data` with them, as `(x, y)`.")
-        check_finite(model, samples)
-        return _from_floats(view, samples, labels, chosen, to_onnx)
+            report, file = _from_aware(view, samples, chosen)
+        else:
+            report, file = _from_floats(view, samples, labels, chosen)
+    return file.interpreter.content, report
 
 
-def _check(options: Options) -> None:
-    """Refuse options that are invalid, or that do not go together."""
-    bits, lose, metric = options.activations, options.lose, options.metric
-    received = f"activations={bits!r}"
-    number = isinstance(lose, numbers.Real) and 0 <= float(lose) < math.inf
-    if bits not in (8, 16):
-        raise ValueError(f"`activations` must be 8 or 16. Received: {received}")
-    if not (lose is None or number):
-        raise ValueError(
-            f"`lose` must be a number, 0 or greater. Received: lose={lose!r}"
-        )
-    if lose is not None and bits != 8:
-        raise ValueError(
-            "`lose` keeps layers in floats, which TensorFlow's converter does only "
-            f"beside 8 bits. Received: {received}"
-        )
-    if not callable(metric):
-        raise ValueError(
-            "`metric` must be a function of labels and outputs. Received: "
-            f"metric={metric!r}"
-        )
-    if lose is None and metric is not accuracy:
-        raise ValueError("`metric` is for `lose`. Received: lose=None")
-    if options.to_onnx and bits != 8:
-        raise ValueError(
-            "`activations` must be 8 for an `.onnx` file: onnxruntime has no "
-            f"convolution with others. Received: {received}"
-        )
-    if options.symmetric and not options.to_onnx:
-        raise ValueError(
-            "`symmetric` is for an `.onnx` file. Received: symmetric=True and a path "
-            f"that ends in {options.suffix!r}"
-        )
+def _report(file, model, reference, samples, drawn=False):
+    """The report on a file, by the first of the samples: `compare` says of what."""
+    samples = samples[:_COMPARED]
+    outputs, layers = compare(file, model, reference, samples)
+    size, count = len(file.interpreter.content), sum(len(x) for x, *_ in samples)
+    return Int8Report(
+        model.name, size, count, drawn, outputs, layers, floats=file.floats
+    )
 
 
-def _from_floats(view, samples, labels, options, to_onnx):
-    """The content of the file of a model of floats, and its report."""
-    model, plan = view.model, FoldPlan(view)
+def _from_aware(view, samples, options):
+    """The report on the file of a model from `quantize_aware`, and the file."""
+    refused = {
+        "equalize": options.equalize,
+        "activations": options.activations != 8,
+        "keep_float": options.keep_float,
+        "lose": options.lose is not None,
+    }
+    if names := [f"`{name}`" for name, used in refused.items() if used]:
+        raise ValueError(
+            f"{', '.join(names)}: for models that are not from "
+            "`keras_bn.quantize_aware`, whose weights and activations are trained for "
+            "8 bits."
+        )
+    model, random = view.model, samples is None
+    example = example_of(model) if random else samples[0]
+    with constant(view):
+        file = convert(model, example, options)
+    if random:
+        interpreter, indices = file.interpreter, file.interpreter.inputs()
+        tensors = [interpreter.tensors[indices[name]] for name in file.inputs]
+        samples = random_samples(tensors, example, _COMPARED)
+    return _report(file, model, model, samples, random), file
+
+
+def _from_floats(view, samples, labels, options):
+    """The report on the file of a model of floats, and the file."""
+    model, lose = view.model, options.lose
+    if samples is None:
+        raise ValueError(
+            f"'{model.name}' is not from `keras_bn.quantize_aware`, so it has no "
+            "ranges of activations. Give `data`: a few hundred samples as in training."
+        )
+    if lose is not None and labels is None:
+        raise ValueError("`lose` needs labels: give `data` with them, as `(x, y)`.")
+    check_finite(model, samples)
+    plan = FoldPlan(view)
     reference = plan.folded_model()
     folded = ModelView(reference)
-    keep_float = _matching(folded, options.keep_float)
-    score = None
-    if options.lose is not None:
-        names = names_of(reference)
-        score = Scored(model, samples, labels, names, options.metric)
+    named = _matching(folded, options.keep_float)
+    score = None if lose is None else Scored(model, samples, labels, options.metric)
     equalized = equalize_channels(folded) if options.equalize else []
     shifts = shifts_of(folded, samples) if options.correct_bias else {}
-    compared = samples[:_COMPARED]
+    kept = {fold.layer: fold.reason for fold in plan.folds if fold.into is None}
+    conversions = 0
 
     def written(keep_float, exact=frozenset()):
-        """`(report, content, interpreter)` with layers in floats.
-
-        Args:
-            keep_float: their paths.
-            exact: the paths of further layers whose weights are not rounded.
-        """
-        exact |= keep_float if options.activations == 8 else set()
+        """`(report, file)` with layers in floats, by path, and `exact` not rounded."""
+        nonlocal conversions
+        conversions += 1
+        exact = exact | keep_float if options.activations == 8 else exact
         rounded = {path: s for path, s in shifts.items() if path not in exact}
         converted, of = copy_model(reference, compiled=False, view=folded)
         correct(folded, rounded, of)
-        content, interpreter, floats = convert(
-            converted,
-            samples[0],
-            samples,
-            options.per_channel,
-            bits=options.activations,
-            keep_float=keep_float,
-            onnx=to_onnx,
-        )
-        if not rounded.keys().isdisjoint(floats):  # of an operation with another layer
-            return written(keep_float, exact.union(floats))
-        outputs, layers = compare(
-            interpreter, model, reference, compared, names_of(converted)
-        )
-        report = Int8Report(
-            model.name,
-            len(content),
-            sum(len(batch[0]) for batch in compared),
-            False,
-            outputs,
-            layers,
-            equalized,
-            list(rounded),
-            {fold.layer: fold.reason for fold in plan.folds if fold.into is None},
-            floats,
-        )
-        return report, content, interpreter
+        file = convert(converted, samples[0], options, samples, keep_float)
+        together = not rounded.keys().isdisjoint(file.floats)  # in one operation
+        if together and conversions < CONVERSIONS:
+            return written(keep_float, exact.union(file.floats))
+        report = _report(file, model, reference, samples)
+        report.equalized, report.corrected = equalized, list(rounded)
+        report.kept, report.conversions = kept, conversions
+        return report, file
 
-    first = written(keep_float)
+    first = written(named)
     if score is None:
-        return first[1], first[0]
-    report, content = raised(
-        first, lambda paths: written(keep_float | paths), score, options.lose
-    )
-    return content, report
+        return first
+    exact = frozenset(first[0].floats)
+    return raised(first, lambda more: written(named | more, exact), score, lose)
 
 
 def _matching(view, patterns):
@@ -334,16 +269,8 @@ def _matching(view, patterns):
             "`keep_float` must be a list of paths or patterns. Received: "
             f"keep_float={patterns!r}"
         )
-    layers, matching = view.layers[1:], set()
-    graphs = [("", view.graph), *((f"{p}/", graph_of(layer)) for p, layer in layers)]
-    calls = {
-        f"{within}{node.operation.name}"
-        for within, graph in graphs
-        if graph is not None
-        for node in nodes(graph)
-        if graph_of(node.operation) is None
-    }
-    every = calls.union(path for path, _ in layers)
+    calls, matching = set(paths(view.graph)), set()
+    every = calls.union(path for path, _ in view.layers[1:])
     for pattern in patterns:
         named = [f"{path}/" for path in fnmatch.filter(every, pattern)]
         matches = {
@@ -358,20 +285,3 @@ def _matching(view, patterns):
             )
         matching.update(matches)
     return matching
-
-
-def _from_aware(view, samples, to_onnx):
-    """The content of the file of a model from `quantize_aware`, and its report."""
-    model, random = view.model, samples is None
-    example = example_of(model) if random else samples[0]
-    with constant(view):
-        content, interpreter, _ = convert(model, example, onnx=to_onnx)
-    names = names_of(model)
-    if random:
-        samples = random_samples(interpreter, example, names.inputs, _COMPARED)
-    samples = samples[:_COMPARED]
-    outputs, layers = compare(interpreter, model, model, samples, names)
-    count = sum(len(batch[0]) for batch in samples)
-    return content, Int8Report(
-        model.name, len(content), count, random, outputs, layers, [], [], {}
-    )

@@ -3,7 +3,6 @@
 import keras
 
 from keras_bn.int8.convert import refusal
-from keras_bn.surgery.graph import graph_of
 
 # Classes of Keras's layers.
 LAYERS = frozenset(
@@ -30,19 +29,11 @@ def check_listed(view):
     """Refuse a model of Keras's layers that the converter cannot make integer.
 
     What Keras does not have itself passes: only the converter knows.
-
-    Args:
-        view: the `ModelView` of the model.
-
-    Raises:
-        ValueError: naming them.
     """
     refused: dict[str, None] = {}
     names = set()
     for node in view.calls:
         operation = node.operation
-        if graph_of(operation) is not None:
-            continue
         activation = getattr(operation, "activation", None)
         path = f"'{view.path(operation) or operation.name}'"
         if _is_listed(operation):

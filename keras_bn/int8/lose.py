@@ -1,6 +1,5 @@
 """Layers in floats, those first that add most error, until a file is good enough."""
 
-import functools
 import math
 
 import keras
@@ -10,68 +9,32 @@ from keras_bn import verify
 from keras_bn.int8.samples import batch_of, joined
 from keras_bn.surgery.calls import as_declared
 
-# Files that are made at most. Bisection then finds the fewest of 127 steps.
+# At most. If each gives a file, bisection finds the fewest of 127 steps.
 CONVERSIONS = 8
 # For comparing how long two files take.
 _SECONDS = 0.5
 
 
-def accuracy(labels, outputs):
-    """The share of samples whose largest output is that of the label.
-
-    Args:
-        labels: array of whole numbers, or of ones and zeros for each class.
-        outputs: array with a value for each class along its last axis.
-    """
-    several = isinstance(outputs, list) or outputs.shape[-1] < 2
-    labels = None if several else np.asarray(labels)
-    if not several and labels.shape == outputs.shape:
-        labels = labels.argmax(-1)
-    if several or labels.size != math.prod(outputs.shape[:-1]):
-        raise ValueError(
-            "The accuracy needs a model with one output, a value for each class, and a "
-            "label for each of its samples. Give another `metric`: a function of "
-            "labels and outputs, greater where better."
-        )
-    return float(np.mean(outputs.argmax(-1) == labels.reshape(outputs.shape[:-1])))
-
-
 class Scored:
-    """The metric of a model and of its files on labelled samples.
+    """The metric of a model of floats and of its files on labelled samples."""
 
-    Args:
-        model: the model of floats.
-        samples: list of batches, each a list of arrays, one for each input.
-        labels: of all of them.
-        names: `(inputs, outputs)`: the names in a file.
-        metric: a function of labels and outputs, greater where better.
-    """
-
-    def __init__(self, model, samples, labels, names, metric):
-        self._samples, self._names, self._metric = samples, names, metric
+    def __init__(self, model, samples, labels, metric):
+        self._samples, self._metric = samples, metric
         leaves = keras.tree.flatten(labels)  # a dict may hold those of one output
         self._labels = leaves[0] if len(leaves) == 1 else labels
         x = as_declared(model, joined(samples))
         outputs = model.predict(x, batch_of(model), verbose=0)
         self.floats = self._of(keras.tree.flatten(outputs))
 
-    def __call__(self, interpreter):
-        """The metric of a file."""
-        outputs = []
-        for batch in self._samples:
-            interpreter.run(dict(zip(self._names.inputs, batch, strict=True)))
-            tensors = interpreter.outputs()
-            outputs.append([interpreter.value(tensors[n]) for n in self._names.outputs])
-        return self._of(joined(outputs))
+    def __call__(self, file):
+        """The metric of a `File`."""
+        return self._of(joined(map(file, self._samples)))
 
-    def slower(self, interpreter, other):
+    def slower(self, file, other):
         """How long a file takes, over the time of another."""
-        inputs = dict(zip(self._names.inputs, self._samples[0], strict=True))
-        functions = {"one": interpreter, "other": other}
-        times = verify.interleave(
-            {n: functools.partial(i.run, inputs) for n, i in functions.items()},
-            _SECONDS,
-        )
+        first = self._samples[0]
+        runs = {"one": lambda: file.run(first), "other": lambda: other.run(first)}
+        times = verify.interleave(runs, _SECONDS)
         return times["one"].median / times["other"].median
 
     def _of(self, outputs):
@@ -89,35 +52,32 @@ def raised(first, written, score, lose):
     """The file with the fewest layers in floats that is found to be good enough.
 
     Args:
-        first: `(report, content, interpreter)` of the file of integers.
+        first: `(report, file)`, all in integers or as far as they are to be.
         written: gives the same with layers in floats, from a set of their paths.
         score: a `Scored`.
         lose: how much lower than in floats the metric may be.
-
-    Returns:
-        `(report, content)`.
-
-    Raises:
-        ValueError: if no such file is found.
     """
-    report, content, interpreter = first
-    scores = [score(interpreter)]
-    least = score.floats - lose
+    report, file = first
+    scores, least = [score(file)], score.floats - lose
     added: dict[str, float] = {}
     for layer in report.layers:  # a shared one adds at each call
         added[layer.layer] = max(added.get(layer.layer, 0.0), layer.added)
     order = sorted(added, key=lambda path: -np.nan_to_num(added[path], nan=math.inf))
-    most = 2 ** (CONVERSIONS - 1) - 1
+    most = 2 ** (CONVERSIONS - report.conversions) - 1
     steps = sorted({math.ceil(len(order) * i / most) for i in range(1, most + 1)})
-    low, high, best = 0, len(steps), None
+    best: tuple | None = None
+    low, high = 0, len(steps)
     if scores[0] >= least:
-        low, best = high, first
-    while low < high:
+        best, high = (*first, scores[0], []), 0
+    conversions = report.conversions
+    while low < high and conversions < CONVERSIONS:
         middle = (low + high) // 2
-        found = written(set(order[: steps[middle]]))
-        scores.append(score(found[2]))
+        layers = order[: steps[middle]]
+        report, file = written(set(layers))
+        conversions = report.conversions
+        scores.append(score(file))
         if scores[-1] >= least:
-            best, high, reached = found, middle, scores[-1]
+            best, high = (report, file, scores[-1], layers), middle
         else:
             low = middle + 1
     if best is None:
@@ -127,12 +87,11 @@ def raised(first, written, score, lose):
             f"{max(scores):.4g} at best with layers in floats. Give more `data`, or "
             "train for int8: `keras_bn.quantize_aware`."
         )
-    report, content, other = best
-    report.scores = {"float": score.floats, "int8": scores[0], "file": scores[0]}
-    report.conversions = len(scores)
-    if best is not first:
-        report.scores["file"] = reached
-        report.raised = {path: added[path] for path in order[: steps[high]]}
-        report.larger = len(content) / len(first[1])
-        report.slower = score.slower(other, interpreter)
-    return report, content
+    report, file, reached, layers = best
+    report.scores = {"float": score.floats, "int8": scores[0], "file": reached}
+    report.conversions = conversions
+    if layers:
+        report.raised = {path: added[path] for path in layers}
+        report.larger = report.size / first[0].size
+        report.slower = score.slower(file, first[1])
+    return report, file

@@ -9,8 +9,6 @@ Here the graph gets what onnxruntime needs to merge every convolution:
   saturates there itself; where it does not, another one comes before the ReLU.
 """
 
-import contextlib
-import importlib
 import logging
 import pathlib
 import tempfile
@@ -26,14 +24,10 @@ _PAIR = ("QuantizeLinear", "DequantizeLinear")
 
 
 def check_installed():
-    """Refuse to go on without the packages of the extra `onnx`.
-
-    Raises:
-        ImportError: saying what to install.
-    """
+    """Refuse to go on without the packages of the extra `onnx`."""
     try:
-        importlib.import_module("onnxruntime")
-        importlib.import_module("tf2onnx")
+        import onnxruntime  # noqa: F401
+        import tf2onnx  # noqa: F401
     except ImportError as error:
         raise ImportError(
             "An `.onnx` file needs tf2onnx and onnxruntime: `pip install "
@@ -41,11 +35,11 @@ def check_installed():
         ) from error
 
 
-class Interpreter(tflite.Interpreter):
-    """Makes the ONNX file of a `.tflite` file, runs it, and shows every tensor.
+class Interpreter:
+    """Makes the ONNX file of a `.tflite` file, and runs it as a `tflite.Interpreter`.
 
     Args:
-        content: bytes of the `.tflite` file.
+        integers: the `tflite.Interpreter` of the file.
         symmetric: whether activations are int8 with a zero point of 0.
 
     Attributes:
@@ -56,48 +50,44 @@ class Interpreter(tflite.Interpreter):
         ConversionError: if tf2onnx or onnxruntime refuses it.
     """
 
-    def __init__(self, content, symmetric=False):
-        super().__init__(content)
-        made = dict.fromkeys(n for each in self.operations() for n in each.outputs)
-        outputs = [(each["name"], name) for name, each in self._outputs.items()]
-        shown = [(name, f"shown{i}") for i, name in enumerate(made)]
+    def __init__(self, integers, symmetric=False):
+        self._integers, self._symmetric = integers, symmetric
+        self.operations, self.tensors = integers.operations, integers.tensors
+        self.inputs, self.outputs = integers.inputs, integers.outputs
+        made = dict.fromkeys(i for each in self.operations() for i in each.tensors)
+        self._shown = {f"shown{i}": i for i in made}
         try:
-            self.content = self._translated(content, outputs, symmetric)
-            self._file = outputs, _session(self.content)
-            shows = _session(self._translated(content, shown, symmetric))
-            self._shows = shown, shows
+            self.content = self._translated(self.outputs())
+            self._session = _session(self.content)
+            self._shows = _session(self._translated(self._shown))
         except Exception as error:  # both packages raise whatever their parts raise
             raise tflite.ConversionError(str(error)) from error
         self._given, self._values = {}, {}
 
     def run(self, inputs):
-        """Run one batch.
-
-        Args:
-            inputs: dict of arrays by the name of the input.
-        """
+        """Run one batch, a dict of arrays by the name of the input."""
         self._given = inputs
-        self._values = self._run(*self._file)
+        self._values = self._run(self._session, self.outputs())
 
     def value(self, index):
         """A tensor after `run`, as an array of floats."""
-        name = self._tensors[index]["name"]
-        if name not in self._values:
-            self._values = {**self._run(*self._shows), **self._values}
-        return self._values[name]
+        if index not in self._values:
+            self._values = {**self._run(self._shows, self._shown), **self._values}
+        return self._values[index]
 
-    def _run(self, outputs, session):
-        values = session.run([name for _, name in outputs], self._given)
-        return dict(zip([tensor for tensor, _ in outputs], values, strict=True))
+    def _run(self, session, outputs):
+        values = session.run(list(outputs), self._given)
+        return dict(zip(outputs.values(), values, strict=True))
 
-    def _translated(self, content, outputs, symmetric):
-        """An ONNX file with these outputs, which are pairs of tensor and name."""
-        tensors = {each["name"]: each for each in self._details()}
-        proto = _translate(content, list(dict(outputs)))
-        _Graph(proto.graph, symmetric).rewrite(
-            [(each, name) for name, each in self._inputs.items()],
-            [(tensors[tensor], name) for tensor, name in outputs],
+    def _translated(self, outputs):
+        """An ONNX file with these outputs: indices of tensors by name."""
+        given, made = (
+            [(self.tensors[index], name) for name, index in ends.items()]
+            for ends in (self.inputs(), outputs)
         )
+        names = dict.fromkeys(each["name"] for each, _ in made)
+        proto = _translate(self._integers.content, list(names))
+        _Graph(proto.graph, self._symmetric).rewrite(given, made)
         return proto.SerializeToString()
 
 
@@ -105,28 +95,23 @@ def _translate(content, outputs):
     """What tf2onnx makes of a `.tflite` file, as an `onnx.ModelProto`."""
     import tf2onnx
 
-    with tempfile.TemporaryDirectory() as folder, _unlogged("tf2onnx"):
-        path = pathlib.Path(folder, "model.tflite")
-        path.write_bytes(content)
-        proto, _ = tf2onnx.convert.from_tflite(
-            str(path), output_names=outputs, opset=_OPSET
-        )
+    logger = logging.getLogger("tf2onnx")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            path = pathlib.Path(folder, "model.tflite")
+            path.write_bytes(content)
+            proto, _ = tf2onnx.convert.from_tflite(
+                str(path), output_names=outputs, opset=_OPSET
+            )
+    finally:
+        logger.setLevel(level)
     for node in proto.graph.node:
         if node.op_type.startswith("TFL_"):
             kind = node.op_type.removeprefix("TFL_")
             raise ValueError(f"ONNX has no {kind} in {node.output[0].split(';')[0]}")
     return proto
-
-
-@contextlib.contextmanager
-def _unlogged(name):
-    logger = logging.getLogger(name)
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 def _session(content):
@@ -139,12 +124,7 @@ def _session(content):
 
 
 class _Graph:
-    """Rewrites a graph of ONNX.
-
-    Args:
-        graph: `onnx.GraphProto`, with activations of int8.
-        symmetric: as in `Interpreter`.
-    """
+    """Rewrites an `onnx.GraphProto` with activations of int8."""
 
     def __init__(self, graph, symmetric):
         from onnx import numpy_helper
@@ -156,9 +136,7 @@ class _Graph:
     def rewrite(self, inputs, outputs):
         """Rewrite it in place.
 
-        Args:
-            inputs, outputs: pairs of what the interpreter says of a tensor, and of the
-                name that it gets.
+        The ends are pairs of what TFLite says of a tensor and of the name that it gets.
         """
         from onnx import numpy_helper
 
@@ -193,13 +171,12 @@ class _Graph:
         names = [name, tensor["name"]]
         first, last = names[::-1] if kind else names
         scale, zero = tensor["quantization"]
-        if not scale:
-            of = helper.np_dtype_to_tensor_dtype(np.dtype(tensor["dtype"]))
-            node = helper.make_node("Identity", [first], [last])
-        else:
-            of = helper.np_dtype_to_tensor_dtype(np.dtype("float32"))
+        operation, by, dtype = "Identity", [], tensor["dtype"]
+        if scale:
+            operation, dtype = _PAIR[kind], np.float32
             by = [self._scalar(np.float32(scale)), self._scalar(np.int8(zero))]
-            node = helper.make_node(_PAIR[kind], [first, *by], [last])
+        node = helper.make_node(operation, [first, *by], [last])
+        of = helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
         return node, helper.make_tensor_value_info(name, of, tensor["shape"].tolist())
 
     def _scalar(self, value):

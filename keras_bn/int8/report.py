@@ -62,7 +62,7 @@ class Int8Report(Section):
             this file: `"float"`, `"int8"` and `"file"`.
         raised: the layers that `lose` keeps in floats, with the error that they add in
             the file of integers alone, by path.
-        conversions: how many files `lose` took.
+        conversions: how many conversions it took, repeated ones too.
         larger, slower: the size of this file, and its time in TFLite's own kernels
             or in onnxruntime, over those of the file of integers alone.
         origin: an `Origin`: on what it was made, when, and with which versions.
@@ -74,9 +74,9 @@ class Int8Report(Section):
     drawn: bool
     outputs: dict[str, float]
     layers: list[Int8Layer]
-    equalized: list[tuple[str, str]]
-    corrected: list[str]
-    kept: dict[str, str]
+    equalized: list[tuple[str, str]] = field(default_factory=list)
+    corrected: list[str] = field(default_factory=list)
+    kept: dict[str, str] = field(default_factory=dict)
     floats: list[str] = field(default_factory=list)
     scores: dict[str, float] = field(default_factory=dict)
     raised: dict[str, float] = field(default_factory=dict)
@@ -150,7 +150,7 @@ class Int8Report(Section):
     def to_dict(self) -> dict[str, Any]:
         """The report in plain types, ready for JSON; NaN and infinity become None."""
         names = [each.name for each in fields(self) if each.name != "origin"]
-        own = {name: _plain(getattr(self, name)) for name in names}
+        own = plain.json({name: getattr(self, name) for name in names})
         return {"bytes": own.pop("size"), "error": number(self.error), **own}
 
     def section(self) -> Content:
@@ -185,16 +185,6 @@ class Int8Report(Section):
         ]
         size = [("bytes", f"{self.size:,}"), ("samples compared", f"{self.samples:,}")]
         return [("Error of the outputs", outputs), ("File", size), ("Done", counts)]
-
-
-def _plain(value):
-    """A value in types that JSON has."""
-    if isinstance(value, float):
-        return number(value)
-    value = value._asdict() if isinstance(value, Int8Layer) else value
-    if isinstance(value, dict):
-        return {name: _plain(each) for name, each in value.items()}
-    return [*map(_plain, value)] if isinstance(value, list | tuple) else value
 
 
 def _tone(error):

@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 
-from keras_bn.passes.data import batches
+from keras_bn.passes.data import NoDataError, batches
 from keras_bn.surgery.calls import as_list
 from keras_bn.surgery.graph import graph_of
 
@@ -27,7 +27,6 @@ def samples_of(model, data, steps=None, batch_size=None, labelled=False):
     Raises:
         ValueError: if there are none, or labels that make no array.
     """
-    size = batch_of(model)
     given = data if isinstance(data, tuple) else (data,)
     if not 1 <= len(given) <= 3:
         raise ValueError(
@@ -39,25 +38,18 @@ def samples_of(model, data, steps=None, batch_size=None, labelled=False):
         for x, y, _ in batches(*given, steps=steps, batch_size=batch_size)
     ]
     if not parts:
-        raise ValueError("There is no data: not one batch came.")
+        raise NoDataError
     inputs, labels = zip(*parts, strict=True)
-    if size == 1:
-        samples = [
-            [array[i : i + 1] for array in arrays]
-            for arrays in inputs
-            for i in range(len(arrays[0]))
-        ]
-    else:
-        whole = joined(inputs)
-        samples = [
-            [array[i : i + size] for array in whole]
-            for i in range(0, len(whole[0]) - size + 1, size)
-        ]
-        if not samples:
-            raise ValueError(
-                f"'{model.name}' takes {size} samples at once, and the data has "
-                f"{len(whole[0])}."
-            )
+    whole, size = joined(inputs), batch_of(model)
+    samples = [
+        [array[i : i + size] for array in whole]
+        for i in range(0, len(whole[0]) - size + 1, size)
+    ]
+    if not samples:
+        raise ValueError(
+            f"'{model.name}' takes {size} samples at once, and the data has "
+            f"{len(whole[0])}."
+        )
     if any(y is None for y in labels):
         return samples, None
     try:
@@ -98,11 +90,7 @@ def in_order(model, x):
 
 
 def example_of(model):
-    """Arrays of the shapes that a model takes.
-
-    Raises:
-        ValueError: if a size is not known.
-    """
+    """Arrays of the shapes that a model takes; refuses a model that leaves one open."""
     tensors = graph_of(model).inputs
     for tensor in tensors:
         if None in tensor.shape[1:]:
@@ -114,19 +102,19 @@ def example_of(model):
     return [np.zeros((size, *tensor.shape[1:]), tensor.dtype) for tensor in tensors]
 
 
-def random_samples(interpreter, example, names, count, seed=0):
-    """Random samples, spread over the ranges of the inputs."""
-    rng, kinds = np.random.default_rng(seed), interpreter.inputs()
+def random_samples(tensors, example, count):
+    """Random batches, spread over the ranges of the inputs of a file.
 
-    def one(array, name):
-        scale, zero_point, dtype = kinds[name]
+    `tensors` is what TFLite says of the inputs, and `example` has their shapes.
+    """
+    rng = np.random.default_rng(0)
+
+    def one(tensor, array):
+        scale, zero_point = tensor["quantization"]
         if not scale:
             return rng.integers(0, 2, array.shape).astype(array.dtype)
-        bounds = np.iinfo(dtype)
+        bounds = np.iinfo(tensor["dtype"])
         values = rng.integers(bounds.min, bounds.max + 1, array.shape)
         return ((values - zero_point) * scale).astype(array.dtype)
 
-    return [
-        [one(array, name) for array, name in zip(example, names, strict=True)]
-        for _ in range(count)
-    ]
+    return [list(map(one, tensors, example)) for _ in range(count)]

@@ -11,7 +11,6 @@ import os
 import re
 import signal
 import sys
-import time
 import warnings
 from typing import NamedTuple
 
@@ -24,45 +23,25 @@ class ConversionError(Exception):
 
 
 class RunError(Exception):
-    """What the interpreter says where an operation fails.
+    """What the interpreter says where an operation fails, with its place or -1."""
 
-    Args:
-        message: its own message.
-        operation: the `Operation`, or None.
-    """
-
-    def __init__(self, message, operation=None):
+    def __init__(self, message, operation=-1):
         super().__init__(message)
         self.operation = operation
 
 
 class Operation(NamedTuple):
-    """One operation of a file.
+    """One operation of a file."""
 
-    Args:
-        name: as `"CONV_2D"`.
-        outputs: the names of its output tensors.
-        tensors: the indices of its output tensors.
-        inputs: the indices of its input tensors.
-        dtypes: the dtypes of its inputs and outputs.
-    """
-
-    name: str
-    outputs: tuple[str, ...]
-    tensors: tuple[int, ...]
-    inputs: tuple[int, ...]
-    dtypes: frozenset
+    name: str  # as "CONV_2D"
+    outputs: tuple[str, ...]  # the names of its output tensors
+    tensors: tuple[int, ...]  # the indices of its output tensors
+    inputs: tuple[int, ...]  # the indices of its input tensors
+    dtypes: frozenset  # of its inputs and outputs
 
 
 def check_backend(what):
-    """Refuse a backend other than TensorFlow.
-
-    Args:
-        what: the name of the function, for the message.
-
-    Raises:
-        RuntimeError: on another backend.
-    """
+    """Refuse a backend other than TensorFlow, in the name of a function."""
     if (backend := keras.backend.backend()) != "tensorflow":
         raise RuntimeError(
             f"`{what}` needs Keras's TensorFlow backend, since TensorFlow's converter "
@@ -76,11 +55,7 @@ OLDEST_AWARE = (2, 17)
 
 
 def check_aware(what):
-    """Refuse a TensorFlow whose converter can't take fake quantization.
-
-    Raises:
-        RuntimeError: if it is too old.
-    """
+    """Refuse a TensorFlow whose converter can't take fake quantization."""
     import tensorflow as tf
 
     version = tuple(int(part) for part in tf.__version__.split(".")[:2])
@@ -98,11 +73,18 @@ def scope(name):
     return tf.name_scope(name)
 
 
-def graph(function):
-    """A function of tensors that runs as a graph, as `predict` runs a model."""
+def compiled(function):
+    """A function of a list of tensors as a graph, from arrays to arrays."""
     import tensorflow as tf
 
-    return tf.function(function, autograph=False, reduce_retracing=True)
+    options = {"autograph": False, "reduce_retracing": True}
+    graph = tf.function(lambda *inputs: function(list(inputs)), **options)
+
+    def compute(arrays):
+        outputs = graph(*map(keras.ops.convert_to_tensor, arrays))
+        return keras.tree.map_structure(keras.ops.convert_to_numpy, outputs)
+
+    return compute
 
 
 def convert(function, inputs, samples=None, per_channel=True, bits=8, floats=None):
@@ -110,7 +92,7 @@ def convert(function, inputs, samples=None, per_channel=True, bits=8, floats=Non
 
     Args:
         function: takes a tensor for each input, and gives a dict of tensors by name.
-        inputs: a list of `(name, shape, dtype)`, with all sizes known.
+        inputs: dict of arrays as it takes them, by the name of the input.
         samples: a function that gives an iterator of dicts of arrays, by the names of
             the inputs, which the converter measures the ranges with; None if the
             function has fake quantization everywhere.
@@ -119,9 +101,6 @@ def convert(function, inputs, samples=None, per_channel=True, bits=8, floats=Non
         floats: None if nothing may stay in floats. Otherwise what has no counterpart of
             integers does; and at 8 bits, those operations whose output tensors this
             function names. It gets the `Interpreter` of a file all in floats.
-
-    Returns:
-        bytes.
 
     Raises:
         ConversionError: if the converter refuses it.
@@ -133,7 +112,7 @@ def convert(function, inputs, samples=None, per_channel=True, bits=8, floats=Non
 
     if floats is not None and bits == 8:
         private.check_keeps_floats()
-    specs = [tf.TensorSpec(shape, dtype, name) for name, shape, dtype in inputs]
+    specs = [tf.TensorSpec(x.shape, x.dtype, name) for name, x in inputs.items()]
     traced = tf.function(function, input_signature=specs, autograph=False)
     concrete = traced.get_concrete_function()
     _check_loops(concrete)
@@ -208,32 +187,25 @@ class Interpreter:
         """The operations of the file, in order, as a list of `Operation`."""
         from keras_bn.backends.tensorflow import private
 
-        details = {detail["index"]: detail for detail in self._details()}
-        return [
-            Operation(
-                operation["op_name"],
-                tuple(details[i]["name"] for i in operation["outputs"]),
-                tuple(map(int, operation["outputs"])),
-                tuple(map(int, operation["inputs"])),
-                frozenset(
-                    np.dtype(details[i]["dtype"]).name
-                    for i in (*operation["inputs"], *operation["outputs"])
-                    if i >= 0
-                ),
+        operations = []
+        for each in private.operations(self._interpreter):
+            inputs, outputs = (tuple(map(int, each[k])) for k in ("inputs", "outputs"))
+            names = tuple(self.tensors[i]["name"] for i in outputs)
+            # An input that is left out is -1.
+            tensors = [self.tensors[i] for i in (*inputs, *outputs) if i >= 0]
+            dtypes = frozenset(np.dtype(tensor["dtype"]).name for tensor in tensors)
+            operations.append(
+                Operation(each["op_name"], names, outputs, inputs, dtypes)
             )
-            for operation in private.operations(self._interpreter)
-        ]
+        return operations
+
+    def inputs(self):
+        """The index of each input's tensor, by the name of the input."""
+        return {name: int(detail["index"]) for name, detail in self._inputs.items()}
 
     def outputs(self):
         """The index of each output's tensor, by the name of the output."""
         return {name: int(detail["index"]) for name, detail in self._outputs.items()}
-
-    def inputs(self):
-        """The scale, zero point and dtype of each input, by its name."""
-        return {
-            name: (*detail["quantization"], np.dtype(detail["dtype"]))
-            for name, detail in self._inputs.items()
-        }
 
     def run(self, inputs):
         """Run one batch.
@@ -241,48 +213,39 @@ class Interpreter:
         Args:
             inputs: dict of arrays by the name of the input. Floats are quantized.
         """
-        for name, detail in self._inputs.items():
-            value = quantized(inputs[name], detail)
-            self._interpreter.set_tensor(detail["index"], value)
+        for name, index in self.inputs().items():
+            value = _quantized(inputs[name], self.tensors[index])
+            self._interpreter.set_tensor(index, value)
         try:
             self._interpreter.invoke()
         except RuntimeError as error:
             number = re.search(r"Node number (\d+)", str(error))
-            operation = self.operations()[int(number[1])] if number else None
             message = str(error).replace(".Node", ". Node")
-            raise RunError(message, operation) from error
+            raise RunError(message, int(number[1]) if number else -1) from error
 
     def value(self, index):
         """A tensor after `run`, as an array of floats."""
         value = self._interpreter.get_tensor(index)
-        scale, zero_point = self._tensors[index]["quantization"]
+        scale, zero_point = self.tensors[index]["quantization"]
         if not scale:
             return value
         return (value.astype("float32") - zero_point) * np.float32(scale)
 
-    def _details(self):
-        return self._interpreter.get_tensor_details()
-
     @functools.cached_property
-    def _tensors(self):
-        return {int(detail["index"]): detail for detail in self._details()}
+    def tensors(self):
+        """What TFLite says of each tensor, by its index."""
+        details = self._interpreter.get_tensor_details()
+        return {int(detail["index"]): detail for detail in details}
 
 
 # How long a file may take to run once, in seconds.
-_PATIENCE = 60.0
+_PATIENCE = 60
 
 
 def check_runs(content, inputs):
-    """Run a file once in a process of its own, for it may end the process.
+    """Run a file once in a process of its own; a `RunError` if it ends the process.
 
     Only on Linux, where a process is copied in milliseconds.
-
-    Args:
-        content: bytes of the file.
-        inputs: dict of arrays by the name of the input.
-
-    Raises:
-        RunError: if it ends the process.
     """
     if sys.platform != "linux":
         return
@@ -292,31 +255,25 @@ def check_runs(content, inputs):
     if not child:
         gc.disable()  # TensorFlow's objects need its threads to end
         with contextlib.suppress(BaseException):
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            signal.alarm(_PATIENCE)
             os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
             Interpreter(content).run(inputs)
         os._exit(0)  # what raises is raised again where it is wanted
-    end = time.monotonic() + _PATIENCE
-    while not (state := os.waitpid(child, os.WNOHANG))[0]:
-        if time.monotonic() > end:
-            os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
-            return
-        time.sleep(0.002)
-    if os.WIFSIGNALED(state[1]):
-        name = signal.Signals(os.WTERMSIG(state[1])).name
+    status = os.waitpid(child, 0)[1]
+    if os.WIFSIGNALED(status) and os.WTERMSIG(status) != signal.SIGALRM:
+        name = signal.Signals(os.WTERMSIG(status)).name
         raise RunError(f"it ends the process that runs it by {name}")
 
 
-def quantized(x, detail):
-    """An array as an input of a file takes it."""
+def _quantized(x, detail):
+    """An array as a tensor of a file takes it."""
     x, dtype = np.asarray(x), np.dtype(detail["dtype"])
     scale, zero_point = detail["quantization"]
     if not scale or not np.issubdtype(x.dtype, np.floating):
         return x.astype(dtype)
-    bounds = np.iinfo(dtype)
-    return np.clip(np.rint(x / scale) + zero_point, bounds.min, bounds.max).astype(
-        dtype
-    )
+    value, bounds = np.rint(x / scale) + zero_point, np.iinfo(dtype)
+    return np.clip(value, bounds.min, bounds.max).astype(dtype)
 
 
 def _interpreter():

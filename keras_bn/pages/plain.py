@@ -128,6 +128,16 @@ def number(value):
     return None if value is None or not math.isfinite(value) else float(value)
 
 
+def json(value):
+    """A value in types that JSON has: dicts, named tuples too, lists and numbers."""
+    if isinstance(value, float):
+        return number(value)
+    value = value._asdict() if hasattr(value, "_asdict") else value
+    if isinstance(value, dict):
+        return {name: json(each) for name, each in value.items()}
+    return [*map(json, value)] if isinstance(value, list | tuple) else value
+
+
 def sentence(error) -> str:
     """The line of an error's message that says what is wrong.
 

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import keras
 
-from keras_bn.surgery.graph import functional_class, graph_of
+from keras_bn.surgery.graph import functional_class, graph_of, nodes
 
 
 class Call(NamedTuple):
@@ -103,3 +103,14 @@ def run(model, inputs, around):
         return call
 
     return keras.tree.flatten(through(model, inputs, ()))
+
+
+def paths(graph, around=()):
+    """The path of each call that `run` makes, of the graph of a model."""
+    for node in nodes(graph):
+        path = (*around, node.operation.name)
+        inner = graph_of(node.operation)
+        if inner is None:
+            yield "/".join(path)
+        else:
+            yield from paths(inner, path)

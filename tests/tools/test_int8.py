@@ -17,8 +17,9 @@ from support import backend
 from support.zoo import randomized
 
 import keras_bn
-from keras_bn.int8 import tflite, weights
+from keras_bn.int8 import tflite
 from keras_bn.int8.correct import correct, shifts_of
+from keras_bn.int8.correct import rounded as rounded_kernel
 from keras_bn.int8.equalize import equalize, input_range, output_range
 from keras_bn.int8.export import integer_file
 from keras_bn.int8.lose import raised
@@ -376,7 +377,7 @@ def rounded(model):
     """The model with rounded kernels."""
     for layer in model._flatten_layers():
         if (edit := linear(layer)) is not None:
-            kernel = weights.rounded(edit, "kernel", layer.kernel.numpy())
+            kernel = rounded_kernel(edit, "kernel", layer.kernel.numpy())
             layer.kernel.assign(kernel)
     return model
 
@@ -404,7 +405,7 @@ def test_biases_of_every_kind_are_corrected(kind):
     edit, before = linear(model.layers[0]), model(x).numpy()
     for name in edit.names:
         variable = getattr(model.layers[0], name)
-        variable.assign(weights.rounded(edit, name, variable.numpy()))
+        variable.assign(rounded_kernel(edit, name, variable.numpy()))
     axis = 1 if kind == "channels first" else before.ndim - 1
     others = tuple(i for i in range(before.ndim) if i != axis)
     np.testing.assert_allclose(
@@ -417,11 +418,13 @@ def test_biases_of_layers_in_floats_are_not_corrected():
     model = small()
     plain = integer_file(model, images())[1]
     assert plain.corrected == ["conv", "depthwise", "project", "inner/strided", "head"]
+    assert plain.conversions == 1
     assert integer_file(model, images(), correct_bias=False)[1].corrected == []
     # An operation with its ReLU, which is named, leaves the integers with it.
     report = integer_file(model, images(), keep_float=["conv_relu", "head"])[1]
     assert report.floats == ["conv", "conv_relu", "head"]
     assert report.corrected == ["depthwise", "project", "inner/strided"]
+    assert report.conversions == 2
 
 
 class Own(keras.Model):
@@ -854,7 +857,7 @@ def test_a_shared_layer_adds_what_it_adds_most():
     found = [Int8Layer(name, name, "ADD", 0.5, part) for name, part in added]
 
     def written(paths):
-        return Int8Report("m", 1, 1, False, {}, found, [], [], {}), b"1", paths
+        return Int8Report("m", 1, 1, False, {}, found), paths
 
     class Score:
         floats = 1.0
@@ -863,6 +866,29 @@ def test_a_shared_layer_adds_what_it_adds_most():
 
     report, _ = raised(written(set()), written, Score(), 0.0)
     assert report.raised == {"shared": 0.5}
+
+
+@pytest.mark.parametrize("each", [1, 2, 3])
+def test_there_are_eight_conversions_at_most(each):
+    """Each file may take several, as one with an operation that is in floats whole."""
+    names = [f"layer_{i}" for i in range(200)]
+    found = [Int8Layer(name, name, "ADD", 0.5, 0.5) for name in names]
+    count = 0
+
+    def written(paths):
+        nonlocal count
+        count = min(count + each, 8)
+        return Int8Report("m", 1, 1, False, {}, found, conversions=count), paths
+
+    class Score:
+        floats = 1.0
+        __call__ = staticmethod(lambda paths: float(len(paths) > 20))
+        slower = staticmethod(lambda _, __: 1.0)
+
+    report, paths = raised(written(set()), written, Score(), 0.0)
+    assert report.conversions == count == 8
+    assert 20 < len(paths) == len(report.raised)
+    assert each > 1 or len(paths) < 23
 
 
 def test_parallel_branches_and_concatenations(tmp_path):

@@ -60,7 +60,7 @@ def of_tflite(content, x):
     for each in x:
         interpreter.run({given: each[None]})
         found.append(interpreter.value(index))
-    return np.concatenate(found), interpreter._tensors[index]["quantization"][0]
+    return np.concatenate(found), interpreter.tensors[index]["quantization"][0]
 
 
 def check(model, x, files=None, same=0.9, most=2, in_floats=None):
@@ -219,6 +219,20 @@ def test_layers_in_floats():
     assert "Elu" in kinds
     assert "Conv" not in kinds
     assert report.error < 0.05
+
+
+def test_tflite_reads_the_file_once(monkeypatch):
+    made = []
+
+    class Counted(tflite.Interpreter):
+        def __init__(self, content):
+            made.append(content)
+            super().__init__(content)
+
+    monkeypatch.setattr(tflite, "Interpreter", Counted)
+    model = keras.Sequential([keras.Input((4,)), layers.Dense(3)])
+    integer_file(model, images(8, (4,)), suffix=".onnx")
+    assert len(made) == 1
 
 
 def test_refusals(tmp_path, monkeypatch):
