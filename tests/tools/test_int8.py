@@ -414,7 +414,7 @@ def test_biases_of_every_kind_are_corrected(kind):
     assert path == model.layers[0].name
 
 
-def test_biases_of_layers_in_floats_are_not_corrected():
+def test_biases_of_layers_in_floats_are_not_corrected(monkeypatch):
     model = small()
     plain = integer_file(model, images())[1]
     assert plain.corrected == ["conv", "depthwise", "project", "inner/strided", "head"]
@@ -425,6 +425,10 @@ def test_biases_of_layers_in_floats_are_not_corrected():
     assert report.floats == ["conv", "conv_relu", "head"]
     assert report.corrected == ["depthwise", "project", "inner/strided"]
     assert report.conversions == 2
+    monkeypatch.setattr("keras_bn.int8.export.CONVERSIONS", 1)
+    report = integer_file(model, images(), keep_float=["conv_relu", "head"])[1]
+    assert "conv" in report.corrected
+    assert report.conversions == 1
 
 
 class Own(keras.Model):
@@ -877,6 +881,7 @@ def test_there_are_eight_conversions_at_most(each):
 
     def written(paths):
         nonlocal count
+        assert count < 8
         count = min(count + each, 8)
         return Int8Report("m", 1, 1, False, {}, found, conversions=count), paths
 
