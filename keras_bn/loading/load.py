@@ -1,6 +1,7 @@
 """Loading a saved Keras model straight into our layers."""
 
 import contextlib
+import itertools
 import json
 import os
 import shutil
@@ -194,8 +195,7 @@ def _restore_optimizer(model, path):
     model.optimizer = type(model.optimizer).from_config(model.optimizer.get_config())
     with h5py.File(path) as file:
         group = file.get("optimizer_weights", {})
-        names = group.attrs["weight_names"] if group else []
-        stored = [group[name][()] for name in names]
+        stored = [group[name][()] for name in _weight_names(group)] if group else []
     model.optimizer.build(model.trainable_variables)
     variables = model.optimizer.variables
     if [v.shape for v in variables] == [value.shape for value in stored]:
@@ -207,6 +207,18 @@ def _restore_optimizer(model, path):
             "optimizer starts from its initial state.",
             stacklevel=3,
         )
+
+
+def _weight_names(group):
+    """The names of the weights in a group, which Keras writes in parts if they are long.
+
+    An attribute of HDF5 takes 64 kB.
+    """
+    if "weight_names0" not in group.attrs:
+        return group.attrs["weight_names"]
+    parts = map("weight_names{}".format, itertools.count())
+    found = itertools.takewhile(lambda part: part in group.attrs, parts)
+    return [name for part in found for name in group.attrs[part]]
 
 
 def _warn_of_lost(model):

@@ -405,6 +405,27 @@ def test_optimizers_as_keras_2_0_wrote_them(old, decay, tmp_path):
     loaded.train_on_batch(x, x)
 
 
+@pytest.mark.parametrize("length", [30, 400])
+def test_an_optimizer_of_more_names_than_an_attribute_takes(length, tmp_path):
+    """As of EfficientNetV2L with Adam: Keras writes such a list in parts."""
+    stack = [layers.Dense(1, name=f"{i:0{length}}") for i in range(50)]
+    model = keras.Sequential([keras.Input((1,)), *stack, layers.BatchNormalization()])
+    model.compile("adam", "mse")
+    model.optimizer.build(model.trainable_variables)
+    for i, variable in enumerate(model.optimizer.variables):
+        if "float" in str(variable.dtype):
+            variable.assign(variable + i)
+    model.save(tmp_path / "model.h5")
+    with h5py.File(tmp_path / "model.h5") as file:
+        in_parts = "weight_names0" in file["optimizer_weights"].attrs
+    assert in_parts == (length > 100)
+    loaded = keras_bn.load_model(tmp_path / "model.h5").optimizer
+    for got, want in zip(loaded.variables, model.optimizer.variables, strict=True):
+        np.testing.assert_array_equal(
+            keras.ops.convert_to_numpy(got), keras.ops.convert_to_numpy(want)
+        )
+
+
 @pytest.mark.parametrize("suffix", [".keras", ".h5"])
 @pytest.mark.filterwarnings("ignore:.*HDF5")
 def test_a_compilation_that_cannot_be_read(suffix, tmp_path):
