@@ -29,7 +29,7 @@ def check(arguments):
     """
     values = vars(arguments)
     for option in "ignore", "select", "rules":
-        rules(values.get(option, []), option if option == "rules" else f"--{option}")
+        rules(values.get(option, []), "it" if option == "rules" else f"--{option}")
     for option in "fix", "plot":
         if values.get(option) is not None and arguments.data is None:
             raise UsageError(f"--{option} needs --data")

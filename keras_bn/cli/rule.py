@@ -7,7 +7,7 @@ from keras_bn.diagnosis.rules import RULES, ignored_kinds
 
 
 def run(arguments):
-    kinds = rules(arguments.rules, "rules") or RULES.keys()
+    kinds = rules(arguments.rules, "it") or RULES.keys()
     texts = [
         f"{rule.id} {rule.kind}\n\n{textwrap.indent(rule.text, '    ')}"
         for rule in RULES.values()

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from keras_bn.pages.files import write_whole
+from keras_bn.pages.plain import printable
 from keras_bn.version import __version__
 
 
@@ -107,11 +108,18 @@ def _templates():
         loader=jinja2.PackageLoader("keras_bn.pages"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
+        finalize=_printable,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    templates.filters["share"] = _share
+    templates.filters |= {"share": _share, "printable": printable}
     return templates
+
+
+def _printable(value):
+    """What a template shows: names of others without control characters."""
+    is_text = isinstance(value, str) and not hasattr(value, "__html__")
+    return printable(value) if is_text else value
 
 
 def _share(value, full):

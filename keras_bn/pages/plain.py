@@ -26,8 +26,13 @@ def escaped(text):
     >>> print(escaped("bn\n::error::no\x1b[2J"), escaped("::error::no"))
     bn\n::error::no\x1b[2J \x3a:error::no
     """
-    shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
+    shown = printable(str(text))
     return _COMMANDS.sub(lambda m: f"{m[1] or ''}\\x{ord(m[0][-1]):02x}", shown)
+
+
+def printable(text):
+    """Text with what cannot be printed as Python writes it."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def box():

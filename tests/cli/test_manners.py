@@ -312,7 +312,7 @@ def test_rules_have_a_text(capsys):
         assert f"{rule.id} {rule.kind}\n" in every
         assert len(rule.text) > 40
         assert rule.needs_data == rule.text.startswith("Needs data")
-    assert "takes rules" in refused(capsys, "rule", "BN999")
+    assert "error: it takes rules: BN001 to BN0" in refused(capsys, "rule", "BN999")
 
 
 def test_the_texts_of_the_rules_are_those_of_the_docs():

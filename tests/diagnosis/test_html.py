@@ -121,10 +121,23 @@ def test_many_findings_of_a_kind_make_one_card(sick):
     assert all(finding.message in page for finding in many)
 
 
+def renamed(report, model, layer):
+    """A report with another name of its model, and of its first layer alone."""
+    first = dataclasses.replace(report.record.layers[0], layer=layer)
+    record = dataclasses.replace(report.record, model=model, layers=[first])
+    return dataclasses.replace(report, record=record)
+
+
+def test_control_characters_in_names_are_shown(sick):
+    evil = "a\x1b[2J\n\x00\u202eb"
+    for each in evil, evil * 3:
+        page = renamed(sick, evil, each).to_html()
+        assert page.replace("\n", "").isprintable()
+        assert r"a\x1b[2J\n\x00\u202eb" in page
+
+
 def test_names_are_broken_between_their_words(sick):
-    layer = dataclasses.replace(sick.record.layers[0], layer="a/depthwise_<b>_long_BN")
-    record = dataclasses.replace(sick.record, layers=[layer])
-    page = dataclasses.replace(sick, record=record).to_html()
+    page = renamed(sick, "model", "a/depthwise_<b>_long_BN").to_html()
     assert "a/<wbr>depthwise_<wbr>&lt;b&gt;_<wbr>long_<wbr>BN<small>" in page
 
 
@@ -140,7 +153,8 @@ def test_the_ids_of_rules_lead_to_their_text(sick):
         rule = RULES[kind]
         (target,) = set(re.findall(rf'href="#(bn-\w+-{rule.id})"', page))
         assert f'id="{target}">{rule.id} {kind}</dt>' in page
-        marked = re.sub("`(.*?)`", r"<code>\1</code>", str(escape(rule.text)))
+        text = str(escape(rule.text)).replace("\n", " ")
+        marked = re.sub("`(.*?)`", r"<code>\1</code>", text)
         assert marked in page
     assert "<code>momentum ** t</code>" in page
     assert "`" not in page
