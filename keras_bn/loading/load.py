@@ -210,9 +210,9 @@ def _restore_optimizer(model, path):
 
 
 def _weight_names(group):
-    """The names of the weights in a group, which Keras writes in parts if they are long.
+    """The names of the weights in a group.
 
-    An attribute of HDF5 takes 64 kB.
+    An attribute of HDF5 takes 64 kB; Keras writes what is longer in parts.
     """
     if "weight_names0" not in group.attrs:
         return group.attrs["weight_names"]
