@@ -66,8 +66,8 @@ class Report(Displayed):
         """The record of the layer with this path."""
         return next(layer for layer in self.record.layers if layer.layer == path)
 
-    def __repr__(self) -> str:
-        return f"<Report {escaped(self.record.model)}: {html.verdict(self)}>"
+    def _in_a_line(self):
+        return f"{escaped(self.record.model)}: {html.verdict(self)}"
 
     def __str__(self) -> str:
         return "\n".join(text.lines_of(self))
@@ -285,10 +285,9 @@ class Comparison(Displayed):
         second = {layer.layer: layer for layer in self.after.record.layers}
         return [(path, first.get(path), second.get(path)) for path in first | second]
 
-    def __repr__(self) -> str:
+    def _in_a_line(self):
         names = dict.fromkeys(r.record.model for r in (self.before, self.after))
-        model, words = " and ".join(map(escaped, names)), html.changes(self)
-        return f"<{type(self).__name__} {model}: {words}>"
+        return f"{' and '.join(map(escaped, names))}: {html.changes(self)}"
 
     def __str__(self) -> str:
         before, after = self.before.record, self.after.record

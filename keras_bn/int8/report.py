@@ -90,8 +90,8 @@ class Int8Report(Section):
         """The largest error of an output."""
         return max(self.outputs.values(), key=lambda e: math.inf if e != e else e)
 
-    def __repr__(self) -> str:
-        return f"<Int8Report {escaped(self.model)}: {self._verdict()}>"
+    def _in_a_line(self):
+        return f"{escaped(self.model)}: {self._verdict()}"
 
     def __str__(self) -> str:
         lines = [f"{escaped(self.model)}: {self._about()}", *self.said()]

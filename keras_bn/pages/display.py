@@ -40,6 +40,16 @@ class Displayed(ABC):
     @abstractmethod
     def _content(self) -> Content: ...
 
+    @abstractmethod
+    def _in_a_line(self) -> str: ...
+
+    # IPython shows the text only if both methods are of one class.
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self._in_a_line()}>"
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        printer.text(str(self))  # what IPython shows in a terminal
+
     def to_html(self) -> str:
         """One page of HTML that loads nothing; a string."""
         return render("page.html", self._content())
@@ -68,9 +78,6 @@ class Displayed(ABC):
 
     def _repr_html_(self) -> str:
         return render("cell.html", self._content())
-
-    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
-        printer.text(str(self))  # what IPython shows in a terminal
 
 
 class Section(Displayed):

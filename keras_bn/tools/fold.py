@@ -74,18 +74,15 @@ class Folds(Displayed, list[Fold]):
         super().__init__(folds)
         self.sums: list[Fold] = []
 
-    def __repr__(self) -> str:
-        return f"<Folds: {self._title()}>"
-
     def __str__(self) -> str:
         return "\n".join(map(str, [*self, *self.sums]))
 
-    def _title(self):
+    def _in_a_line(self):
         folded = sum(fold.into is not None for fold in self)
         return f"{folded} of {len(self)} can be folded"
 
     def _content(self):
-        title = self._title()
+        title = self._in_a_line()
         rows = [*self, *self.sums]
         return Content(title, "folds.html", {"title": title, "folds": rows})
 
