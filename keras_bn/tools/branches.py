@@ -26,6 +26,7 @@ class Branch(NamedTuple):
         shape: of what its layer reads.
         zeros: how many stand before and behind the tensor there, along each axis: an
             array of shape `(rank, 2)`.
+        sign: -1 if the sum subtracts it, else 1.
         way: the sums that it is a part of, the outermost first: a list of the call of
             a sum and the tensor that it takes.
     """
@@ -34,6 +35,7 @@ class Branch(NamedTuple):
     edit: Linear | None
     shape: tuple
     zeros: np.ndarray
+    sign: int
     way: list
 
 
@@ -104,8 +106,9 @@ def _added(into, branches):
     for branch in branches:
         other = _places(branch, _axis(into))
         where = _where(other, mine, f"'{branch.name}'", f"'{into.name}'")
-        kernel[where] += _in_groups(other.kernel, other.groups, mine.groups)
-        bias = bias + other.bias
+        added = _in_groups(other.kernel, other.groups, mine.groups)
+        kernel[where] += branch.sign * added
+        bias = bias + branch.sign * other.bias
     return kernel, bias
 
 

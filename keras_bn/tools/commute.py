@@ -67,7 +67,11 @@ def _rearranged(layer, affine, axes, source, target, before):
     if None in (*source[1:], *target[1:]):
         raise UnfoldableError("has a shape that is not known")
     order = np.arange(math.prod(source[1:])).reshape(1, *source[1:])
+    if not isinstance(layer, layers.Layer) and source[0] is not None:
+        raise UnfoldableError("takes a batch of a fixed size")
     order = layer.call(keras.ops.convert_to_tensor(order, "int32"))
+    if tuple(order.shape) != (1, *target[1:]):
+        raise UnfoldableError("moves values between samples")
     order = keras.ops.convert_to_numpy(order)[0]  # the input's value at each place
     shape = target if before else source
     channels = np.arange(affine.scale.size).reshape(
@@ -124,6 +128,11 @@ _TABLE = {
     layers.Reshape: _rearranged,
     layers.Permute: _rearranged,
 }
+# The same for operations of `keras.ops`, by the names of their classes.
+_OPERATIONS = dict.fromkeys(
+    ("Reshape", "Transpose", "Swapaxes", "Moveaxis", "ExpandDims", "Squeeze"),
+    _rearranged,
+)
 _NONLINEAR = (layers.ELU, layers.LeakyReLU, layers.PReLU, layers.ReLU, layers.Softmax)
 
 
@@ -134,25 +143,40 @@ def changes_nothing(node):
     return not node.arguments.kwargs.get("training") and (linear or rule is _unchanged)
 
 
+def _keras_name(operation):
+    """The name of a class of Keras's own; None for other classes."""
+    kind = type(operation)
+    own = kind.__module__.partition(".")[0] == "keras"
+    return kind.__name__ if own else None
+
+
 def parts_of(node):
-    """The tensors that a call adds or concatenates; None for any other call.
+    """The tensors that a call adds, subtracts or concatenates; None for other calls.
 
     Returns:
         `(tensors, axis)`, where `axis` is None for a sum, and not negative otherwise.
+        `signs_of` tells a difference from a sum.
     """
-    kind = type(node.operation)
-    keras_own = kind.__module__.partition(".")[0] == "keras"
-    if not keras_own or kind.__name__ not in ("Add", "Concatenate"):
+    kind = _keras_name(node.operation)
+    if kind not in ("Add", "Concatenate", "Subtract"):
         return None
     whole = node.outputs[0]
-    tensors = keras.tree.flatten((node.arguments.args, node.arguments.kwargs))
-    tensors = [t for t in tensors if not (type(t) is int and t == 0)]  # of `sum(…)`
+    options = {k: v for k, v in node.arguments.kwargs.items() if k != "training"}
+    tensors = keras.tree.flatten((node.arguments.args, options))
+    if kind == "Add":  # a sum may begin with zero, as in `sum(…)`
+        tensors = [t for t in tensors if type(t) not in (int, float) or t != 0]
     if not all(isinstance(tensor, keras.KerasTensor) for tensor in tensors):
         return None  # it adds numbers too
-    if kind.__name__ == "Concatenate":
+    if kind == "Concatenate":
         return tensors, node.operation.axis % len(whole.shape)
     repeats = any(tensor.shape != whole.shape for tensor in tensors)
     return None if repeats else (tensors, None)
+
+
+def signs_of(node):
+    """The sign of each tensor that a sum adds: 1, or -1 if it subtracts it."""
+    minus = _keras_name(node.operation) == "Subtract"
+    return [-1 if minus and i else 1 for i in range(len(parts_of(node)[0]))]
 
 
 def divided(parts, affine, axes):
@@ -217,6 +241,8 @@ def through(node, affine, axes, *, before):
     if isinstance(layer, _NONLINEAR):
         raise UnfoldableError("is not linear")
     rule = _TABLE.get(type(layer))
+    if rule is None and not isinstance(layer, layers.Layer):
+        rule = _OPERATIONS.get(_keras_name(layer))
     if rule is None:
         raise UnfoldableError(
             f"is of type {type(layer).__name__}, which `fold` does not go through"

@@ -26,7 +26,7 @@ from keras_bn.surgery.private import get_keras_mask, require
 from keras_bn.surgery.rebuild import rebuild
 from keras_bn.surgery.view import ModelView
 from keras_bn.tools.branches import Branch, merge, zeros_around
-from keras_bn.tools.commute import divided, parts_of, through, widened
+from keras_bn.tools.commute import divided, parts_of, signs_of, through, widened
 from keras_bn.tools.fuse import has_own_call, separate
 from keras_bn.tools.linear import (
     Linear,
@@ -67,7 +67,7 @@ class Folds(Displayed, list[Fold]):
 
     Attributes:
         sums: a `Fold` of each sum that one layer computes: `layer` names all that it
-            adds, as `c1 + c3 + bn`, and `into` that layer.
+            adds, as `c1 + c3 - bn`, and `into` that layer.
     """
 
     def __init__(self, folds: Iterable[Fold] = ()) -> None:
@@ -127,12 +127,12 @@ def fold(model: keras.Model) -> keras.Model:
     Dense, EinsumDense, convolutions, their transposes, depthwise and separable
     convolutions, and other batch normalizations. Between the two may be layers that a
     scale and a shift go through: dropout, noise, pooling, cropping, nearest upsampling,
-    `Identity`, linear activations, `Flatten`, `Reshape`, `Permute`, concatenations and
-    sums. A sum of such layers that read the same tensor becomes one layer, if a
-    normalization is in it or behind it: a k×k and a 1×1 convolution and a normalization
-    of the tensor itself, as in RepVGG, become one convolution. The arithmetic is in
-    float64; the weights keep their dtype. `plan_fold` says which normalizations stay,
-    and why.
+    `Identity`, linear activations, `Flatten`, `Reshape`, `Permute`, concatenations,
+    sums and differences. A sum of such layers that read the same tensor becomes one
+    layer, if a normalization is in it or behind it: a k×k and a 1×1 convolution and a
+    normalization of the tensor itself, as in RepVGG, become one convolution. The
+    arithmetic is in float64; the weights keep their dtype. `plan_fold` says which
+    normalizations stay, and why.
 
     Args:
         model: a built model, which does not change.
@@ -217,8 +217,8 @@ class FoldPlan:
         self.folded: dict[int, keras.layers.Layer] = {}
         self.edits: dict[int, Linear] = {}
         self.sums: list[tuple] = []
-        # The paths of all that a layer adds, by its path.
-        self._added: dict[str, list[str]] = {}
+        # The signs and paths of all that a layer adds, by its path.
+        self._added: dict[str, list[tuple[int, str]]] = {}
         self._calls = Remaining(view, inside=not fusing)
         folds: dict[int, Fold] = {}
         found = -1
@@ -236,7 +236,7 @@ class FoldPlan:
             if isinstance(layer, MadeByTool)
         }
         self.folds = Folds()
-        self.folds.sums = [Fold(" + ".join(a), into) for into, a in self._added.items()]
+        self.folds.sums = [Fold(_terms(a), into) for into, a in self._added.items()]
         for path, layer in named.layers:
             if computes_otherwise(layer):
                 self.folds.append(Fold(path, None, _OTHERWISE))
@@ -393,7 +393,8 @@ class FoldPlan:
         path, folds, added = self._named.path(target), {}, []
         for part in parts:
             own = self._named.path(part.edit.layer) if part.edit else "identity"
-            added += self._added.pop(own, [own])
+            inner = self._added.pop(own, [(1, own)])
+            added += [(part.sign * sign, each) for sign, each in inner]
             if part.edit is None or part.edit.layer is target:
                 continue
             layer = part.edit.layer
@@ -416,15 +417,16 @@ class FoldPlan:
             `(parts, sums, merged)`: a list of `Branch`, the calls of this sum and those
             in it, and what `merge` gives.
         """
-        sums: list[tuple] = [(node, [])]
-        ends = []
-        for each, way in sums:  # it grows
-            for tensor in parts_of(each)[0]:
+        sums: list[tuple] = [(node, [], 1)]
+        ends, signs = [], []
+        for each, way, outer in sums:  # it grows
+            for tensor, own in zip(parts_of(each)[0], signs_of(each), strict=True):
                 inner, here = self._calls.producer(tensor), [*way, (each, tensor)]
                 if inner is not None and _is_sum(inner) and self._is_inner(inner):
-                    sums.append((inner, here))
+                    sums.append((inner, here, outer * own))
                 else:
                     ends.append(here)
+                    signs.append(outer * own)
         readings = [self._readings(way[-1][1]) for way in ends]
         missing = None
         for source in [r.tensor for each in readings for r in each if r.maker]:
@@ -440,14 +442,14 @@ class FoldPlan:
                 f"'{node.operation.name}' adds {other}, which is not linear in what "
                 "its other parts read"
             )
-        parts = [self._branch(w, r) for w, r in zip(ends, chosen, strict=True)]
+        parts = list(map(self._branch, ends, chosen, signs))
         with _about(f"in '{node.operation.name}',"):
             merged = merge(parts)
             into = merged[0]
             tensors = node.outputs[0], into.way[-1][1]
             if len({get_keras_mask(tensor) is None for tensor in tensors}) > 1:
                 raise UnfoldableError(f"'{into.name}' has not the mask of the sum")
-            return parts, [each for each, _ in sums], merged
+            return parts, [each for each, *_ in sums], merged
 
     def _readings(self, tensor):
         """What a tensor may be taken to read: itself, or what a linear layer reads."""
@@ -469,11 +471,11 @@ class FoldPlan:
                 return
             zeros, tensor = zeros + more, input_of(node)
 
-    def _branch(self, way, reading):
+    def _branch(self, way, reading, sign):
         """The `Branch` of a part of a sum; refuses what cannot be in another layer."""
         whole, (reader, tensor), maker = way[0][0], way[-1], reading.maker
         if maker is None:
-            return Branch("identity", None, tensor.shape, reading.zeros, way)
+            return Branch("identity", None, tensor.shape, reading.zeros, sign, way)
         layer, where = maker.operation, f"in '{whole.operation.name}'"
         name = f"'{layer.name}' {where}"
         if maker.arguments.kwargs.get("training"):
@@ -489,7 +491,7 @@ class FoldPlan:
             tensor = input_of(reader)
         with _about(name):
             edit = self._edit(layer, len(tensor.shape))
-        return Branch(layer.name, edit, tensor.shape, reading.zeros, way)
+        return Branch(layer.name, edit, tensor.shape, reading.zeros, sign, way)
 
     def _is_inner(self, node):
         """Whether the output of a sum is a part of another sum alone."""
@@ -570,6 +572,12 @@ class _Reading(NamedTuple):
     tensor: keras.KerasTensor
     zeros: np.ndarray
     maker: object
+
+
+def _terms(added):
+    """A sum in words, of signs and names."""
+    terms = "".join(f" {'-' if sign < 0 else '+'} {name}" for sign, name in added)
+    return terms.removeprefix(" + ").lstrip()
 
 
 def _is_sum(node):

@@ -229,7 +229,14 @@ def test_a_sum_of_branches_becomes_one_layer(name):
     assert len(weights) == 2
 
 
-@pytest.mark.parametrize("add", [sum, lambda parts: parts[0] + (parts[1] + parts[2])])
+ADDITIONS = {
+    "sum": sum,
+    "from a float": lambda parts: sum(parts, 0.0),
+    "nested": lambda parts: parts[0] + (parts[1] + parts[2]),
+}
+
+
+@pytest.mark.parametrize("add", ADDITIONS.values(), ids=ADDITIONS)
 def test_the_plan_names_what_is_added(add):
     stacks = [[conv(1), bn("b1")], [conv(), bn("b3")], [bn("bn_id")]]
     model = model_of(lambda x: branches(stacks, x, add))
@@ -243,6 +250,32 @@ def test_the_plan_names_what_is_added(add):
     assert "c1 + c3 + bn_id" in plan._repr_html_()
     assert "3 of 3 can be folded" in plan._repr_html_()
     assert len(folded.layers) == 4
+
+
+DIFFERENCES = {
+    "c3 - c1 - bn_id": lambda a, b, c: a - b - c,
+    "c3 - c1 + bn_id": lambda a, b, c: a - layers.Subtract()([b, c]),
+    "c1 - c3 - bn_id": lambda a, b, c: b - a - c,
+    "- c3 + c1 - bn_id": lambda a, b, c: 0.0 - (a - b) - c,
+}
+
+
+@pytest.mark.parametrize("terms", DIFFERENCES)
+def test_differences(terms):
+    stacks = [[conv(), bn("b3")], [conv(1), bn("b1")], [bn("bn_id")]]
+    difference = DIFFERENCES[terms]
+    model = model_of(
+        lambda x: bn("behind")(branches(stacks, x, lambda parts: difference(*parts)))
+    )
+    plan, folded = check(model)
+    whole = terms[0] != "-"  # it subtracts from a number: no sum of tensors
+    assert all(fold.into for fold in plan) is whole
+    if whole:
+        (fold,) = plan.sums
+        ours, theirs = (sorted(f"+ {t}".split(" ")[1::2]) for t in (fold.layer, terms))
+        assert ours == theirs
+        assert fold.layer.count("-") == terms.count("-")
+        assert len(folded.layers) == 4
 
 
 def test_the_whole_is_added_to_another_tensor():
@@ -303,6 +336,22 @@ def test_blocks_of_a_class_of_their_own():
         for block in ("one", "two")
     ]
     assert len(folded.variables) == 4
+
+
+def test_a_sum_beside_a_block_of_a_class_of_its_own():
+    class Block(layers.Layer):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.bn = conv(name="inside"), bn("bn_inside")
+
+        def call(self, x, training=False):
+            return ops.relu(self.bn(self.conv(x), training=training))
+
+    def build(x):
+        return branches([[conv(), bn()], [bn("skip")]], Block()(x), layers.Add())
+
+    plan, _ = check(model_of(build))
+    assert [fold.into.split("/")[-1] for fold in plan] == ["inside", "c3", "c3"]
 
 
 def test_parts_inside_of_models():

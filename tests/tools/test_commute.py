@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 import pytest
-from keras import layers
+from keras import layers, ops
 from support.zoo import inputs_of, randomized
 
 import keras_bn
@@ -122,6 +122,48 @@ def test_every_layer_of_the_table_is_tested():
     padding = {"ZeroPadding1D", "ZeroPadding2D", "ZeroPadding3D", "Flatten"}
     names = {kind.__name__ for kind in commute._TABLE}
     assert names - padding <= set(THROUGH)
+
+
+OPERATIONS = {
+    "Reshape": ((4, 8, 3), lambda x: ops.reshape(x, (-1, 32, 3))),
+    "Transpose": ((4, 8, 3), lambda x: ops.transpose(x, (0, 2, 1, 3))),
+    "Swapaxes": ((4, 8, 3), lambda x: ops.swapaxes(x, 1, 2)),
+    "Moveaxis": ((4, 8, 3), lambda x: ops.moveaxis(x, 1, 2)),
+    "ExpandDims": ((4, 3), lambda x: ops.expand_dims(x, 1)),
+    "Squeeze": ((1, 4, 3), lambda x: ops.squeeze(x, 1)),
+}
+
+
+def around(shape, operation):
+    """A normalization before an operation, and a Dense behind it."""
+    x = keras.Input(shape)
+    y = operation(bn()(layers.ReLU()(x)))
+    return randomized(keras.Model(x, layers.Dense(2, name="dense")(y)))
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_operations(name):
+    model = around(*OPERATIONS[name])
+    (fold,) = keras_bn.plan_fold(model)
+    assert fold.into == "dense", fold.reason
+    x = inputs_of(model)
+    outputs = (m(x, training=False) for m in (model, keras_bn.fold(model)))
+    assert relative_difference(*outputs) < 1e-5
+    assert set(commute._OPERATIONS) == set(OPERATIONS)
+
+
+@pytest.mark.parametrize(
+    ("operation", "reason"),
+    [
+        (lambda x: ops.reshape(x, (-1, 8, 3)), "moves values between samples"),
+        (lambda x: ops.transpose(x, (1, 0, 2, 3)), "has a shape that is not known"),
+        (lambda x: ops.reshape(x, (-1, 3, 4, 8)), "the channels on one axis"),
+        (lambda x: ops.exp(x), "of type Exp, which `fold` does not go through"),
+    ],
+)
+def test_what_stays_at_an_operation_has_a_true_reason(operation, reason):
+    (fold,) = keras_bn.plan_fold(around((4, 8, 3), operation))
+    assert reason in fold.reason
 
 
 def test_several_layers_and_normalizations_in_a_row():
