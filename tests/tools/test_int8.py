@@ -497,6 +497,12 @@ REFUSED = {
         lambda: padded(-np.inf),
         "'pad' are not finite.*padding='same'",
     ),
+    "logarithm of zeros": (
+        lambda: with_last(
+            layers.Lambda(lambda x: keras.ops.log(keras.ops.relu(x)), name="last")
+        ),
+        r"'last' are not finite, so int8 has no range for them\.$",
+    ),
     "division by zero": (
         lambda: with_last(layers.Activation("softsign", name="last")),
         # Before TensorFlow 2.17 it is the converter that cannot.
