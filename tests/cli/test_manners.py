@@ -82,6 +82,7 @@ def test_findings_are_grouped_by_rule(folder, capsys):
     assert f"{LONG}_19" in out
 
 
+@pytest.mark.slow
 def test_before_and_after_are_grouped_too(folder):
     model = keras_bn.load_model("many.keras")
     x = np.load("data.npz")["x"]

@@ -155,6 +155,7 @@ def test_files_of_integers_and_floats_are_of_one_model():
     assert cells.endswith(f"| {row['ratio']:.2f} |")
 
 
+@pytest.mark.slow
 def test_files_for_onnxruntime_are_of_one_model():
     for package in "tf2onnx", "onnxruntime":
         pytest.importorskip(package)

@@ -446,6 +446,7 @@ def test_a_fused_model_rounds_and_is_exported_as_an_unfused_one():
         np.testing.assert_allclose(a, b, 1e-5, 1e-6)
 
 
+@pytest.mark.slow
 def test_copies_of_a_model_that_rounds(shared, tmp_path):
     """They round as it does, and make the same file."""
     aware, content, _ = shared
