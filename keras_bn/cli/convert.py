@@ -7,7 +7,7 @@ from keras_bn.surgery.view import ModelView
 
 
 def run(arguments):
-    model, layers, _, notes = open_model(arguments)
+    model, layers, _, notes, _ = open_model(arguments)
     notes = [*notes, *save(arguments, model, native=arguments.to == "keras")]
     if arguments.to == "keras_bn":
         notes += _of_classes(model, arguments.output)

@@ -16,7 +16,7 @@ from keras_bn.int8.report import HEADER
 def run(arguments):
     with refused(RuntimeError):
         tflite.check_backend("export-int8")
-    model, _, _, notes = open_model(arguments, normalized=False)
+    model, _, _, notes, _ = open_model(arguments, normalized=False)
     data, options, lose = None, {}, arguments.lose
     if arguments.data is not None:
         data = read_data(arguments, model)

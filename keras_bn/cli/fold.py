@@ -9,7 +9,7 @@ from keras_bn.tools.fold import fold, plan_fold
 
 
 def run(arguments):
-    model, _, native, notes = open_model(arguments)
+    model, _, native, notes, _ = open_model(arguments)
     with refused(TypeError, ValueError), warning_texts() as more:
         folds, folded = plan_fold(model), fold(model)
     difference, compared = _difference(model, folded)

@@ -9,7 +9,16 @@ from keras_bn.diagnosis.collect import momentum_of
 from keras_bn.pages.plain import escaped
 from keras_bn.tools.fold import Fold, plan_fold
 
-_HEADER = ["layer", "channels", "axis", "momentum", "epsilon", "state", "folds into"]
+_HEADER = [
+    "layer",
+    "class",
+    "channels",
+    "axis",
+    "momentum",
+    "epsilon",
+    "state",
+    "folds into",
+]
 
 
 def run(arguments):
@@ -21,6 +30,7 @@ def run(arguments):
     rows = [
         [
             record["layer"],
+            record["class"],
             str(record["channels"]),
             str(record["axis"]),
             "mean" if record["momentum"] is None else f"{record['momentum']:g}",
@@ -32,7 +42,11 @@ def run(arguments):
     ]
     results = {"layers": records, "diagnosis": report.to_dict()}
     command = commands(arguments, arguments.model)
-    count = f"{len(rows)} {records[0]['class']} in {escaped(model.name)}"
+    header, (kind, *others) = _HEADER, dict.fromkeys(row[1] for row in rows)
+    if not others:  # the line below the table says it
+        header, rows = [*header[:1], *header[2:]], [[r[0], *r[2:]] for r in rows]
+    kind = "batch normalizations" if others else kind
+    count = f"{len(rows)} {kind} in {escaped(model.name)}"
     lines = [*opened.notes, count, "", *text.lines_of(report, command)]
     shown = last = report
     if arguments.fix is not None:
@@ -44,7 +58,7 @@ def run(arguments):
         results["fix"] = {"file": arguments.fix, **shown.to_dict()}
         lines += ["", *notes, *str(shown).splitlines()]
         lines += ["", f"Written: {arguments.fix}"]
-    output.show(arguments, results, _HEADER, rows, lines, words=["state"])
+    output.show(arguments, results, header, rows, lines, words=["state"])
     if arguments.quiet and arguments.json != "-":
         print(*text.findings(report.findings, command), sep="\n")
     _write(arguments, report, shown)
@@ -74,10 +88,11 @@ def _write(arguments, report, shown):
 
 def _listed(opened, report):
     plan = {fold.layer: fold for fold in plan_fold(opened.model)}
-    library = "keras.layers" if opened.native else "keras_bn"
     records = []
     for path, layer in opened.layers.items():
         fold = plan.get(path) or Fold(path, None, "folding does not know its class")
+        of_keras = opened.native or layer.name in opened.of_keras
+        library = "keras.layers" if of_keras else "keras_bn"
         records.append(
             {
                 "layer": path,

@@ -1,5 +1,6 @@
 """Shared by the commands on model files: opening and saving models."""
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,7 +12,7 @@ from keras_bn.cli import output
 from keras_bn.cli.errors import UsageError, refused, sentence, warning_texts
 from keras_bn.layer import BatchNormalization
 from keras_bn.layer.stored import options_beside
-from keras_bn.loading.load import holds_ours, load_model
+from keras_bn.loading.load import holds_ours, layers_of_keras, load_model
 from keras_bn.surgery.norms import normalizations
 from keras_bn.surgery.view import ModelView
 from keras_bn.tools.convert import to_keras
@@ -26,14 +27,16 @@ class Opened(NamedTuple):
     Args:
         model: the model, with `keras_bn` layers.
         layers: its batch normalizations by path.
-        native: whether the file has Keras's own layers.
+        native: whether the file has Keras's own layers, and none of keras_bn.
         notes: warnings from loading it.
+        of_keras: the names of its layers that are Keras's own.
     """
 
     model: keras.Model
     layers: dict[str, keras.Layer]
     native: bool
     notes: list[str]
+    of_keras: Collection[str] = ()
 
 
 def open_model(arguments, normalized=True) -> Opened:
@@ -61,14 +64,14 @@ def open_file(file, normalized=True) -> Opened:
     try:
         with warning_texts() as notes:
             model = load_model(file)
-        native = not holds_ours(file)
+        native, of_keras = not holds_ours(file), layers_of_keras(file)
     except Exception as error:  # Keras may raise anything for a file it can't read
         raise UsageError(_cause(file, error)) from error
     with refused(ValueError):
         layers = normalizations(model)
     if normalized and not layers:
         raise SystemExit(f"'{model.name}' has no batch normalization in it.")
-    return Opened(model, layers, native, notes)
+    return Opened(model, layers, native, notes, of_keras)
 
 
 def save(arguments, model, native=False, file=None):

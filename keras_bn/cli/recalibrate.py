@@ -14,7 +14,7 @@ _HEADER = ["layer", "elements", "largest |Δmean|/std", "median std ratio"]
 
 
 def run(arguments):
-    model, layers, native, notes = open_model(arguments)
+    model, layers, native, notes, _ = open_model(arguments)
     data = read_data(arguments, model)
     if not arguments.include_frozen and all(map(is_frozen, layers.values())):
         raise UsageError(

@@ -113,6 +113,22 @@ def modern(config, custom_objects=()):
     return {**config, **_home(name, config.get("module"))}
 
 
+def of_keras(config):
+    """Yield the names of Keras's own batch normalizations in a config.
+
+    Args:
+        config: as in `modern`.
+    """
+    if isinstance(config, list):
+        for part in config:
+            yield from of_keras(part)
+    elif isinstance(config, dict):
+        name, inner = config.get("class_name"), config.get("config")
+        if name in _NORMALIZATIONS and isinstance(inner, dict) and _is_keras(config):
+            yield inner.get("name")
+        yield from of_keras(list(config.values()))
+
+
 def is_code(config):
     """Whether a config holds the code of a Python function, which loading would run."""
     if isinstance(config, list):

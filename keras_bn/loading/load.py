@@ -17,7 +17,13 @@ import keras
 from keras_bn.layer import BatchNormalization
 from keras_bn.layer.stored import invalid_channel, loading
 from keras_bn.loading.compilation import modern_training
-from keras_bn.loading.configs import OURS, SyncBatchNormalization, is_code, modern
+from keras_bn.loading.configs import (
+    OURS,
+    SyncBatchNormalization,
+    is_code,
+    modern,
+    of_keras,
+)
 from keras_bn.pages.plain import sentence
 from keras_bn.surgery.graph import walk
 from keras_bn.surgery.norms import is_keras
@@ -157,13 +163,23 @@ def _loaded(path, version, **kwargs):
 
 def holds_ours(path):
     """Whether a model file names our layers already."""
+    return OURS in _config_of(path)
+
+
+def layers_of_keras(path):
+    """The names of the batch normalizations that are Keras's in a model file; a set."""
+    return set(of_keras(json.loads(_config_of(path))))
+
+
+def _config_of(path):
+    """The config of the model in a file, as JSON."""
     path = Path(os.fspath(path))
     if _kind(path) == ".keras":
         with zipfile.ZipFile(path) as archive:
-            return OURS.encode() in archive.read(_CONFIG)
+            return archive.read(_CONFIG).decode()
     with h5py.File(path) as file:
-        config = file.attrs.get("model_config", "")
-    return OURS in (config.decode() if isinstance(config, bytes) else config)
+        config = file.attrs.get("model_config", "{}")
+    return config.decode() if isinstance(config, bytes) else config
 
 
 def _kind(path):

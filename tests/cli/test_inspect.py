@@ -1,6 +1,7 @@
 """`keras-bn inspect`: what it lists, finds, writes, refuses, and its status."""
 
 import json
+import re
 import shlex
 
 import keras
@@ -151,6 +152,19 @@ def test_keras_layers_are_diagnosed_as_such(model, files, capsys):
     model.save(files[0])
     assert run(files[0], "--data", files[1]) == 1
     assert "from_keras(model)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("suffix", [".keras", ".h5"])
+def test_layers_of_both_libraries_are_told_apart(tmp_path, capsys, suffix):
+    norms = [layers.BatchNormalization(name="a"), keras_bn.BatchNormalization(name="b")]
+    file = tmp_path / f"both{suffix}"
+    keras.Sequential([keras.Input((4,)), *norms], name="both").save(file)
+    assert run(file) == 0
+    out = capsys.readouterr().out
+    first, second = (re.split(" +", line) for line in out.splitlines()[4:6])
+    assert first[:2] == ["a", "keras.layers.BatchNormalization"]
+    assert second[:2] == ["b", "keras_bn.BatchNormalization"]
+    assert "\n2 batch normalizations in both\n" in out
 
 
 def state(files, tmp_path, *options):
