@@ -20,8 +20,9 @@ def lines_of(report, command=None):
     """
     record, model = report.record, escaped(report.record.model)
     if record.has_data:
+        batches = "batches" if record.batches > 1 else "batch"
         lines = [
-            f"{model}: {record.samples} samples in {record.batches} batches",
+            f"{model}: {record.samples} samples in {record.batches} {batches}",
             *_both_ways(record),
             "",
             *plain.lines(plain.table(_HEADER, map(_row, record.measured))),

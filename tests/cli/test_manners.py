@@ -90,6 +90,8 @@ def test_before_and_after_are_grouped_too(folder):
     assert "error   never-updated: 20 layers (BN001)" in str(fixed)
     assert len([line for line in str(fixed).splitlines() if "never" in line]) == 1
     assert str(fixed).startswith("Recalibrated 20 layers.\n")
+    one = keras_bn.diagnose(model, x, batch_size=64)
+    assert str(one).startswith("model: 64 samples in 1 batch\n")
 
 
 def test_findings_that_differ_are_shown_by_example(folder):
