@@ -103,6 +103,8 @@ def check_momentum(momentum: Any) -> Momentum:
 
 def check_flag(value: Any, name: str) -> bool:
     """A bool of any kind: True, `numpy.True_`, 1; None counts as False, as in Keras."""
+    if isinstance(value, np.ndarray) and value.ndim == 0:
+        value = value.item()
     if isinstance(value, bool | np.bool_ | Real) and value in (True, False):
         return bool(value)
     if value is None:

@@ -118,6 +118,7 @@ def test_values_of_a_wrong_kind_at_construction_and_later(name, built):
         ({"epsilon": np.array(0.25)}, {"epsilon": 0.25}),
         ({"center": np.bool_(False)}, {"center": False}),
         ({"scale": np.bool_(False)}, {"scale": False}),
+        ({"center": np.array(False)}, {"center": False}),
         ({"virtual_batch_size": np.int64(8)}, {"virtual_batch_size": 8}),
         ({"virtual_batch_size": np.uint8(8)}, {"virtual_batch_size": 8}),
         ({"freeze_affine": np.bool_(True)}, {"freeze_affine": True}),
