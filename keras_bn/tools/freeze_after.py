@@ -2,8 +2,7 @@
 
 from typing import Any
 
-import numpy as np
-
+from keras_bn.layer.arguments import whole
 from keras_bn.passes.data import Logs
 from keras_bn.surgery.arrays import float64
 from keras_bn.surgery.private import require
@@ -47,15 +46,14 @@ class FreezeAfter(StepCallback):
     def __init__(self, steps: int) -> None:
         require("keras_bn.FreezeAfter", "layers")
         super().__init__()
-        if (
-            not isinstance(steps, int | np.integer)
-            or isinstance(steps, bool)
-            or steps < 0
-        ):
+        try:
+            self.steps = whole(steps)
+        except ValueError:
+            self.steps = -1
+        if self.steps < 0:
             raise ValueError(
                 f"`steps` must be a whole number, 0 or greater. Received: {steps!r}"
             )
-        self.steps = steps
         self._done, self._frozen = 0, False
         self._restored_from: int | None = None
 

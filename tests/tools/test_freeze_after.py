@@ -74,6 +74,8 @@ def test_freeze_after_takes_a_number_of_steps():
     for steps in -1, 1.5, True, "end":
         with pytest.raises(ValueError, match="`steps` must be a whole number"):
             keras_bn.FreezeAfter(steps)
+    for steps in 3, 3.0, np.int64(3), np.float64(3.0), np.array(3):
+        assert keras_bn.FreezeAfter(steps).steps == 3
 
 
 class Crash(keras.callbacks.Callback):
