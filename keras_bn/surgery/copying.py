@@ -325,9 +325,9 @@ def _strategy_of_copies(strategy):
     """The strategy of copies: the same; of workers, the present one."""
     if not is_of_workers(strategy):
         return strategy
-    from keras_bn.backends.tensorflow import workers
+    from keras_bn.backends.tensorflow import context
 
-    return workers.present_strategy()
+    return context.present_strategy()
 
 
 def _array(variable):

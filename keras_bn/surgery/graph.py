@@ -73,9 +73,9 @@ def is_of_workers(strategy):
     """Whether a value is a strategy of one process for each worker."""
     if not hasattr(type(strategy), "cluster_resolver"):
         return False
-    from keras_bn.backends.tensorflow import workers
+    from keras_bn.backends.tensorflow import context
 
-    return workers.is_of_workers(strategy)
+    return context.is_of_workers(strategy)
 
 
 def count_workers(model):

@@ -2,6 +2,7 @@
 
 import contextlib
 from contextlib import AbstractContextManager
+from typing import Any
 
 import tensorflow as tf
 
@@ -60,3 +61,13 @@ def on_gpu() -> bool:
     if not tf.config.list_logical_devices("GPU"):
         return False
     return "CPU" not in tf.zeros([]).device.upper()
+
+
+def is_of_workers(strategy: Any) -> bool:
+    """Whether a value is a strategy of one process for each worker."""
+    return isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy)
+
+
+def present_strategy() -> tf.distribute.Strategy:
+    """The strategy in force here: a default one outside of any scope."""
+    return tf.distribute.get_strategy()
