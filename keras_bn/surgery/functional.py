@@ -348,8 +348,10 @@ def _described(node, numbers):
     if isinstance(operation, keras.layers.Layer):
         if _is_librarys(type(operation)) and not operation.variables:
             # A `call` may make it anew each time, as `layers.Add()([x, y])`.
-            state = {k: v for k, v in operation.get_config().items() if k != "name"}
-            parts = [type(operation), repr(sorted(state.items()))]
+            # Keras makes no config of an `Identity` with a policy of its own.
+            with contextlib.suppress(NotImplementedError):
+                state = {k: v for k, v in operation.get_config().items() if k != "name"}
+                parts = [type(operation), repr(sorted(state.items()))]
     else:
         state = {k: v for k, v in vars(operation).items() if k[0] != "_"}
         state.pop("name", None)

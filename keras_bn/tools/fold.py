@@ -264,10 +264,30 @@ class FoldPlan:
                 edit.write(layer)
         exchange(pairs, view.holders)
         others = {id(of(tensor)): of(other) for tensor, other in self.sums}
-        bypass(view, [of(layer) for layer in self.folded.values()], others)
+        removed = [*self.folded.values(), *self._identities()]
+        bypass(view, [of(layer) for layer in removed], others)
         if self.folded:
             as_graphs(view)
         return copy
+
+    def _identities(self):
+        """Layers of opened ones that do nothing, and that Keras cannot save.
+
+        It makes no config of an `Identity` with a policy of its own.
+        """
+        found, kept = {}, set()
+        for node in self._view.calls if self._view is not self._named else ():
+            layer = node.operation
+            if type(layer) is not keras.layers.Identity:
+                continue
+            found[id(layer)] = layer
+            try:
+                layer.get_config()
+                kept.add(id(layer))
+            except NotImplementedError:
+                if node.input_tensors[0].dtype != node.outputs[0].dtype:
+                    kept.add(id(layer))
+        return [layer for key, layer in found.items() if key not in kept]
 
     def _place(self, node):
         norm = node.operation

@@ -443,6 +443,22 @@ def test_a_model_that_no_graph_computes_is_refused_in_a_sentence(name):
     assert calls(model) == before
 
 
+def test_a_layer_without_a_config(tmp_path):
+    """Keras makes none of an `Identity` with a policy of its own."""
+    identity = layers.Identity(dtype=keras.DTypePolicy("float32"))
+    with pytest.raises(NotImplementedError):
+        identity.get_config()
+    model = net(
+        lambda x, _, *la: la[2](la[1](la[0](x))), layers.Dense(6), identity, norm()
+    )
+    (fold,) = keras_bn.plan_fold(model)
+    assert fold.into == model.parts[0].name, fold.reason
+    x = np.random.default_rng(0).normal(size=(4, 6)).astype("float32")
+    keras_bn.fold(model).save(tmp_path / "folded.keras")
+    opened = keras.saving.load_model(tmp_path / "folded.keras")
+    np.testing.assert_allclose(*map(ops.convert_to_numpy, (opened(x), model(x))), 1e-4)
+
+
 def test_equal_names_are_refused_and_tools_fold_all_the_same():
     model, _ = built(ResNet)
     with pytest.raises(ValueError, match="of its layers have the name 'conv_1'"):
