@@ -18,6 +18,8 @@ from keras_bn.version import __version__
 
 ROOT = Path(__file__).parents[2]
 DISTRIBUTIONS = {"sklearn": "scikit-learn", "ai_edge_litert": "ai-edge-litert"}
+# `tomllib` came with Python 3.11; before, `tomli` stands in for it.
+STANDARD = sys.stdlib_module_names | {"tomllib"}
 
 
 def setup():
@@ -43,7 +45,7 @@ def imported(tree):
             continue
         for name in found:
             package = name.partition(".")[0]
-            if package not in sys.stdlib_module_names and package != "keras_bn":
+            if package not in STANDARD and package != "keras_bn":
                 yield DISTRIBUTIONS.get(package, package), node in tree.body
 
 
