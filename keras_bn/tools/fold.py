@@ -13,7 +13,7 @@ from keras_bn.surgery.classes import as_graphs, warn_of_folded
 from keras_bn.surgery.copying import copy_model
 from keras_bn.surgery.exchange import bypass, exchange
 from keras_bn.surgery.functional import opened
-from keras_bn.surgery.graph import graph_of, input_of, scope
+from keras_bn.surgery.graph import children, graph_of, input_of, scope
 from keras_bn.surgery.norms import (
     MadeByTool,
     adapts,
@@ -235,13 +235,16 @@ class FoldPlan:
             for _, layer in named.layers
             if isinstance(layer, MadeByTool)
         }
+        holders = [la for _, la in view.layers if graph_of(la) is None]
+        held = {id(child) for holder in holders for child in children(holder)}
         self.folds = Folds()
         self.folds.sums = [Fold(_terms(a), into) for into, a in self._added.items()]
         for path, layer in named.layers:
             if computes_otherwise(layer):
                 self.folds.append(Fold(path, None, _OTHERWISE))
             elif self._concerns(layer):
-                outside = _outside(path, closed or {}, named.path(named.model))
+                outside = _OUTSIDE if id(layer) in held else _UNCALLED
+                outside = _outside(path, closed or {}, named.path(named.model), outside)
                 reason = _WITHIN if id(layer) in within else outside
                 self.folds.append(folds.get(id(layer)) or Fold(path, None, reason))
 
@@ -615,15 +618,16 @@ def _about(name):
 
 
 _OUTSIDE = "it is an attribute of a layer, and only graphs show what is next to it"
+_UNCALLED = "the model holds it, and does not call it"
 _WITHIN = "it is folded already, by the layer of `quantize_aware` around it"
 _OTHERWISE = "its class has a `call` of its own, so what it computes is not known"
 
 
-def _outside(path, closed, whole):
+def _outside(path, closed, whole, otherwise):
     """Why a normalization is in no graph, given the layers that are not open."""
     around = [p for p in closed if path.startswith(f"{p}/") or p == whole]
     if not around:
-        return _OUTSIDE
+        return otherwise
     holder = max(around, key=lambda p: (p != whole, len(p)))
     if holder == whole:
         return closed[holder].removesuffix(".")

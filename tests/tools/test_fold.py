@@ -366,3 +366,52 @@ def test_bad_arguments():
         keras_bn.fold("model.keras")
     with pytest.raises(ValueError, match="'chain' is not built"):
         keras_bn.fold(keras.Sequential([layers.Dense(3), OURS()], name="chain"))
+
+
+class Spare(layers.Layer):
+    """A layer that makes a normalization and does not call it."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.dense, self.spare = layers.Dense(3), layers.BatchNormalization(name="bn")
+
+    def build(self, shape):
+        self.dense.build(shape)
+        self.spare.build((None, 3))
+
+    def call(self, x):
+        return self.dense(x)
+
+
+@pytest.mark.parametrize("kind", ["attribute", "list", "layer", "subclassed"])
+def test_what_nothing_calls_stays_for_that_reason(kind):
+    norm = layers.BatchNormalization(name="bn")
+    norm.build((None, 3))
+    inputs = keras.Input((4,))
+    if kind == "subclassed":
+
+        class Net(keras.Model):
+            def __init__(self):
+                super().__init__()
+                self.block = Spare()
+
+            def call(self, x):
+                return self.block(x)
+
+        model = Net()
+        model(np.ones((2, 4)))
+    elif kind == "layer":
+        model = keras.Model(inputs, Spare()(inputs))
+    else:
+        model = keras.Model(inputs, layers.Dense(3)(inputs))
+        model.spare = [norm] if kind == "list" else norm
+    (fold,) = keras_bn.plan_fold(model)
+    assert fold.into is None
+    assert fold.reason == "the model holds it, and does not call it"
+
+
+def test_what_a_layer_of_keras_calls_stays_for_another():
+    inputs = keras.Input((5, 4))
+    inner = layers.TimeDistributed(layers.BatchNormalization())
+    (fold,) = keras_bn.plan_fold(keras.Model(inputs, inner(inputs)))
+    assert "attribute of a layer" in fold.reason
