@@ -21,9 +21,6 @@ BACKEND = keras.backend.backend()
 if BACKEND == "tensorflow":
     import tensorflow as tf
 
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        # Processes side by side that share the cores would wait for one another.
-        tf.config.threading.set_intra_op_parallelism_threads(1)
     # Devices to distribute over; only before TensorFlow starts can they be made.
     tf.config.set_logical_device_configuration(
         tf.config.list_physical_devices("CPU")[0],
