@@ -7,7 +7,7 @@ import numpy as np
 import oracle
 import pytest
 from support import backend as support
-from support.errors import assert_not_worse
+from support.errors import assert_not_worse, cores, summed
 from support.marks import mostly_slow, mostly_slow_cases, slow
 from support.steps import array, in_mode, relative_error
 
@@ -190,7 +190,8 @@ def test_error_is_within_the_budget(shape, mean, way):
         of_keras = errors_of_keras("xla" if "XLA" in way else "graph", *case)
         for name, error in errors_of(ours, *case).items():
             errors[name].append((error, of_keras[name]))
-    assert_not_worse(errors, least=FLOOR, most=1e-3)
+    least = FLOOR if cores() > 1 else summed(FLOOR, shape[0])
+    assert_not_worse(errors, least=least, most=1e-3)
 
 
 @pytest.mark.parametrize("value", mostly_slow([1.0, 1e4 + 0.1, 1e8], [1e8]))
