@@ -333,7 +333,11 @@ def _infer_sizes(node):
             kind = type(operation).__name__.lower()
             raise NotAGraphError(f"its {kind} to {tuple(sizes)} needs sizes not known")
         sizes = tuple(-1 if size is None else size for size in sizes)
-        known = type(operation)(sizes, name=operation.name)
+        try:
+            known = type(operation)(sizes, name=operation.name)
+        except TypeError:  # on Keras 3.10 it takes no name
+            known = type(operation)(sizes)
+            known.name = operation.name
         known._inbound_nodes, known._outbound_nodes = _calls_of(operation)
         node.operation = known
         for tensor in node.outputs:

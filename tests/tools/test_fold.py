@@ -405,6 +405,8 @@ def test_what_nothing_calls_stays_for_that_reason(kind):
     else:
         model = keras.Model(inputs, layers.Dense(3)(inputs))
         model.spare = [norm] if kind == "list" else norm
+        if all(layer is not norm for layer in model._flatten_layers()):
+            pytest.skip("on Keras 3.10 a graph does not hold what it does not call")
     (fold,) = keras_bn.plan_fold(model)
     assert fold.into is None
     assert fold.reason == "the model holds it, and does not call it"

@@ -444,10 +444,8 @@ def test_a_model_that_no_graph_computes_is_refused_in_a_sentence(name):
 
 
 def test_a_layer_without_a_config(tmp_path):
-    """Keras makes none of an `Identity` with a policy of its own."""
+    """Newer Keras makes none of an `Identity` with a policy of its own."""
     identity = layers.Identity(dtype=keras.DTypePolicy("float32"))
-    with pytest.raises(NotImplementedError):
-        identity.get_config()
     model = net(
         lambda x, _, *la: la[2](la[1](la[0](x))), layers.Dense(6), identity, norm()
     )
