@@ -48,7 +48,6 @@ def names():
 def build(name):
     """An application with random weights and statistics, small in input and classes."""
     import keras
-    import numpy as np
 
     size = next((s for family, s in SIZES.items() if name.startswith(family)), 32)
     make = getattr(keras.applications, name)
@@ -57,16 +56,29 @@ def build(name):
     if "include_preprocessing" in inspect.signature(make).parameters:
         options["include_preprocessing"] = False
     model = make(**options, classifier_activation=None)
+    randomize(model)
+    return model
+
+
+def randomize(model, affine=True):
+    """Give the normalizations of a model random statistics.
+
+    Args:
+        affine: whether gamma and beta become random, too.
+    """
+    import keras
+    import numpy as np
+
     rng = np.random.default_rng(0)
     for layer in model._flatten_layers():
         if isinstance(layer, keras.layers.BatchNormalization):
             shape = layer.moving_mean.shape
             layer.moving_mean.assign(rng.normal(0.0, 0.3, shape))
             layer.moving_variance.assign(rng.uniform(0.5, 2.0, shape))
-            layer.beta.assign(rng.normal(0.0, 0.3, shape))
-            if layer.scale:
+            if affine and layer.beta is not None:
+                layer.beta.assign(rng.normal(0.0, 0.3, shape))
+            if affine and layer.gamma is not None:
                 layer.gamma.assign(rng.uniform(0.5, 1.5, shape))
-    return model
 
 
 def check(name):

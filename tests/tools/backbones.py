@@ -11,6 +11,8 @@ import tempfile
 import warnings
 from pathlib import Path
 
+from applications import randomize
+
 _RESNET = {
     "input_conv_filters": [64],
     "input_conv_kernel_sizes": [7],
@@ -241,16 +243,10 @@ def build(name, shape=(64, 64, 3)):
     """A backbone with random weights and statistics."""
     import keras
     import keras_hub
-    import numpy as np
 
     keras.utils.set_random_seed(0)
     model = BACKBONES[name](keras_hub, shape)
-    rng = np.random.default_rng(0)
-    for layer in model._flatten_layers():
-        if isinstance(layer, keras.layers.BatchNormalization):
-            shape = layer.moving_mean.shape
-            layer.moving_mean.assign(rng.normal(0.0, 0.3, shape))
-            layer.moving_variance.assign(rng.uniform(0.5, 2.0, shape))
+    randomize(model, affine=False)
     return model
 
 

@@ -13,6 +13,8 @@ import re
 import sys
 import warnings
 
+from applications import randomize
+
 _LARGER = "InceptionV3 Xception"
 _IMAGE = {"input_shape": (64, 64, 3), "weights": None}
 _96 = {"input_shape": (96, 96, 3), "weights": None}
@@ -190,18 +192,9 @@ COLUMNS = ["models", "normalizations", "folded", "impossible", "left", "folded, 
 def prepare(model):
     """Random statistics and affine weights, and outputs that are not saturated."""
     import keras
-    import numpy as np
 
-    rng = np.random.default_rng(0)
+    randomize(model)
     for layer in model._flatten_layers():
-        if isinstance(layer, keras.layers.BatchNormalization):
-            shape = layer.moving_mean.shape
-            layer.moving_mean.assign(rng.normal(0.0, 0.3, shape))
-            layer.moving_variance.assign(rng.uniform(0.5, 2.0, shape))
-            if layer.gamma is not None:
-                layer.gamma.assign(rng.uniform(0.5, 1.5, shape))
-            if layer.beta is not None:
-                layer.beta.assign(rng.normal(0.0, 0.3, shape))
         if getattr(layer, "activation", None) is keras.activations.softmax:
             layer.activation = keras.activations.linear
 
