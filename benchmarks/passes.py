@@ -18,6 +18,7 @@ from keras import layers
 import keras_bn
 from benchmarks import markdown, memory
 from keras_bn.diagnosis.collect import Collector as Diagnosis
+from keras_bn.diagnosis.logger import COMPARED
 from keras_bn.tools.statistics import Collector, layers_of
 
 MODELS = {"MobileNetV2": 96, "EfficientNetB0": 80}
@@ -57,7 +58,7 @@ def row(name, model, size, samples, rounds):
         "adapt": lambda: following.predict(x, **quiet),
         "recalibrate": lambda: recalibrated(x),
         "diagnose": lambda: diagnosis.collect((x, y), **quiet),
-        "log": lambda: logged.collect(x, **quiet),
+        "log": lambda: logged.collect(x, compared=COMPARED, **quiet),
         "recalibrate, whole": lambda: keras_bn.recalibrate(model, x, **quiet),
         "diagnose, whole": lambda: keras_bn.diagnose(
             model, (x, y), batch_size=BATCH, verbose=0
@@ -65,7 +66,7 @@ def row(name, model, size, samples, rounds):
     }
     recalibrated(x[:BATCH])
     diagnosis.collect((x[:BATCH], y[:BATCH]), **quiet)
-    logged.collect(x[:BATCH], **quiet)
+    logged.collect(x[: 2 * BATCH], compared=BATCH, **quiet)
     ratios = {kind: [] for kind in passes}
     times = []
     for _ in range(rounds):

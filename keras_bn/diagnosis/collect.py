@@ -7,6 +7,7 @@ model changes.
 """
 
 import inspect
+import math
 from typing import Any
 
 import keras
@@ -32,6 +33,7 @@ from keras_bn.surgery.view import ModelView
 from keras_bn.tools.linear import is_activated, is_linear, linear
 
 _INFERENCE, _TRAINING, _PROBE = "inference", "training", "probe"
+_ALONE = "training alone"  # there is nothing of inference to compare with
 
 
 def collect(model, data, **options):
@@ -133,8 +135,16 @@ class Collector(Pass):
         """Whether the model's normalizations are still those of this object."""
         return self._flags == _flags(normalizations(self.model))
 
-    def collect(self, data, *, steps=None, batch_size=None, verbose="auto"):
-        """Run data through the model; see `collect`."""
+    def collect(
+        self, data, *, steps=None, batch_size=None, verbose="auto", compared=math.inf
+    ):
+        """Run data through the model; see `collect`.
+
+        Args:
+            compared: after how many samples the outputs in inference are enough, and
+                only the statistics go on.
+        """
+        self._compared = compared
         self._pool, self._elements = Pool(), {}
         self._gaps = {path: _Gap() for path in self.layers}
         self._gap, self._loss, self._accuracy = _Gap(), _Pair(), _Pair()
@@ -166,7 +176,8 @@ class Collector(Pass):
     def run(self, batch, given=()):
         if not self._trainings:
             self._probe(batch)
-        return super().run(batch, given)
+        enough = self.samples >= self._compared
+        return super().run(batch, given, self._statistics_step if enough else None)
 
     def _probe(self, batch):
         """Find out once which layers the model calls with `training=True`."""
@@ -199,6 +210,10 @@ class Collector(Pass):
             squares = ops.sum(ops.square(after - before))
             self.note("output", None, squares, *_moments(after, None))
 
+    def _statistics_step(self, batch, given):
+        self._mode = _ALONE
+        self.forward(batch[0])
+
     def record(self, path, double, inputs, training=None, mask=None):
         if self._mode == _PROBE:
             self._trainings.setdefault(path, set()).add(bool(training))
@@ -214,6 +229,8 @@ class Collector(Pass):
         if not (plain and trains):
             with with_values(double):
                 y = double.call(inputs, training=trains, mask=mask)
+        if self._mode == _ALONE:
+            return y
         before = self._outputs[path].pop(0)
         difference = _wide(y) - _wide(before)
         if mask is not None:
@@ -240,6 +257,8 @@ class Collector(Pass):
             spreads = calls["spread"].get(path)
             for i, moments in enumerate(parts):
                 self._note_elements(path, moments[0], samples)
+                if path not in calls["gap"]:
+                    continue
                 if spreads is None:
                     training = self._of_output(path, Moments(*moments))
                 else:

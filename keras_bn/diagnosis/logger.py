@@ -16,6 +16,9 @@ from keras_bn.pages.files import check_writable, write_whole
 from keras_bn.passes.data import DataCallback, Logs, NoDataError
 from keras_bn.surgery.norms import warn_of_others
 
+# After so many samples the output gap is known, and saving a pass is worth a trace.
+COMPARED = 1024
+
 
 class DriftRow(NamedTuple):
     """One layer after some epochs; the model's own row has only the output gap.
@@ -28,7 +31,8 @@ class DriftRow(NamedTuple):
         log_variance_ratio, worst_log_variance_ratio: log((moving variance + epsilon) /
             (variance of the data + epsilon)): median and worst.
         output_gap: root mean square of the difference between the outputs in training
-            and inference, relative to their standard deviation.
+            and inference, relative to their standard deviation; over the first 1,024
+            samples.
     """
 
     epoch: int
@@ -49,9 +53,10 @@ class StatisticsLogger(DataCallback):
     inference. The change since the last epoch would be cheaper but says less: it is
     zero both for statistics that have arrived and for those that nothing updates.
 
-    It costs two passes over `data`, at the speed of `predict`: a few hundred samples
-    are enough. Nothing in the model changes. Beside `keras_bn.Recalibrate`, it records
-    the drift that remains.
+    It costs two passes over the first 1,024 samples of `data`, at the speed of
+    `predict`, and one over the others, which count for the statistics alone: a few
+    hundred samples are enough. Nothing in the model changes. Beside
+    `keras_bn.Recalibrate`, it records the drift that remains.
 
     It does not end a training: where no data is left, or the file can no longer be
     written, it warns once.
@@ -169,7 +174,9 @@ class StatisticsLogger(DataCallback):
             # Made anew if a layer has been replaced or has other options: it is traced.
             if self._collector is None or not self._collector.is_current():
                 self._collector = Collector(self._target)
-            record = self._collector.collect(self._data, **self._options)
+            record = self._collector.collect(
+                self._data, compared=COMPARED, **self._options
+            )
         except NoDataError:
             self._warn_once(
                 "ended",

@@ -62,10 +62,11 @@ class Pass:
             self._recorders[id(layer)] = layer.call_unfolded
         # What is called at each time step has to show its values.
         self._loops = any(isinstance(e, keras.layers.RNN) for _, e in walk(model))
-        variables = [*model.variables]
+        self._variables = [*model.variables]
         for double in self.doubles.values():
-            variables += double.variables
-        self._traced = backend.traced(self._packed, variables)
+            self._variables += double.variables
+        # What each step has been compiled to.
+        self._traced: dict = {}
         self.compiled = not getattr(model, "run_eagerly", False)
         self._tracing = False
         self._trace: object = None
@@ -213,21 +214,32 @@ class Pass:
         inputs = getattr(self.model, "inputs", None) or ()
         return all(tensor.shape[0] is None for tensor in inputs)
 
-    def run(self, batch, given=()):
-        """What is noted of a batch, as a list of `(kind, path, arrays)`."""
+    def run(self, batch, given=(), step=None):
+        """What is noted of a batch, as a list of `(kind, path, arrays)`.
+
+        Args:
+            batch, given: as of `step`.
+            step: another method to run in its place.
+        """
+        step = step or self.step
+        if step not in self._traced:
+            packed = functools.partial(self._packed, step)
+            self._traced[step] = backend.traced(packed, self._variables)
         tensors = self.tensors(batch, given)
         with redirected(self._recorders):
             if self.compiled:
                 try:
                     self._tracing = True
-                    *vectors, number = map(ops.convert_to_numpy, self._traced(*tensors))
+                    *vectors, number = map(
+                        ops.convert_to_numpy, self._traced[step](*tensors)
+                    )
                     self._finite = _are_finite(vectors)
                     return _unpacked(vectors, self._layouts[int(number)])
                 except Exception:  # whatever a model does that cannot be traced
                     self.compiled = False
                 finally:
                     self._tracing = False
-            notes = self.eagerly(self.step, *tensors)
+            notes = self.eagerly(step, *tensors)
         self._finite = _are_finite(value for *_, values in notes for value in values)
         return notes
 
@@ -244,13 +256,13 @@ class Pass:
             function(*arguments)
         return self._notes
 
-    def _packed(self, batch, given):
+    def _packed(self, step, batch, given):
         """The notes of a step: a vector for each dtype, and the number of the layout.
 
         Few tensors leave a graph sooner than many.
         """
         self._notes, self._trace = [], backend.current_trace()
-        self.step(batch, given)
+        step(batch, given)
         layout: list = []
         tensors: dict = {}
         for kind, path, values in self._notes:

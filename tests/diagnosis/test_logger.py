@@ -89,6 +89,30 @@ def test_the_gap_of_the_output_is_that_of_the_model():
     assert last.output_gap == pytest.approx(gap, rel=1e-4)
 
 
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("labels", [True, False])
+def test_after_1024_samples_only_the_statistics_go_on(compiled, labels):
+    model = made(compiled=compiled)
+    x = np.concatenate([data(1024), data(1000) + 7.0])  # not in random order
+    whole, first = (
+        keras_bn.StatisticsLogger(
+            (part, part[:, :2]) if labels else part, batch_size=64
+        )
+        for part in (x, x[:1024])
+    )
+    for logger in (whole, first):
+        logger.set_model(model)
+        logger.on_train_begin()
+        logger.on_epoch_begin(0)
+    kernel = model.get_layer("dense").kernel.numpy()
+    for logger, part in ((whole, x), (first, x[:1024])):
+        y = part.astype("float64") @ kernel
+        drift = np.abs(y.mean(0)) / np.sqrt(y.var(0) + model.get_layer("bn").epsilon)
+        assert logger.rows[0].mean_drift == pytest.approx(np.median(drift), rel=1e-4)
+    for all_of_it, of_first in zip(whole.rows, first.rows, strict=True):
+        assert all_of_it.output_gap == of_first.output_gap
+
+
 def test_training_is_what_it_is_without(tmp_path):
     with_it, without = made(compiled=True), made(compiled=True)
     fit(with_it, keras_bn.StatisticsLogger(data(), tmp_path / "a.csv"))
