@@ -173,11 +173,12 @@ class Collector(Pass):
             accuracy=self._accuracy.values,
         )
 
-    def run(self, batch, given=()):
+    def run(self, batch, given=(), step=None):
         if not self._trainings:
             self._probe(batch)
-        enough = self.samples >= self._compared
-        return super().run(batch, given, self._statistics_step if enough else None)
+        if self.samples >= self._compared:
+            step = self._statistics_step
+        return super().run(batch, given, step)
 
     def _probe(self, batch):
         """Find out once which layers the model calls with `training=True`."""
