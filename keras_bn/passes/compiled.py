@@ -19,7 +19,7 @@ from keras_bn.moments import Moments, at_least_float32, merged
 from keras_bn.passes.data import NoDataError, batches
 from keras_bn.passes.recorder import double_of, intercepted, redirected, state_kept
 from keras_bn.surgery.calls import as_declared
-from keras_bn.surgery.graph import walk
+from keras_bn.surgery.graph import variables_of, walk
 
 
 class Pass:
@@ -62,7 +62,7 @@ class Pass:
             self._recorders[id(layer)] = layer.call_unfolded
         # What is called at each time step has to show its values.
         self._loops = any(isinstance(e, keras.layers.RNN) for _, e in walk(model))
-        self._variables = [*model.variables]
+        self._variables = variables_of(model)
         for double in self.doubles.values():
             self._variables += double.variables
         # What each step has been compiled to.

@@ -15,7 +15,7 @@ import keras
 from keras_bn.layer import BatchNormalization
 from keras_bn.surgery.arrays import restored
 from keras_bn.surgery.copying import copy_model
-from keras_bn.surgery.graph import walk
+from keras_bn.surgery.graph import variables_of, walk
 from keras_bn.surgery.rebuild import rebuild
 
 # The recorders by the `id` of the layer, in the present thread and context.
@@ -89,7 +89,7 @@ def state_kept(model):
 
     This is random and recurrent state, and the state of metrics.
     """
-    variables = [variable for variable in model.variables if not variable.trainable]
+    variables = [variable for variable in variables_of(model) if not variable.trainable]
     metrics = list(getattr(model, "metrics", []))
     for metric in metrics:
         variables += metric.variables

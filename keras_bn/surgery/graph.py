@@ -30,6 +30,15 @@ def walk(model, path=()):
     return visit(model, tuple(path))
 
 
+def variables_of(model):
+    """The variables of a model, with the states of its recurrent layers.
+
+    `model.variables` leaves these out.
+    """
+    states = [la.states for _, la in walk(model) if isinstance(la, keras.layers.RNN)]
+    return [*model.variables, *(v for v in keras.tree.flatten(states) if v is not None)]
+
+
 def children(layer):
     """The layers that a layer or model holds itself, in Keras's order."""
     return layer._layers

@@ -5,7 +5,7 @@ import itertools
 import keras
 import numpy as np
 import pytest
-from keras import layers
+from keras import layers, ops
 from support import zoo
 from support.backend import NAME, array, only
 from support.marks import mostly_slow_cases
@@ -73,6 +73,24 @@ def noisy(bn):
     return keras.Model(x, layers.Dense(3)(bn()(y)))
 
 
+class Adding(layers.Layer):
+    """Adds a loss in its call."""
+
+    def call(self, x):
+        self.add_loss(ops.mean(ops.square(x)))
+        return x
+
+
+def adding(bn):
+    return chain(bn(), layers.Dense(4, kernel_regularizer="l2"), Adding())
+
+
+def stateful(bn):
+    """Its states go on from batch to batch, and Keras has them in no list."""
+    x = keras.Input((6, 4), batch_size=7)
+    return keras.Model(x, layers.Dense(3)(bn()(layers.LSTM(3, stateful=True)(x))))
+
+
 MODELS = {
     **{make.__name__: make for make in zoo.GRAPHS},
     "subclassed": called(zoo.Subclassed),
@@ -80,9 +98,19 @@ MODELS = {
     "options": options,
     "mixed": mixed,
     "noisy": noisy,
+    "adding": adding,
+    "stateful": stateful,
 }
+
+
+def size(name):
+    """That of a batch; with 21 samples, the last one is usually smaller."""
+    return 7 if name == "stateful" else 8
+
+
 # The models of the default run.
-USUAL = [*itertools.product(("subclassed", "options", "noisy"), (OURS, KERAS))]
+FAST = "subclassed", "options", "noisy", "adding", "stateful"
+USUAL = [*itertools.product(FAST, (OURS, KERAS))]
 
 
 def both_ways(tool, make):
@@ -112,7 +140,7 @@ def test_recalibrate(name, bn, how):
     def tool(model):
         x = inputs_of(model, 21) if name not in SUBCLASSED else rows(21)
         moments = keras_bn.recalibrate(
-            model, x, batch_size=8, include_frozen=True, verbose=0, **how
+            model, x, batch_size=size(name), include_frozen=True, verbose=0, **how
         )
         variables = [array(v) for v in model.variables]
         parts = [part for each in moments.values() for part in each]
@@ -139,11 +167,11 @@ def test_diagnose(name, bn):
         x = inputs_of(model, 21) if name not in SUBCLASSED else rows(21)
         y = keras.tree.map_structure(
             lambda t: np.eye(t.shape[-1])[np.arange(21) % t.shape[-1]],
-            model(keras.tree.map_structure(lambda a: a[:8], x)),
+            model(keras.tree.map_structure(lambda a: a[: size(name)], x)),
         )
         weight = np.linspace(0.5, 1.5, 21)
         data = (x, y, weight) if not isinstance(y, dict) else (x, y)
-        record = keras_bn.diagnose(model, data, batch_size=8).record
+        record = keras_bn.diagnose(model, data, batch_size=size(name)).record
         numbers = [record.gap, *record.loss, *(record.accuracy or ())]
         for layer in record.layers:
             numbers += [layer.elements, layer.gap, *layer.data]

@@ -76,7 +76,8 @@ def traced(
 
     @jax.jit
     def pure(values, batch, given):
-        with keras.StatelessScope(zip(variables, values, strict=True)) as scope:
+        present = zip(variables, values, strict=True)
+        with keras.StatelessScope(present, collect_losses=True) as scope:
             result = function(batch, given)
         new = {i: scope.get_current_value(v) for i, v in enumerate(variables)}
         return result, {i: v for i, v in new.items() if v is not values[i]}
