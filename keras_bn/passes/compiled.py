@@ -186,8 +186,9 @@ class Pass:
     def _use(self, batch, given):
         notes, samples = self.run(batch, given), _samples(batch)
         if not self._finite:
-            valid = _finite_samples(batch[0])
-            if not valid.all():
+            valid = _finite_samples(batch if self.labelled else batch[0])
+            known = bool(valid.all())
+            if not known:
                 if self.first_invalid is None:
                     before = self.samples + self.invalid
                     self.first_invalid = before + int(valid.argmin())
@@ -195,7 +196,7 @@ class Pass:
                 samples = int(valid.sum())
                 if not samples:
                     return
-                if self._takes_any_size():
+                if known := self._takes_any_size():
                     batch = keras.tree.map_structure(
                         lambda v: v if v is None else ops.convert_to_numpy(v)[valid],
                         batch,
@@ -204,7 +205,7 @@ class Pass:
             self.partial.update(
                 path
                 for path, moments in moments_of(notes)
-                if not np.isfinite(moments.mean + moments.variance).all()
+                if known and not np.isfinite(moments.mean + moments.variance).all()
             )
         self.samples += samples
         self.batches += 1
@@ -382,10 +383,11 @@ def _are_finite(arrays):
     return all(np.isfinite(np.sum(array, dtype="float64")) for array in arrays)
 
 
-def _finite_samples(x):
-    """Which samples of a batch are finite in all inputs."""
-    valid = np.ones(int(keras.tree.flatten(x)[0].shape[0]), bool)
-    for leaf in keras.tree.flatten(x):
+def _finite_samples(parts):
+    """Which samples of a batch are finite in all its parts that are not None."""
+    leaves = [leaf for leaf in keras.tree.flatten(parts) if leaf is not None]
+    valid = np.ones(int(leaves[0].shape[0]), bool)
+    for leaf in leaves:
         values = np.asarray(ops.convert_to_numpy(leaf))
         if values.dtype.kind in "fc" or "float" in values.dtype.name:
             values = values.astype("float32") if values.itemsize < 4 else values

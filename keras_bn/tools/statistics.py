@@ -239,23 +239,23 @@ class Collector(Pass):
 
     def in_order(self, data, prior, verbose, steps, batch_size):
         """The statistics of each layer when those before it are recalibrated."""
-        options = {"batch_size": batch_size, "verbose": 0}
+        options = {"steps": steps, "batch_size": batch_size, "verbose": 0}
         # Whether a layer is finished, and its statistics then. As arguments, so that
         # one trace serves all passes.
         states = {path: (False, *moving(la)) for path, la in self.doubles.items()}
-        first = self._collected(data, "", steps=1, states=states, **options)
-        # Those that only later batches reach are appended when a pass has shown them.
-        order, statistics = list(first), {}
-        progress = Progress("recalibrating", len(order), verbose)
-        for number, path in enumerate(order, 1):
-            new = self._collected(data, "", steps=steps, states=states, **options)
-            order += [other for other in new if other not in order]
+        statistics: dict[str, Moments] = {}
+        progress = Progress("recalibrating", len(self.doubles), verbose)
+        while len(statistics) < len(self.doubles):
+            new = self._collected(data, "", states=states, **options)
+            path = next((path for path in new if path not in statistics), None)
+            if path is None:
+                break
             statistics[path] = new[path]
             one = Statistics({path: new[path]}, new.samples)
             whole = with_prior(self.doubles, one, prior)[path]
             values = {v.name: x for v, x in _assignments(self.doubles[path], whole)}
             states[path] = True, values["moving_mean"], values["moving_variance"]
-            progress.update(number)
+            progress.update(len(statistics))
         progress.close(len(statistics))
         return Statistics(statistics, self.samples)
 

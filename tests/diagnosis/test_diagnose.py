@@ -171,6 +171,18 @@ def test_samples_that_are_not_finite_are_of_the_data(labelled):
         assert report.record.loss is None
 
 
+@pytest.mark.parametrize("part", [1, 2])
+def test_labels_and_weights_that_are_not_finite_are_of_the_data(part):
+    model = made()
+    model.compile("sgd", "mse")
+    given = [data(), model.predict(data(), verbose=0), np.ones(256)]
+    given[0][70], given[part][71] = np.nan, np.nan
+    report = keras_bn.diagnose(model, tuple(given))
+    assert [finding.kind for finding in report.findings] == ["non-finite-data"]
+    assert "2 of 256 samples" in the(report, "non-finite-data").message
+    assert np.isfinite(report.record.loss).all()
+
+
 @pytest.mark.parametrize("name", ["gamma", "beta"])
 @pytest.mark.parametrize("given", [True, False])
 def test_non_finite_parameters(name, given):

@@ -225,6 +225,26 @@ def test_a_sample_that_is_not_finite_is_left_out_and_named(batch_size, exact):
     np.testing.assert_allclose(found["bn"].mean, expected.mean(0), rtol=1e-5)
 
 
+@pytest.mark.parametrize("exact", [False, True])
+def test_a_first_batch_of_which_nothing_is_finite(exact):
+    x = data()
+    x[:25] = np.nan
+    model = chain(OURS(name="bn"), layers.Dense(4), OURS(name="next"))
+    with pytest.warns(UserWarning, match="25 of 100 samples .* first is sample 0"):
+        found = recalibrate(model, x, batch_size=25, exact=exact)
+    assert [part.count[0] for part in found.values()] == [75, 75]
+
+
+def test_a_sample_that_is_not_finite_where_batches_have_one_size(recwarn):
+    x = data()
+    x[27] = np.nan
+    inputs = keras.Input((4,), batch_size=25)
+    recalibrate(keras.Model(inputs, OURS(name="bn")(inputs)), x, batch_size=25)
+    messages = [str(w.message) for w in recwarn if "samples" in str(w.message)]
+    assert len(messages) == 1
+    assert "though the data was" not in str([w.message for w in recwarn])
+
+
 def test_data_of_which_nothing_is_finite_is_refused():
     x = data()
     x[:, 2] = np.inf
