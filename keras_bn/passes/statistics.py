@@ -16,7 +16,8 @@ class Statistics(Mapping[str, Moments]):
 
     Args:
         moments: `Moments` by path, in arrays or numbers; the shape of the mean is that
-            of the layer's statistics. A count of NaN is unknown.
+            of the layer's statistics. A count of NaN is unknown. A channel whose mean
+            or variance is not finite, or whose variance is negative, gets a count of 0.
         samples: how many samples they rest on; None if that is not known.
 
     Example:
@@ -32,7 +33,7 @@ class Statistics(Mapping[str, Moments]):
     def __init__(
         self, moments: Mapping[str, Moments], samples: float | None = None
     ) -> None:
-        self._moments = {path: _arrays(part) for path, part in moments.items()}
+        self._moments = {path: _arrays(path, part) for path, part in moments.items()}
         self.samples = samples
 
     def __getitem__(self, path: str) -> Moments:
@@ -188,11 +189,11 @@ def _pooled(path, parts):
     zero = np.zeros_like(parts[0][path].mean)
     whole = Moments(zero, zero, zero)
     for part in parts:
-        count, mean, variance = part[path]
+        moments = part[path]
         if not part.has_counts:
-            count = part.samples * elements
-        finite = np.isfinite(mean) & np.isfinite(variance)
-        whole = merged(whole, Moments(np.where(finite, count, 0.0), mean, variance), np)
+            counts = np.where(moments.count == 0, 0.0, part.samples * elements)
+            moments = moments._replace(count=counts)
+        whole = merged(whole, moments, np)
     return whole
 
 
@@ -222,8 +223,20 @@ def check_fit(statistics, others, saying):
         )
 
 
-def _arrays(moments):
+def _arrays(path, moments):
     """The moments as arrays of float64, with a count for each channel."""
-    mean, variance = (np.asarray(part, "float64") for part in moments[1:])
-    count = np.broadcast_to(np.asarray(moments.count, "float64"), mean.shape)
-    return Moments(np.array(count), mean, variance)
+    count, mean, variance = (np.asarray(part, "float64") for part in moments)
+    shapes = count.shape, mean.shape, variance.shape
+    try:
+        count = np.broadcast_to(count, mean.shape)
+        fits = variance.shape == mean.shape
+    except ValueError:
+        fits = False
+    if not fits:
+        raise ValueError(
+            f"The Moments of '{path}' must have one shape, that of the layer's "
+            "statistics. Received: count, mean and variance of the shapes "
+            f"{', '.join(map(str, shapes))}"
+        )
+    usable = np.isfinite(mean) & np.isfinite(variance) & ~(variance < 0)
+    return Moments(np.where(usable & ~(count < 0), count, 0.0), mean, variance)

@@ -37,8 +37,8 @@ def adapt(
             default. With 0, the batch alone counts.
         memory: instead of `prior`: keep a running average over batches, in which the
             old value has this weight, a float in [0, 1]. It starts from the moving
-            statistics. It takes two more weights, so the layers are made anew: get
-            them from the model again.
+            statistics, and again when they are set. It takes two more weights, so the
+            layers are made anew: get them from the model again.
 
     Returns:
         The paths of the layers.

@@ -29,6 +29,8 @@ _NAMES = (
     "moving_stddev",
     "renorm_mean",
     "renorm_stddev",
+    "adapted_mean",
+    "adapted_variance",
 )
 
 
@@ -101,7 +103,8 @@ def set_statistics(model: keras.Model, statistics: Mapping[str, Moments]) -> Non
         model: a built model, with `keras_bn` or Keras layers.
         statistics: what `keras_bn.statistics`, `pooled` or `Statistics.load` give, for
             all its normalizations; frozen ones may be left out. A channel that rests on
-            no element keeps its old statistics.
+            no element, or is not finite, keeps its old statistics. A running average
+            (`keras_bn.adapt`) begins again from the new ones.
 
     Raises:
         ValueError: if the layers or their shapes are not those of the model, or if a
@@ -334,7 +337,8 @@ def _assignments(layer, moments):
     with np.errstate(invalid="ignore"):
         stddev = np.sqrt(moments.variance + layer.epsilon)
     mean, spread = (moments.mean, known), (stddev, known_variance)
-    new = mean, (moments.variance, known_variance), spread, mean, spread
+    variance = moments.variance, known_variance
+    new = mean, variance, spread, mean, spread, mean, variance
     for name, (value, usable) in zip(_NAMES, new, strict=True):
         variable = getattr(layer, name, None)
         if variable is not None:

@@ -194,10 +194,45 @@ def test_what_does_not_fit_is_refused_with_both_lists():
                 put(model, Statistics(wrong))
     for a, b in zip(state(model), before, strict=True):
         np.testing.assert_array_equal(a, b)
+    for wrong in Moments(ones, ones, ones[:3]), Moments(ones[:3], ones, ones):
+        with pytest.raises(ValueError, match=r"Moments of 'b' .*\(3,\)"):
+            keras_bn.set_statistics(model, {"a": good, "b": wrong})
     with pytest.raises(ValueError, match="different layers or shapes"):
         keras_bn.pooled([Statistics({"a": good}), Statistics({"b": good})])
     with pytest.raises(ValueError, match="must not be empty"):
         keras_bn.pooled([])
+
+
+def test_a_channel_that_holds_no_statistics_keeps_its_own():
+    model = chain(OURS(name="bn"))
+    before = of(model)["bn"]
+    for name, bad in ("mean", np.nan), ("variance", np.inf), ("variance", -1.0):
+        new = Moments(np.ones(4), np.full(4, 3.0), np.full(4, 2.0))
+        getattr(new, name)[1] = bad
+        for statistics in Statistics({"bn": new}), Statistics({"bn": new}).counted(5):
+            keras_bn.set_statistics(model, statistics)
+            mean, variance = (v.numpy() for v in model.layers[0].variables[2:])
+            np.testing.assert_allclose(mean, [3.0, before.mean[1], 3.0, 3.0])
+            np.testing.assert_allclose(variance, [2.0, before.variance[1], 2.0, 2.0])
+        getattr(new, name)[:] = bad
+        with pytest.raises(ValueError, match="No element of the data counts for bn"):
+            keras_bn.set_statistics(model, {"bn": new})
+
+
+def test_a_running_average_begins_again_from_what_is_set():
+    model = chain(OURS(name="bn"))
+    keras_bn.adapt(model, memory=0.9)
+    night = of(model, rows(100) + 5.0)
+    layer = model.get_layer("bn")
+    model.predict(rows(40), verbose=0)
+    before = state(model)
+    with keras_bn.using(model, night):
+        np.testing.assert_array_equal(layer.adapted_mean, layer.moving_mean)
+        model.predict(rows(40), verbose=0)
+    for a, b in zip(state(model), before, strict=True):
+        np.testing.assert_array_equal(a, b)
+    keras_bn.set_statistics(model, night)
+    np.testing.assert_array_equal(layer.adapted_variance, layer.moving_variance)
 
 
 def use(model, statistics):
