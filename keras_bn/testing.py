@@ -41,7 +41,9 @@ def assert_healthy(
         raise ValueError(
             f"`fail_on` must be one of {', '.join(SEVERITIES)}. Received: {fail_on!r}"
         )
-    report = diagnose(model, data, ignore=ignore, steps=steps, batch_size=batch_size)
+    report = diagnose(
+        model, data, ignore=ignore, steps=steps, batch_size=batch_size, verbose=0
+    )
     if found := report.at_least(fail_on):
         findings = "findings" if len(found) > 1 else "finding"
         raise AssertionError(

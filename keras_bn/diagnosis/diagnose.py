@@ -25,7 +25,7 @@ def diagnose(
     steps: int | None = None,
     batch_size: int | None = None,
     ignore: Sequence[str] = (),
-    verbose: Verbose = 0,
+    verbose: Verbose = "auto",
 ) -> Report:
     """Say what is wrong with the batch normalizations of a model, and how to fix it.
 
@@ -48,7 +48,7 @@ def diagnose(
         batch_size: for arrays; 32 by default. Use that of training, and a random
             order.
         ignore: findings to leave out, by id or kind: `["BN007", "frozen"]`.
-        verbose: `"auto"`, 0, 1 or 2, as in `fit`.
+        verbose: `"auto"`, 0, 1 or 2, as in `fit`; `fix` keeps to it.
 
     Returns:
         A `Report`: `print(report)` shows it, a notebook displays it, `report.open()`
@@ -97,7 +97,7 @@ def diagnose(
         [f for f in every if f.kind not in kinds],
         [f for f in every if f.kind in kinds],
         origin_of(data),
-        Source(model, data, steps, batch_size, tuple(kinds)),
+        Source(model, data, steps, batch_size, tuple(kinds), verbose),
     )
 
 
@@ -182,11 +182,16 @@ def fix(
     """
     require("keras_bn.fix", "layers", "graph", "copy", "data")
     source = report.source
-    ignore = source.ignore if source else ()
+    ignore, verbose = (source.ignore, source.verbose) if source else ((), "auto")
     if data is not None:
         check_end(data, steps)
         report = diagnose(
-            model, data, steps=steps, batch_size=batch_size, ignore=ignore
+            model,
+            data,
+            steps=steps,
+            batch_size=batch_size,
+            ignore=ignore,
+            verbose=verbose,
         )
     elif source is None or source.data is None:
         raise ValueError(
@@ -206,7 +211,7 @@ def fix(
         for variable in layer.non_trainable_variables
     ]
     x = data[0] if isinstance(data, tuple) else data
-    options: Any = {"steps": steps, "batch_size": batch_size}
+    options: Any = {"steps": steps, "batch_size": batch_size, "verbose": verbose}
     with rolled_back(variables):
         moments = replace_statistics(model, layers, x, **options)
         after = diagnose(model, data, ignore=ignore, **options)

@@ -9,6 +9,7 @@ import numpy as np
 
 from keras_bn.moments import Moments
 from keras_bn.pages.plain import escaped
+from keras_bn.passes.data import Verbose
 
 
 class Drift(NamedTuple):
@@ -156,3 +157,4 @@ class Source(NamedTuple):
     steps: int | None
     batch_size: int | None
     ignore: tuple[str, ...]
+    verbose: Verbose

@@ -20,6 +20,8 @@ class Progress:
 
     def __init__(self, label, total, verbose):
         self._label, self._total = label, total
+        if sys.stderr is None:  # a process without a console
+            verbose = 0
         self._live = verbose in ("auto", 1) and sys.stderr.isatty()
         self._closing = self._live or verbose in (1, 2)
         self._begun = time.monotonic()

@@ -1,5 +1,7 @@
 """recalibrate: the data's statistics, and nothing else."""
 
+import io
+import itertools
 import subprocess
 import sys
 from pathlib import Path
@@ -461,6 +463,25 @@ def test_progress_is_shown(capfd):
     assert "diagnosing 4/4" in capfd.readouterr().err
     recalibrate(model, data())
     assert capfd.readouterr() == ("", "")
+
+
+def test_progress_is_shown_on_a_terminal(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    def shown(verbose):
+        monkeypatch.setattr(sys, "stderr", Terminal())
+        model = chain(OURS(), layers.ReLU())
+        model.layers[0].moving_mean.assign(np.full(4, 9.0))
+        keras_bn.diagnose(model, data(), **verbose).fix()
+        lines = filter(None, sys.stderr.getvalue().splitlines())
+        return [word for word, _ in itertools.groupby(w.split()[0] for w in lines)]
+
+    assert shown({}) == ["diagnosing", "recalibrating", "diagnosing"]
+    assert shown({"verbose": 0}) == []
+    monkeypatch.setattr(sys, "stderr", None)  # as without a console
+    keras_bn.recalibrate(chain(OURS()), data())
 
 
 class Spy(keras.callbacks.Callback):
