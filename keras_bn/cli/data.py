@@ -11,6 +11,7 @@ import numpy as np
 from keras_bn.cli.checks import function_name
 from keras_bn.cli.errors import UsageError, refused
 from keras_bn.cli.modules import imported_function
+from keras_bn.passes.data import finite_samples
 
 _X, _Y = ("x", "x_train"), ("y", "y_train")
 _IMAGES = (".bmp", ".gif", ".jpeg", ".jpg", ".png")
@@ -43,11 +44,15 @@ class Data(NamedTuple):
         return all(isinstance(x, np.ndarray) for x in keras.tree.flatten(inputs))
 
     def shuffled(self):
-        """The same in a random order, if it is in arrays."""
+        """The same in a random order, if it is in arrays.
+
+        Samples that are not finite keep their places, by which findings name them.
+        """
         if not self.in_arrays() or isinstance(self.inputs, tuple):
             return self
-        first = next(iter(keras.tree.flatten(self.inputs)))
-        order = np.random.default_rng(0).permutation(len(first))
+        finite = finite_samples(self.whole())
+        order = np.arange(len(finite))
+        order[finite] = np.random.default_rng(0).permutation(order[finite])
         inputs = keras.tree.map_structure(lambda array: array[order], self.inputs)
         return Data(inputs, None if self.labels is None else self.labels[order])
 

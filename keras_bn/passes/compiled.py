@@ -16,7 +16,7 @@ from keras import ops
 
 from keras_bn.backends import backend
 from keras_bn.moments import Moments, at_least_float32, merged
-from keras_bn.passes.data import NoDataError, batches
+from keras_bn.passes.data import NoDataError, batches, finite_samples
 from keras_bn.passes.recorder import double_of, intercepted, redirected, state_kept
 from keras_bn.surgery.calls import as_declared
 from keras_bn.surgery.graph import variables_of, walk
@@ -168,7 +168,8 @@ class Pass:
         self._reset()
         data = data if isinstance(data, tuple) else (data,)
         for batch in batches(*data, label=label, **options):
-            self._use(batch, given)
+            if _samples(batch):
+                self._use(batch, given)
 
     def check_any(self):
         """Refuse data of which nothing could be used.
@@ -186,7 +187,7 @@ class Pass:
     def _use(self, batch, given):
         notes, samples = self.run(batch, given), _samples(batch)
         if not self._finite:
-            valid = _finite_samples(batch if self.labelled else batch[0])
+            valid = finite_samples(batch if self.labelled else batch[0])
             known = bool(valid.all())
             if not known:
                 if self.first_invalid is None:
@@ -381,15 +382,3 @@ def _samples(batch):
 def _are_finite(arrays):
     # A sum is finite if all are, and needs no array of bools.
     return all(np.isfinite(np.sum(array, dtype="float64")) for array in arrays)
-
-
-def _finite_samples(parts):
-    """Which samples of a batch are finite in all its parts that are not None."""
-    leaves = [leaf for leaf in keras.tree.flatten(parts) if leaf is not None]
-    valid = np.ones(int(leaves[0].shape[0]), bool)
-    for leaf in leaves:
-        values = np.asarray(ops.convert_to_numpy(leaf))
-        if values.dtype.kind in "fc" or "float" in values.dtype.name:
-            values = values.astype("float32") if values.itemsize < 4 else values
-            valid &= np.isfinite(values).reshape(len(values), -1).all(1)
-    return valid

@@ -5,6 +5,7 @@ import warnings
 from typing import Any, Literal
 
 import keras
+import numpy as np
 
 from keras_bn.passes.progress import Progress
 from keras_bn.surgery.data import Source
@@ -74,6 +75,22 @@ def batches(
             f"The data ended after {count} batches. Received: steps={steps}",
             stacklevel=2,
         )
+
+
+def finite_samples(parts):
+    """Which samples are finite in all parts of a batch, or of data in arrays.
+
+    Args:
+        parts: a nest of arrays and tensors, in which None may stand for one.
+    """
+    leaves = [leaf for leaf in keras.tree.flatten(parts) if leaf is not None]
+    valid = np.ones(int(leaves[0].shape[0]), bool)
+    for leaf in leaves:
+        values = np.asarray(keras.ops.convert_to_numpy(leaf))
+        if values.dtype.kind in "fc" or "float" in values.dtype.name:
+            values = values.astype("float32") if values.itemsize < 4 else values
+            valid &= np.isfinite(values).all(tuple(range(1, values.ndim)))
+    return valid
 
 
 def _dense(value):

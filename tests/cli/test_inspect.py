@@ -147,6 +147,16 @@ def test_samples_in_an_order_are_shuffled(model, files):
     assert run(files[0], "--data", files[1]) == 0
 
 
+def test_a_sample_that_is_not_finite_is_named_as_in_the_file(files, capsys):
+    x, y = data()
+    x[[5, 90]] = np.nan
+    np.savez(files[1], x=x, y=y)
+    assert run(files[0], "--data", files[1]) == 1
+    out = " ".join(capsys.readouterr().out.split())
+    assert "2 of 200 samples" in out
+    assert "first is sample 5." in out
+
+
 def test_keras_layers_are_diagnosed_as_such(model, files, capsys):
     model.get_layer("bn").moving_mean.assign(np.full(6, np.nan))
     model.save(files[0])

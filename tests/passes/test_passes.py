@@ -97,6 +97,18 @@ def test_a_generator_gives_no_more_than_asked_for():
     assert [x[0, 0] for x, _, _ in batches(source, steps=2)] == [3.0, 4.0]
 
 
+def test_batches_without_samples():
+    model = chain(OURS(name="bn"), layers.Dense(4))
+    model.compile("sgd", "mse")
+    x = data(200)
+    parts = [x[a:b] for a, b in ((0, 0), (0, 150), (150, 150), (150, 200))]
+    found = keras_bn.statistics(model, ((p,) for p in parts), steps=4, verbose=0)
+    np.testing.assert_allclose(found["bn"].mean, x.mean(0), rtol=1e-5)
+    record = keras_bn.diagnose(model, ((p, p) for p in parts), steps=4).record
+    assert (record.samples, record.batches) == (200, 2)
+    assert np.isfinite(record.loss).all()
+
+
 class SparsePairs(keras.utils.PyDataset):
     num_batches = 10
 
