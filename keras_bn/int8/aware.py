@@ -184,17 +184,20 @@ def _check_optimizers(model):
 
 def _quantize_weights(view):
     """Put layers that round their weights in the place of the linear ones."""
-    fused = {id(each.norm): each for each in FoldPlan(view, fusing=True).fused}
+    plan = FoldPlan(view, fusing=True)
     norms = {}  # the normalization after a linear layer, by the `id` of this
     shapes = {}  # the shape of an input of each layer, by its `id`
     for node in view.calls:
-        tensor, each = node.input_tensors[0], fused.get(id(node.operation))
-        shapes[id(node.operation)] = tensor.shape
+        tensor, norm = node.input_tensors[0], node.operation
+        shapes[id(norm)] = tensor.shape
         before = view.producer(tensor)
-        if each is None or before is None or before.operation is not each.linear.layer:
+        target = None if before is None else plan.edits.get(id(before.operation))
+        if target is None or id(norm) not in plan.folded:
             continue
-        if each.axes == (each.linear.channel_axis(len(tensor.shape)),):
-            norms[id(before.operation)] = each.norm
+        if plan.fused[id(target.layer)].axes == (
+            target.channel_axis(len(tensor.shape)),
+        ):
+            norms[id(target.layer)] = norm
     for path, norm in view.normalizations.items():
         if norm.renorm and not is_frozen(norm):
             raise ValueError(

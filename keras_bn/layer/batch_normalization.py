@@ -119,7 +119,7 @@ class BatchNormalization(StoredOptions, ValidStatistics):
 
     # Whether the constructor is through: from then on an option is checked when set.
     _complete = False
-    # Whether to be computed as one with the linear layer before it.
+    # Whether to be computed as one with linear layers before it, or beside it.
     fused = False
 
     def __init__(
@@ -226,7 +226,7 @@ class BatchNormalization(StoredOptions, ValidStatistics):
         self._freeze_parameters()
 
     def set_fused(self, fused: bool) -> None:
-        """Whether to be computed as one with the linear layer before it.
+        """Whether to be computed as one with linear layers before it, or beside it.
 
         It ends when the statistics are no longer frozen. See `keras_bn.freeze`.
         """
@@ -296,16 +296,14 @@ class BatchNormalization(StoredOptions, ValidStatistics):
 
         def infer():
             state, (gamma, beta) = self._state, self._affine
-            deferred = fusion.find(inputs, self._axes) if self.fused else None
-            if deferred is None:
+            if self.fused and backend.prunes(x):
+                dtype = at_least_float32(x.dtype)
+                both = step.scale_and_offset(gamma, beta, state, self.epsilon, dtype)
+                own = fusion.itself(inputs, x, self._axes, self)
+                y = fusion.normalize(inputs, own, *both)
+            else:
                 settings = step.Settings(self._axes, self.epsilon)
                 y = step.infer(x, gamma, beta, state, settings=settings)
-            else:
-                dtype = at_least_float32(x.dtype)
-                y = fusion.apply(
-                    deferred,
-                    *step.scale_and_offset(gamma, beta, state, self.epsilon, dtype),
-                )
             return ops.cast(y, self.compute_dtype), state, self._adapted
 
         without = adapt if adapts else infer

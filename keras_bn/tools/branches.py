@@ -95,6 +95,47 @@ def merge(branches):
     raise reasons[0]
 
 
+class Placement(NamedTuple):
+    """How the kernel of a branch goes into that of another, as tensors.
+
+    It is `pad(reshape(kernel, shape) * factor, widths)`.
+
+    Args:
+        sign: as of `Branch`.
+        shape: with an axis for each place of the other kernel. The kernel of a
+            normalization is its scale, and the tensor itself has one of ones.
+        factor: of ones and zeros for these, else 1.
+        widths: how many zeros to put around it.
+    """
+
+    sign: int
+    shape: tuple
+    factor: np.ndarray | int
+    widths: list
+
+
+def placements(into, branches):
+    """The `Placement` of each branch in the one that `merge` gives.
+
+    Raises:
+        UnfoldableError: if more than zeros has to be put in.
+    """
+    mine, found = _places(into, _axis(into)), []
+    for branch in branches:
+        other, name = _places(branch, _axis(into)), f"'{branch.name}'"
+        where = [w.ravel() for w in _where(other, mine, name, f"'{into.name}'")]
+        shape, factor, groups = other.kernel.shape, 1, other.groups
+        if branch.edit is None or isinstance(branch.edit, Normalization):
+            factor = _in_groups(np.ones(shape), groups, mine.groups)
+            shape, groups = (-1,), mine.groups
+        if groups != mine.groups or any((np.diff(w) > 1).any() for w in where):
+            raise UnfoldableError(f"{name} has other groups, or places apart")
+        sizes = zip(where, mine.kernel.shape, strict=False)
+        widths = [(int(w[0]), size - 1 - int(w[-1])) for w, size in sizes]
+        found.append(Placement(branch.sign, shape, factor, [*widths, (0, 0), (0, 0)]))
+    return found
+
+
 def _axis(branch):
     return branch.edit.channel_axis(len(branch.shape))
 

@@ -133,6 +133,11 @@ _OPERATIONS = dict.fromkeys(
     ("Reshape", "Transpose", "Swapaxes", "Moveaxis", "ExpandDims", "Squeeze"),
     _rearranged,
 )
+# Why a layer is none for a scale and a shift that training changes.
+_BY_VALUES = {
+    _if_positive: "takes the largest value, and a scale may become negative",
+    _if_unshifted: "pads with zeros, which a shift would change",
+}
 _NONLINEAR = (layers.ELU, layers.LeakyReLU, layers.PReLU, layers.ReLU, layers.Softmax)
 
 
@@ -222,7 +227,7 @@ def widened(parts, affine, axes, scaled):
     return Affine(*map(np.concatenate, zip(*affines, strict=True)))
 
 
-def through(node, affine, axes, *, before):
+def through(node, affine, axes, *, before, trains=False):
     """What becomes of an `Affine` on the way through a call, against or with it.
 
     Args:
@@ -230,6 +235,7 @@ def through(node, affine, axes, *, before):
         affine: along the given axes, of the output if `before`, else of the input.
         axes: a tuple, not negative and ascending.
         before: whether the affine map follows the layer and is to come before it.
+        trains: whether its values may change.
 
     Returns:
         `(affine, axes)` of the other side.
@@ -249,5 +255,7 @@ def through(node, affine, axes, *, before):
         )
     if node.arguments.kwargs.get("training"):
         raise UnfoldableError("is called with `training`")
+    if trains and rule in _BY_VALUES:
+        raise UnfoldableError(_BY_VALUES[rule])
     source, target = input_of(node), node.outputs[0]
     return rule(layer, affine, axes, source.shape, target.shape, before)

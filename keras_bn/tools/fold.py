@@ -18,6 +18,7 @@ from keras_bn.surgery.norms import (
     MadeByTool,
     adapts,
     computes_otherwise,
+    is_keras,
     is_normalization,
     is_ours,
     plain,
@@ -25,10 +26,18 @@ from keras_bn.surgery.norms import (
 from keras_bn.surgery.private import get_keras_mask, require
 from keras_bn.surgery.rebuild import rebuild
 from keras_bn.surgery.view import ModelView
-from keras_bn.tools.branches import Branch, merge, zeros_around
-from keras_bn.tools.commute import divided, parts_of, signs_of, through, widened
-from keras_bn.tools.fuse import has_own_call, separate
+from keras_bn.tools.branches import Branch, merge, placements, zeros_around
+from keras_bn.tools.commute import (
+    changes_nothing,
+    divided,
+    parts_of,
+    signs_of,
+    through,
+    widened,
+)
+from keras_bn.tools.fuse import Deferring, Merging, Passing, Way, has_own_call, separate
 from keras_bn.tools.linear import (
+    Affine,
     Linear,
     Normalization,
     UnfoldableError,
@@ -178,20 +187,6 @@ def fold(model: keras.Model) -> keras.Model:
     return plan.folded_model()
 
 
-class Fused(NamedTuple):
-    """A normalization that is computed as one with the linear layer before it.
-
-    Args:
-        norm: the normalization.
-        linear: the `Linear` of the layer before it.
-        axes: the channel axes between them.
-    """
-
-    norm: keras.layers.Layer
-    linear: Linear
-    axes: tuple[int, ...]
-
-
 class FoldPlan:
     """Which normalization goes into which layer, graph by graph in calling order.
 
@@ -205,15 +200,16 @@ class FoldPlan:
         named: the view that has the paths, if it is not the same.
         closed: why layers are not open, by path, as `surgery.functional.opened` says.
         fusing: whether to plan for `freeze(model, fuse=True)` instead: `keras_bn`
-            layers alone, and only into a linear layer directly before them. `fused`
-            then holds a `Fused` for each.
+            layers alone, and only into linear layers before them. `fused` then holds
+            what is to stand in the place of the `call` of layers, by the `id` of each.
     """
 
     def __init__(self, view, named=None, closed=None, fusing=False):
         named = named or view
         view.check_built()
         self._view, self._named, self._fusing = view, named, fusing
-        self.fused: list[Fused] = []
+        self.fused: dict[int, Deferring | Passing] = {}
+        self._passing: list[Passing] = []
         self.folded: dict[int, keras.layers.Layer] = {}
         self.edits: dict[int, Linear] = {}
         self.sums: list[tuple] = []
@@ -228,7 +224,7 @@ class FoldPlan:
                 norm = node.operation
                 if self._concerns(norm) and id(norm) not in self.folded:
                     folds[id(norm)] = self._place(node)
-                elif not fusing and _is_sum(node) and self._calls.is_there(node):
+                elif _is_sum(node) and self._calls.is_there(node):
                     folds |= self._merge(node)
         within = {
             id(layer.folded_normalization)
@@ -314,53 +310,68 @@ class FoldPlan:
                 continue
             self.edits.pop(id(norm), None)
             self.folded[id(norm)] = norm
-            if self._fusing:
-                self.fused.append(Fused(norm, self.edits[id(targets[0])], inner.axes))
             self._calls.replace(node.outputs[0], input_of(node))
             return Fold(path, ", ".join(map(self._named.path, targets)))
         return Fold(path, None, "; ".join(reasons))
 
     def _before(self, node, norm):
         """Fold into the linear layers before; returns them."""
+        self._passing = []
         ends = self._ends(node, input_of(node), norm.affine, norm.axes, norm.layer)
         targets = {id(target): target for target, *_ in ends}
         if len(targets) < len(ends):
             raise UnfoldableError("parts of a sum or concatenation before it are one")
-        for end in ends:
-            self._take("fold_output", *end)
+        for target, affine, axes, rank in ends:
+            self._take("fold_output", target, affine, axes, rank)
+            if self._fusing:
+                self.fused[id(target)] = Deferring(self.edits[id(target)], axes)
+        self.fused |= {id(call.layer): call for call in self._passing}
         return list(targets.values())
 
     def _ends(self, node, tensor, affine, axes, norm, name="it"):
         """The layers before a call that take in an `Affine`, and what each takes in."""
-        while True:
-            tensor = self._calls.source(tensor)
-            producer = self._calls.producer(tensor)
-            if producer is None:
-                raise UnfoldableError(f"{name} takes an input of the model")
-            target = producer.operation
-            name = f"'{target.name}'"
-            parts = None if self._fusing else parts_of(producer)
-            if is_linear(target):
-                self._check_target(target, norm, "before it")
-            elif parts is None:
-                affine, axes = self._through(producer, affine, axes, "before it")
+        tensor = self._calls.source(tensor)
+        producer = self._calls.producer(tensor)
+        if producer is None:
+            raise UnfoldableError(f"{name} takes an input of the model")
+        target = producer.operation
+        name = f"'{target.name}'"
+        if is_linear(target):
+            self._check_target(target, norm, "before it")
             self._check_read_once(tensor, node, f"{name} before it")
-            if is_linear(target):
-                rank = len(input_of(producer).shape)
-                with _about(name):
-                    self._edit(target, rank).along_output(axes)
-                return [(target, affine, axes, rank)]
-            node = producer
-            if parts is not None:
-                with _about(f"{name} before it"):
-                    shares = divided(parts, affine, axes)
-                each = zip(parts[0], shares, strict=True)
-                return [
-                    end
-                    for part, share in each
-                    for end in self._ends(node, part, share, axes, norm, name)
-                ]
-            tensor = input_of(node)
+            rank = len(input_of(producer).shape)
+            with _about(name):
+                self._edit(target, rank).along_output(axes)
+            return [(target, affine, axes, rank)]
+        shares = self._shares(producer, affine, axes)
+        self._check_read_once(tensor, node, f"{name} before it")
+        if self._fusing:
+            self._check_target(target, norm, "before it")
+            if not changes_nothing(producer):
+                ways = self._ways(producer, affine.scale.size, axes)
+                self._passing.append(Passing(target, axes, ways))
+        return [
+            end
+            for part, share, axes in shares
+            for end in self._ends(producer, part, share, axes, norm, name)
+        ]
+
+    def _shares(self, node, affine, axes):
+        """The tensors that a call takes, what each takes of an `Affine`, and its axes.
+
+        They are those of the parts of a sum or a concatenation, or the one tensor.
+        """
+        parts = parts_of(node)
+        if parts is None:
+            return [(input_of(node), *self._through(node, affine, axes, "before it"))]
+        with _about(f"'{node.operation.name}' before it"):
+            shares = zip(parts[0], divided(parts, affine, axes), strict=True)
+        return [(part, share, axes) for part, share in shares]
+
+    def _ways(self, node, size, axes):
+        """The `Way` of each tensor that a call takes."""
+        shares = self._shares(node, Affine(np.arange(size), np.ones(size)), axes)
+        return [Way(axes, a.scale, bool(a.shift.any())) for _, a, axes in shares]
 
     def _after(self, node, norm):
         """Fold into the linear layer after; returns it in a list."""
@@ -405,6 +416,7 @@ class FoldPlan:
         """
         try:
             parts, sums, (into, kernel, bias) = self._branches(node)
+            calls = self._sum_calls(node, parts, into) if self._fusing else {}
         except UnfoldableError:
             return {}
         around = [part.edit.layer for part in parts if part.edit]
@@ -412,6 +424,7 @@ class FoldPlan:
         if not any(is_normalization(la) or id(la) in self.edits for la in around):
             return {}
         target = into.edit.layer
+        self.fused |= calls
         into.edit.take_convolution(kernel, bias)
         path, folds, added = self._named.path(target), {}, []
         for part in parts:
@@ -421,7 +434,8 @@ class FoldPlan:
             if part.edit is None or part.edit.layer is target:
                 continue
             layer = part.edit.layer
-            self.edits.pop(id(layer), None)
+            if not self._fusing:
+                self.edits.pop(id(layer), None)
             if is_normalization(layer):
                 self.folded[id(layer)] = layer
                 folds[id(layer)] = Fold(own, path)
@@ -432,6 +446,22 @@ class FoldPlan:
         for part in parts:
             self._calls.drop(part.way[-1][1])
         return folds
+
+    def _sum_calls(self, node, parts, into):
+        """What stands in the place of the `call` of a sum and of its linear layers."""
+        self._check_target(node.operation, into.edit.layer, "")
+        axes = (into.edit.channel_axis(len(into.shape)),)
+        calls, made = {}, [part.edit and part.edit.layer for part in parts]
+        for part, layer in zip(parts, made, strict=True):
+            if len(part.way) > 1 or part.zeros.any() or is_keras(layer):
+                raise UnfoldableError(f"'{part.name}' does not say what it reads")
+            if layer and not is_ours(layer):
+                calls[id(layer)] = Deferring(part.edit, axes)
+        ways = self._ways(node, node.outputs[0].shape[axes[0]], axes)
+        ways = [way._replace(itself=not la) for way, la in zip(ways, made, strict=True)]
+        added = made, placements(into, parts), made.index(into.edit.layer)
+        merging = Merging(node.operation, axes, ways, *added)
+        return {**calls, id(node.operation): merging}
 
     def _branches(self, node):
         """The parts of a sum, and how one layer can compute it.
@@ -530,24 +560,24 @@ class FoldPlan:
         if graph_of(layer) is not None:
             raise UnfoldableError(f"{name} is a model of its own")
         with _about(name):
-            moved = through(node, affine, axes, before=where == "before it")
-        if self._fusing:
-            raise UnfoldableError(
-                f"{name} is of type {type(layer).__name__}, and only a linear layer "
-                "directly before it can take it in"
+            return through(
+                node, affine, axes, before=where == "before it", trains=self._fusing
             )
-        return moved
 
     def _check_target(self, target, norm, where):
         name = f"'{target.name}'"
+        if not isinstance(target, keras.layers.Layer):
+            raise UnfoldableError(f"{name} {where} is an operation, and not a layer")
         if adapts(target):
             raise UnfoldableError(
                 f"{name} {where} follows its inputs (`keras_bn.adapt`)"
             )
-        if self._fusing and is_normalization(target):
+        if self._fusing and where == "before it" and is_normalization(target):
             raise UnfoldableError(f"{name} {where} is a batch normalization")
         if self._fusing and has_own_call(target):
             raise UnfoldableError(f"{name} {where} has a `call` set on it")
+        if self._fusing and target.activity_regularizer is not None:
+            raise UnfoldableError(f"{name} {where} has a regularizer of its output")
         if target.quantization_mode is not None or getattr(
             target, "lora_enabled", False
         ):

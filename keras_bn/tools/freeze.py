@@ -12,7 +12,7 @@ from keras_bn.surgery.functional import opened
 from keras_bn.surgery.private import require
 from keras_bn.surgery.view import ModelView
 from keras_bn.tools.fold import Fold, FoldPlan
-from keras_bn.tools.fuse import defer, separate
+from keras_bn.tools.fuse import separate
 
 
 @overload
@@ -47,19 +47,21 @@ def freeze(
     a model loads frozen by `keras_bn.load_model` alone.
 
     With `fuse`, a frozen normalization and the linear layer before it are computed as
-    one in training and in inference, where `plan_fold` says that one can go into the
-    other: as a linear layer with the kernel `kernel * gamma / sqrt(variance +
-    epsilon)`, and with a bias likewise. Both are computed from the variables in each
-    step, so that kernel, bias, gamma and beta get the gradients that they always get,
-    and what you assign to any of them counts. Variables, names, checkpoints, the state
-    of the optimizer and files do not change. Each layer still gives its own output to
-    whoever asks for that.
+    one in training and in inference: as a linear layer with the kernel `kernel * gamma
+    / sqrt(variance + epsilon)`, and with a bias likewise. Between the two may be layers
+    that any scale and shift go through, as for `fold`, a `Concatenate` or a sum. A sum
+    of parallel branches, as in RepVGG, is computed as one convolution. Kernels and
+    biases are computed from the variables in each step, so that kernel, bias, gamma and
+    beta get the gradients that they always get, and what you assign to any of them
+    counts. Variables, names, checkpoints, the state of the optimizer and files do not
+    change. Each layer still gives its own output to whoever asks for that.
 
     This saves time and memory in what is compiled: `fit`, `evaluate` and `predict`,
     under XLA or not, and your own `tf.function`. Run eagerly, and with PyTorch, the
-    two are computed one after the other, as they are where the kernel is large beside
-    the output. It ends for a layer whose statistics are no longer frozen. It is not
-    saved: freeze with `fuse` again after loading, cloning or pickling a model.
+    layers are computed one after the other, as they are where kernels are large beside
+    the output; behind a dropout, they are so in training. It ends for a layer whose
+    statistics are no longer frozen. It is not saved: freeze with `fuse` again after
+    loading, cloning or pickling a model.
 
     Args:
         model: a model or layer; with `fuse`, a built one.
@@ -67,8 +69,8 @@ def freeze(
         fuse: whether to compute them as one with the linear layers before them.
 
     Returns:
-        The paths of the layers that this call has frozen. With `fuse`, a list of what
-        `plan_fold` gives: for each layer, the linear layer that takes it in, or the
+        The paths of the layers that this call has frozen. With `fuse`, a list as
+        `plan_fold` gives it: for each layer, the linear layers that take it in, or the
         reason why it is frozen and stays as it is.
 
     Raises:
@@ -97,16 +99,14 @@ def freeze(
     view = ModelView(model)
     layers = check_any(view, "freeze")
     plan = _plan(view) if fuse else None
-    fused = plan.fused if plan else []
-    ids = {id(norm) for norm, *_ in fused}
     before = _frozen(layers)
-    for _, linear, axes in fused:
-        defer(linear, axes)
+    for call in plan.fused.values() if plan else ():
+        vars(call.layer)["call"] = call
     for layer in layers.values():
         layer.freeze_statistics = True
         if affine:
             layer.freeze_affine = True
-        if id(layer) in ids:
+        if plan and id(layer) in plan.folded:
             layer.set_fused(True)
     warn_of_skipped(view, layers, "freeze")
     warn_of_classes(view, stacklevel=2)

@@ -17,6 +17,7 @@ from support.training import Loop
 from support.zoo import inputs_of, nested, randomized, several, wrapped
 
 import keras_bn
+from keras_bn.layer import fusion
 from keras_bn.surgery.copying import copy_model
 from keras_bn.tools import fuse
 
@@ -28,7 +29,7 @@ FUSES = NAME != "torch"
 @pytest.fixture(autouse=True)
 def every_size(monkeypatch):
     """Fuse small layers too."""
-    monkeypatch.setattr(fuse, "WORTH", 0)
+    monkeypatch.setattr(fusion, "WORTH", 0)
 
 
 # The linear layers, each with the shape of its input and the channel axis after it.
@@ -175,14 +176,12 @@ def test_outputs_and_gradients_are_those_of_the_unfused_layers(kind, float64):
     frozen, fused, (told,) = pair_of(model)
     assert told.into == model.layers[1].name
     asked = []
-    again = fuse.Deferring._compute
+    again = fuse.Deferring._run
     # On a CPU, TensorFlow has gradients of channels first under XLA alone.
     alone = NAME == "tensorflow" and "channels first" in kind
     mode = "xla" if alone else COMPILED
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            fuse.Deferring, "_compute", lambda *a: asked.append(a) or again(*a)
-        )
+        patch.setattr(fuse.Deferring, "_run", lambda *a: asked.append(a) or again(*a))
         expected = gradients(frozen, x, upstream, mode)
         found = gradients(fused, x, upstream, mode)
     assert len(found) == len(expected)
@@ -380,14 +379,14 @@ def both():
 def asked(model, x):
     """The names of the linear layers that `predict` computes with other weights."""
     names = []
-    again = fuse.Deferring._compute
+    again = fuse.Deferring._run
 
     def spy(self, *args):
         names.append(self.layer.name)
         return again(self, *args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fuse.Deferring, "_compute", spy)
+        patch.setattr(fuse.Deferring, "_run", spy)
         if isinstance(model, keras.Model):
             model.make_predict_function(force=True)
         model.predict(x, verbose=0)
@@ -770,3 +769,350 @@ def test_a_call_set_on_a_layer_is_kept():
     assert told.reason == "'dense' before it has a `call` set on it"
     expected = array(model(ROWS))
     np.testing.assert_allclose(model.predict(ROWS, verbose=0), expected, 1e-5)
+
+
+def check_same(model, told, names):
+    """That it is fused as told, by layers of these names, and gives the same."""
+    x = inputs_of(model)
+    upstream = upstream_of(model, x)
+    frozen, fused, plan = pair_of(model)
+    assert str(plan).splitlines() == told
+    assert asked(fused, x) == fused_into(*names)
+    expected = gradients(frozen, x, upstream, COMPILED)
+    found = gradients(fused, x, upstream, COMPILED)
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-10)
+    return fused
+
+
+def conv(filters=3, size=1, name="conv", **options):
+    return layers.Conv2D(filters, size, **{"padding": "same", **options}, name=name)
+
+
+def behind(*makers):
+    """A normalization behind a convolution and the layers that these make."""
+
+    def build(x):
+        x = conv()(x)
+        for make in makers:
+            x = make()(x)
+        return OURS(name="bn")(x)
+
+    return build
+
+
+def first(x):
+    return OURS(1, name="bn")(layers.Permute((3, 1, 2))(conv()(x)))
+
+
+def apart(x):
+    """Channels that stand in several places at once, and some scales twice."""
+    x = layers.Conv2D(12, (6, 1), name="conv")(x)  # 1 × 6 × 12
+    return OURS(name="bn")(layers.Reshape((6, 3, 4))(x))
+
+
+def concatenated(x):
+    pooled = layers.AveragePooling2D(3, 1, "same")(conv(2, 3, "wide")(x))
+    return OURS(name="bn")(layers.Concatenate()([conv(3)(x), pooled]))
+
+
+def rows(x):
+    return OURS(name="bn")(layers.Concatenate(1)([conv(3)(x), conv(3, 3, "wide")(x)]))
+
+
+def summed(x):
+    other = layers.AveragePooling2D(3, 1, "same")(conv(3, 3, "wide")(x))
+    return OURS(name="bn")(layers.Add()([conv(3)(x), other]))
+
+
+def subtracted(x):
+    other = conv(3, 3, "wide")(layers.ReLU()(x))
+    return OURS(name="bn")(layers.Subtract()([conv(3)(x), other]))
+
+
+BOTH = "conv, wide"
+# Models from images of 6 × 6 × 2, and what their normalization goes into.
+PASSED = {
+    "nothing": (
+        behind(layers.Identity, lambda: layers.Activation("linear")),
+        "conv",
+    ),
+    "average pooling": (behind(lambda: layers.AveragePooling2D(2)), "conv"),
+    "padded": (behind(lambda: layers.AveragePooling2D(3, 2, "same")), "conv"),
+    "global average pooling": (behind(layers.GlobalAveragePooling2D), "conv"),
+    "several": (
+        behind(lambda: layers.Cropping2D(1), lambda: layers.UpSampling2D(2)),
+        "conv",
+    ),
+    "Reshape": (behind(lambda: layers.Reshape((-1, 3))), "conv"),
+    "Flatten": (
+        behind(lambda: layers.GlobalAveragePooling2D(keepdims=True), layers.Flatten),
+        "conv",
+    ),
+    "Permute": (first, "conv"),
+    "Reshape, scales twice": (apart, "conv"),
+    "Concatenate": (concatenated, BOTH),
+    "Concatenate of rows": (rows, BOTH),
+    "Add": (summed, BOTH),
+    "Subtract": (subtracted, BOTH),
+}
+
+
+@pytest.mark.parametrize(
+    "name", mostly_slow(PASSED, ["nothing", "average pooling", "Concatenate"])
+)
+def test_what_commutes_passes_a_normalization_on(name, float64):
+    build, into = PASSED[name]
+    keras.utils.set_random_seed(0)
+    x = keras.Input((6, 6, 2))
+    model = randomized(keras.Model(x, layers.Flatten()(build(x))))
+    fused = check_same(model, [f"bn -> {into}"], into.split(", "))
+    keras_bn.unfreeze(fused)
+    assert not any("call" in vars(layer) for layer in fused.layers)
+
+
+def test_dropout_drops_the_same_and_passes_on_what_it_does_not_change():
+    dropped = behind(
+        lambda: layers.AveragePooling2D(2), lambda: layers.Dropout(0.5, seed=1)
+    )
+    x = keras.Input((6, 6, 2))
+    model = randomized(keras.Model(x, dropped(x)))
+    frozen, fused, told = pair_of(model)
+    assert told[0].into == "conv"
+    data = inputs_of(model)
+    assert asked(fused, data) == fused_into("conv")
+    for each in (frozen, fused):
+        each.compile("sgd", "mse")
+        each.fit(data, np.ones((len(data), 3, 3, 3)), shuffle=False, verbose=0)
+    for a, b in zip(frozen.weights, fused.weights, strict=True):
+        np.testing.assert_allclose(array(a), array(b), 1e-5, 1e-6)
+
+
+def penalized(x):
+    return OURS(name="bn")(layers.ActivityRegularization(0.1)(conv()(x)))
+
+
+def penalized_itself(x):
+    return OURS(name="bn")(conv(activity_regularizer="l2")(x))
+
+
+def an_operation(x):
+    return OURS(name="bn")(conv()(x) + conv(3, 3, "wide")(x[:, ::-1]))
+
+
+def pooled_twice(x):
+    pool = layers.AveragePooling2D(2, name="pool")
+    return layers.add([OURS(name="bn")(pool(conv()(x))), pool(conv(name="wide")(x))])
+
+
+def read_by_two(x):
+    y = layers.AveragePooling2D(2, name="pool")(conv()(x))
+    return layers.Concatenate(name="join")([OURS(name="bn")(y), y])
+
+
+def a_part_of_relu(x):
+    parts = [conv()(x), layers.ReLU(name="relu")(conv(name="wide")(x))]
+    return OURS(name="bn")(layers.Concatenate()(parts))
+
+
+STAYING = {
+    "a penalty": (penalized, "before it has a regularizer of its output"),
+    "its own": (penalized_itself, "'conv' before it has a regularizer of its output"),
+    "an operation": (an_operation, "before it is an operation, and not a layer"),
+    "shared": (pooled_twice, "'pool' is shared: it is called in 2 places"),
+    "two readers": (read_by_two, "'join' also uses the output of 'pool'"),
+    "a part": (a_part_of_relu, "'relu' before it is not linear"),
+}
+
+
+@pytest.mark.parametrize("name", STAYING)
+def test_why_a_normalization_stays(name):
+    build, reason = STAYING[name]
+    x = keras.Input((6, 6, 2))
+    model = randomized(keras.Model(x, build(x)))
+    (told,) = keras_bn.freeze(model, fuse=True)
+    assert told.into is None
+    assert reason in told.reason
+    assert not any("call" in vars(layer) for layer in model.layers)
+
+
+def branches(x, wide=None, narrow=None, add=layers.Add, shortcut=True):
+    """Two convolutions and the tensor itself, all normalized, as in RepVGG."""
+    wide, narrow = wide or conv(4, 3, "wide"), narrow or conv(4, use_bias=False)
+    parts = [OURS(name="bn_wide")(wide(x)), OURS(name="bn_conv")(narrow(x))]
+    if shortcut:
+        parts.append(OURS(name="bn_itself", scale=False)(x))
+    return add(name="sum")(parts)
+
+
+SUM = ["bn_wide -> wide", "bn_conv -> conv", "bn_itself -> wide"]
+WHOLE = "wide + conv + bn_itself -> wide"
+SUMS = {
+    "RepVGG": (branches, [*SUM, WHOLE]),
+    "depthwise": (
+        lambda x: branches(
+            x,
+            layers.DepthwiseConv2D(3, padding="same", name="wide"),
+            layers.DepthwiseConv2D(1, name="conv"),
+        ),
+        [*SUM, WHOLE],
+    ),
+    "groups": (
+        lambda x: branches(x, conv(4, 3, "wide", groups=2), conv(4, groups=2)),
+        [*SUM, WHOLE],
+    ),
+    "strides": (
+        lambda x: branches(
+            x, conv(5, 3, "wide", strides=2), conv(5, strides=2), shortcut=False
+        ),
+        [*SUM[:2], "wide + conv -> wide"],
+    ),
+    "Dense": (
+        lambda x: branches(x, narrow=layers.Dense(4, name="conv")),
+        [*SUM, WHOLE],
+    ),
+    "difference": (
+        lambda x: branches(x, add=layers.Subtract, shortcut=False),
+        [*SUM[:2], "wide - conv -> wide"],
+    ),
+    "a sum of sums": (
+        lambda x: layers.Add()([branches(x), x]),
+        [*SUM, "wide + conv + bn_itself + identity -> wide"],
+    ),
+    "one behind": (
+        lambda x: OURS(name="bn")(layers.AveragePooling2D(2)(branches(x))),
+        [*SUM, "bn -> wide", WHOLE],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", mostly_slow(SUMS, ["RepVGG", "depthwise"]))
+def test_parallel_branches_are_one_convolution(name, float64):
+    build, told = SUMS[name]
+    keras.utils.set_random_seed(0)
+    x = keras.Input((6, 6, 4))
+    y = build(layers.ReLU()(x))
+    model = randomized(keras.Model(x, layers.Flatten()(layers.ReLU()(y))))
+    data = inputs_of(model)
+    check_same(model, told, again(told))
+    if NAME == "tensorflow" and name != "groups":  # which it compiles by itself
+        fused = pair_of(model)[1]
+        counts = reachable_ops(fused, data)
+        assert counts["Conv2D"] + counts["DepthwiseConv2dNative"] == 1
+
+
+def again(told):
+    """The layers that compute again, given a plan: each branch, then the sums."""
+    names = ["wide", "conv", "wide"]
+    return names + ["wide"] * (("bn -> wide" in told) + ("identity" in told[-1]))
+
+
+def repvgg():
+    """A block between others, and its data."""
+    keras.utils.set_random_seed(0)
+    x = image = keras.Input((6, 6, 3))
+    x = layers.ReLU(name="relu")(layers.Conv2D(4, 1)(x))
+    x = layers.ReLU()(branches(x))
+    parts = [layers.Conv2D(2, 1, name="left")(x), layers.Conv2D(3, 3, name="right")(x)]
+    parts[0] = layers.Cropping2D(1)(parts[0])
+    x = OURS(name="bn")(layers.Concatenate(name="join")(parts))
+    x = layers.Dense(2)(layers.Flatten()(layers.Dropout(0.5, seed=0)(x)))
+    rng = np.random.default_rng(2)
+    data = rng.normal(size=(8, 6, 6, 3)), rng.normal(size=(8, 2))
+    return randomized(keras.Model(image, x)), data
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        pytest.param(
+            {"jit_compile": True},
+            marks=[pytest.mark.slow, but_on("torch", "it needs a C++ compiler")],
+        ),
+        slow({"run_eagerly": True}),
+    ],
+)
+def test_twenty_steps_of_a_model_with_branches(options, float64):
+    model, data = repvgg()
+    frozen, fused, _ = pair_of(model)
+    expected = trained(frozen, data, **options)
+    for a, b in zip(trained(fused, data, **options), expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-9)
+
+
+def test_branches_in_half_precision():
+    with policy("mixed_float16"):
+        model, (x, _) = repvgg()
+    frozen, fused, told = pair_of(model)
+    assert all(each.into for each in told)
+    names = ["wide", "conv", "wide", "left", "right"]
+    assert asked(fused, x) == fused_into(*names)
+    outputs = [each.predict(x, verbose=0) for each in (fused, frozen)]
+    np.testing.assert_allclose(*outputs, rtol=0.01, atol=0.02)
+
+
+def test_layers_between_and_of_branches_give_their_own_output():
+    model, (x, _) = repvgg()
+    frozen, fused, _ = pair_of(model)
+    names = ["wide", "conv", "bn_wide", "bn_itself", "sum", "left", "join"]
+    outputs = []
+    for each in (frozen, fused):
+        inner = [each.get_layer(name).output for name in names]
+        # Other tensors: of the same sizes, and of others, and linear ones among them.
+        image = keras.Input((6, 6, 4))
+        wide, norm, own = (each.get_layer(n) for n in ("wide", "bn_wide", "bn_itself"))
+        read = [norm(wide(layers.ReLU()(image))), each.get_layer("conv")(image)]
+        total = each.get_layer("sum")([*read, own(image)])
+        other = each.get_layer("sum")([wide(image), own(image)])
+        joined = each.get_layer("join")([wide(image), own(image)])
+        flat = layers.Flatten()(image)
+        vectors = each.get_layer("sum")([flat, flat, flat])
+        others = keras.Model(image, [total, other, own(joined[..., :4]), vectors])
+        images = np.random.default_rng(3).normal(size=(2, 6, 6, 4))
+        features = keras.Model(each.input, inner)
+        outputs.append(
+            [*features.predict(x, verbose=0), *others.predict(images, verbose=0)]
+        )
+    for a, b in zip(*outputs, strict=True):
+        np.testing.assert_allclose(a, b, 1e-4, 1e-5)
+
+
+@pytest.mark.parametrize("name", ["bn_wide", "bn_itself"])
+def test_one_branch_is_no_longer_frozen(name, float64):
+    model, data = repvgg()
+    frozen, fused, _ = pair_of(model)
+    found = []
+    for each in (frozen, fused):
+        each.predict(data[0], verbose=0)
+        each.get_layer(name).freeze_statistics = False
+        found.append(trained(each, data, steps=4))
+    for a, b in zip(*found, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-9)
+    names = ["wide"] * (name != "bn_wide") + ["conv", "left", "right"]
+    assert asked(fused, data[0]) == fused_into(*names)
+
+
+def test_branches_with_kernels_that_are_large_are_left_alone(monkeypatch):
+    model, (x, _) = repvgg()
+    frozen, fused, _ = pair_of(model)
+    monkeypatch.setattr(fuse, "MERGED", 100)
+    assert asked(fused, x) == fused_into("wide", "conv", "left", "right")
+    outputs = [each.predict(x, verbose=0) for each in (fused, frozen)]
+    np.testing.assert_allclose(*outputs, 1e-4, 1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.*no longer train")
+def test_tools_take_out_what_passes_on():
+    model, (x, _) = repvgg()
+    keras_bn.freeze(model, fuse=True)
+    expected = model.predict(x, verbose=0)
+    copied = copy_model(model)[0]
+    assert asked(copied, x) == asked(model, x)
+    folded, theirs = keras_bn.fold(model), keras_bn.to_keras(model)
+    for each in (copied, folded, theirs):
+        np.testing.assert_allclose(each.predict(x, verbose=0), expected, 1e-4, 1e-5)
+    for each in (folded, theirs, pickle.loads(pickle.dumps(model))):
+        assert not any("call" in vars(layer) for layer in each.layers)
+    keras_bn.unfreeze(model)
+    assert not any("call" in vars(layer) for layer in model.layers)
