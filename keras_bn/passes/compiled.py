@@ -198,8 +198,10 @@ class Pass:
                 if not samples:
                     return
                 if known := self._takes_any_size():
+                    chosen = np.flatnonzero(valid)
                     batch = keras.tree.map_structure(
-                        lambda v: v if v is None else ops.convert_to_numpy(v)[valid],
+                        # Not as arrays: those of ragged tensors have padding.
+                        lambda v: v if v is None else ops.take(v, chosen, axis=0),
                         batch,
                     )
                     notes = self.run(batch, given)

@@ -237,6 +237,28 @@ def test_a_first_batch_of_which_nothing_is_finite(exact):
     assert [part.count[0] for part in found.values()] == [75, 75]
 
 
+@backend.only("tensorflow", "only TensorFlow has ragged tensors")
+def test_a_ragged_sample_that_is_not_finite():
+    class Ragged(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.norm = OURS(name="bn")
+
+        def call(self, x):
+            return tf.reduce_mean(self.norm(x), axis=1)
+
+    def rows(values):
+        return tf.RaggedTensor.from_row_lengths(values, [3, 1, 5, 1])
+
+    x = data(10)
+    model = Ragged()
+    model(rows(x))
+    x[3, 1] = np.nan
+    found = keras_bn.statistics(model, tf.data.Dataset.from_tensors(rows(x)))
+    np.testing.assert_array_equal(found["bn"].count, 9)
+    np.testing.assert_allclose(found["bn"].mean, np.delete(x, 3, 0).mean(0), rtol=1e-5)
+
+
 def test_a_sample_that_is_not_finite_where_batches_have_one_size(recwarn):
     x = data()
     x[27] = np.nan
