@@ -7,6 +7,7 @@ is installed, and TensorFlow's otherwise.
 import contextlib
 import functools
 import gc
+import itertools
 import os
 import re
 import signal
@@ -112,6 +113,7 @@ def convert(function, inputs, samples=None, per_channel=True, bits=8, floats=Non
 
     if floats is not None and bits == 8:
         private.check_keeps_floats()
+    halved = samples is not None and bits == 8 and private.converts_in_halves()
     specs = [tf.TensorSpec(x.shape, x.dtype, name) for name, x in inputs.items()]
     traced = tf.function(function, input_signature=specs, autograph=False)
     concrete = traced.get_concrete_function()
@@ -125,7 +127,8 @@ def convert(function, inputs, samples=None, per_channel=True, bits=8, floats=Non
     converter.inference_input_type = converter.inference_output_type = dtype
     private.set_per_channel(converter, per_channel)
     if samples is not None:
-        converter.representative_dataset = samples
+        first = functools.partial(itertools.islice, samples(), 1)
+        converter.representative_dataset = first if halved else samples
         sets = tf.lite.OpsSet
         integer = {
             8: sets.TFLITE_BUILTINS_INT8,
@@ -134,14 +137,35 @@ def convert(function, inputs, samples=None, per_channel=True, bits=8, floats=Non
         builtin = [] if floats is None else [sets.TFLITE_BUILTINS]
         converter.target_spec.supported_ops = [integer, *builtin]
     try:
-        if floats is None or bits == 16:
+        if not halved:
             return converter.convert()
-        content = private.measured(converter)
-        names = floats(Interpreter(content))
+        content = _measured(private.measured(converter), samples())
+        names = [] if floats is None else floats(Interpreter(content))
         return private.quantized(content, dtype, per_channel, names)
     except Exception as error:  # it raises whatever its parts raise
         message = f"{error}{_named(concrete, str(error))}"
         raise ConversionError(message) from error
+
+
+def _measured(content, samples):
+    """A file of floats with the ranges of the samples, each as after its operation.
+
+    The converter's own are wrong for what goes into an operation in place, such as an
+    addition: it takes those of the result in (issue 127842 of TensorFlow).
+    """
+    from keras_bn.backends.tensorflow import private
+
+    content, interpreter = bytearray(content), Interpreter(content)
+    ranges = private.ranges(content)
+    for least, most in ranges.values():
+        least[:], most[:] = np.inf, -np.inf
+    for inputs in samples:
+        interpreter.run(inputs)
+        for index, (least, most) in ranges.items():
+            value = interpreter.value(index)
+            np.minimum(least, value.min(), out=least)
+            np.maximum(most, value.max(), out=most)
+    return bytes(content)
 
 
 def _named(concrete, message):

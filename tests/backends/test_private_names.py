@@ -136,6 +136,28 @@ def test_tensorflow_has_them():
         private._framework_ops.gradient_registry.lookup("keras_bn-a-test")
 
 
+def test_the_ranges_in_a_measured_file_can_be_written():
+    tf = backend.tensorflow("its converter")
+    from keras_bn.backends.tensorflow import private
+
+    double = tf.function(lambda x: 2.0 * x, input_signature=[tf.TensorSpec((1, 2))])
+    converter = tf.lite.TFLiteConverter.from_concrete_functions(
+        [double.get_concrete_function()]
+    )
+    converter.optimizations = [tf.lite.Optimize.DEFAULT]
+    converter.representative_dataset = lambda: [[np.ones((1, 2), "float32")]]
+    content = bytearray(private.measured(converter))
+    scales = []
+    for size in (1.0, 10.0):
+        for least, most in private.ranges(content).values():
+            least[:], most[:] = -size, size
+        assert private.converts_in_halves()
+        file = private.quantized(bytes(content), tf.int8, True, [])
+        (given,) = tf.lite.Interpreter(model_content=file).get_input_details()
+        scales.append(given["quantization"][0])
+    np.testing.assert_allclose(scales, [2 / 255, 20 / 255], rtol=1e-5)
+
+
 def test_a_function_of_tensorflow_is_copied_with_its_options():
     tf = backend.tensorflow("its functions")
     from keras_bn.backends.tensorflow import private

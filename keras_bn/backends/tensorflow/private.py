@@ -25,8 +25,10 @@ _framework_ops = _imported("tensorflow.python.framework.ops")
 # `GraphOrParentsInXlaContext(graph)`: no public name says what XLA compiles.
 _control_flow = _imported("tensorflow.python.ops.control_flow_util")
 # `mlir_quantize(...)`: the second half of `TFLiteConverter.convert`, which alone takes
-# the operations that are to stay in floats.
+# ranges other than the converter's own, and the operations that are to stay in floats.
 _lite = _imported("tensorflow.lite.python.convert")
+# `Model.GetRootAs(content)`: where a file has the ranges, which no public name writes.
+_schema = _imported("tensorflow.lite.python.schema_py_generated")
 
 
 def in_xla(graph) -> bool:
@@ -63,13 +65,18 @@ def set_per_channel(converter: tf.lite.TFLiteConverter, value: bool) -> None:
     converter._experimental_disable_per_channel = not value
 
 
+def converts_in_halves() -> bool:
+    """Whether a conversion can be interrupted, by `measured` and `quantized`."""
+    return hasattr(_lite, "mlir_quantize") and _schema is not None
+
+
 def check_keeps_floats() -> None:
     """Refuse a TensorFlow that lacks the second half of a conversion.
 
     Raises:
         RuntimeError: naming its version.
     """
-    if not hasattr(_lite, "mlir_quantize"):
+    if not converts_in_halves():
         raise RuntimeError(
             "`keep_float` and `lose` need a TensorFlow with `mlir_quantize`. Received: "
             f"TensorFlow {tf.__version__}"
@@ -80,6 +87,25 @@ def measured(converter: tf.lite.TFLiteConverter) -> bytes:
     """The first half of a conversion: a file of floats with the samples' ranges."""
     converter._experimental_calibrate_only = True
     return converter.convert()
+
+
+def ranges(content: bytearray) -> dict[int, tuple[Any, Any]]:
+    """The ranges in a file that `measured` has given.
+
+    Args:
+        content: the file.
+
+    Returns:
+        By the index of the tensor, its least and its largest value: arrays of one
+        element, which are views into the content.
+    """
+    graph = _schema.Model.GetRootAs(content, 0).Subgraphs(0)
+    every = [graph.Tensors(i).Quantization() for i in range(graph.TensorsLength())]
+    return {
+        i: (each.MinAsNumpy(), each.MaxAsNumpy())
+        for i, each in enumerate(every)
+        if each is not None and each.MinLength() == 1
+    }
 
 
 def quantized(
