@@ -20,6 +20,7 @@ from keras_bn.int8 import tflite
 
 _OPSET = 14  # the first with HardSwish
 _WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+_GELU = "TFL_GELU"  # ONNX has one from version 20 on, tf2onnx none
 _PAIR = ("QuantizeLinear", "DequantizeLinear")
 
 
@@ -108,7 +109,7 @@ def _translate(content, outputs):
     finally:
         logger.setLevel(level)
     for node in proto.graph.node:
-        if node.op_type.startswith("TFL_"):
+        if node.op_type.startswith("TFL_") and node.op_type != _GELU:
             kind = node.op_type.removeprefix("TFL_")
             raise ValueError(f"ONNX has no {kind} in {node.output[0].split(';')[0]}")
     return proto
@@ -130,8 +131,10 @@ class _Graph:
         from onnx import numpy_helper
 
         self.graph, self.symmetric = graph, symmetric
-        self.nodes: list[Any] = list(graph.node)
         self.arrays = {t.name: numpy_helper.to_array(t) for t in graph.initializer}
+        self.nodes: list[Any] = []
+        for node in graph.node:
+            self.nodes += self._gelu(node) if node.op_type == _GELU else [node]
 
     def rewrite(self, inputs, outputs):
         """Rewrite it in place.
@@ -178,6 +181,29 @@ class _Graph:
         node = helper.make_node(operation, [first, *by], [last])
         of = helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
         return node, helper.make_tensor_value_info(name, of, tensor["shape"].tolist())
+
+    def _gelu(self, node):
+        """The nodes that compute what a GELU does."""
+        from onnx import helper
+
+        nodes: list[Any] = []
+
+        def made(kind, *inputs):
+            by = [
+                v if isinstance(v, str) else self._scalar(np.float32(v)) for v in inputs
+            ]
+            nodes.append(helper.make_node(kind, by, [f"{node.output[0]} {len(nodes)}"]))
+            return nodes[-1].output[0]
+
+        x = node.input[0]
+        if node.attribute[0].i:  # approximate
+            cube = made("Mul", made("Mul", x, x), made("Mul", x, 0.044715))
+            gate = made("Tanh", made("Mul", made("Add", x, cube), (2 / np.pi) ** 0.5))
+        else:
+            gate = made("Erf", made("Mul", x, 0.5**0.5))
+        made("Mul", made("Mul", x, 0.5), made("Add", gate, 1.0))
+        nodes[-1].output[:] = node.output
+        return nodes
 
     def _scalar(self, value):
         """The name of a constant, which is added."""

@@ -210,6 +210,18 @@ def test_embeddings(symmetric):
     assert report.error < 0.02
 
 
+@pytest.mark.parametrize("approximate", [False, True])
+def test_gelu(approximate):
+    inputs = keras.Input((8, 8, 3))
+    x = layers.Conv2D(4, 3, name="first")(inputs)
+    x = keras.ops.gelu(x, approximate=approximate)
+    norm = keras_bn.BatchNormalization(name="norm")
+    x = layers.Conv2D(4, 3, padding="same", name="second")(norm(x))
+    norm.moving_mean.assign(np.full(4, 0.1))
+    norm.moving_variance.assign(np.full(4, 1e-2))
+    check(keras.Model(inputs, x), images())
+
+
 def test_layers_in_floats():
     content, report = integer_file(
         mixed(), images(), keep_float=["elu"], suffix=".onnx"
@@ -237,9 +249,11 @@ def test_tflite_reads_the_file_once(monkeypatch):
 
 def test_refusals(tmp_path, monkeypatch):
     path = tmp_path / "model.onnx"
-    gelu = with_last(layers.Lambda(lambda x: keras.ops.gelu(x), name="last"))
-    with pytest.raises(ValueError, match=r"'last' of 'model': ONNX has no GELU"):
-        keras_bn.export_int8(gelu, path, images(4))
+    gelu = with_last(layers.Activation("gelu", name="last"))
+    with monkeypatch.context() as patch:
+        patch.setattr(keras_bn.int8.onnx, "_GELU", "another")
+        with pytest.raises(ValueError, match=r"'last' of 'model': ONNX has no GELU"):
+            keras_bn.export_int8(gelu, path, images(4))
     with pytest.raises(ValueError, match=r"`activations` must be 8 for an `\.onnx`"):
         keras_bn.export_int8(small(), path, images(4), activations=16)
     with pytest.raises(ValueError, match=r"`symmetric` is for .*ends in '\.tflite'"):
