@@ -5,7 +5,7 @@ from typing import Any
 
 import keras
 
-from keras_bn.diagnosis.collect import collect, read
+from keras_bn.diagnosis.collect import Collector, read
 from keras_bn.diagnosis.findings import findings
 from keras_bn.diagnosis.records import Source
 from keras_bn.diagnosis.report import Comparison, Fixed, Report
@@ -89,7 +89,9 @@ def diagnose(
         record = read(model)
     else:
         options = {"steps": steps, "batch_size": batch_size, "verbose": verbose}
-        record = collect(model, data, **options)
+        collector = Collector(model)
+        record = collector.collect(data, **options)
+        record.of_one_class = collector.labels.alone
     warn_of_others(model)
     every = findings(record)
     return Report(

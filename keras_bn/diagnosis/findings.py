@@ -322,13 +322,16 @@ def _frozen(layer, record):
 
 def _follows_inputs(layer, record):
     if layer.adapts:
+        alike, batches = record.of_one_class, record.batches
+        most = alike > batches / 2
+        worse = f"{alike} of {batches} batches are" if most else "a batch is"
         return Finding(
             "follows-inputs",
             layer.layer,
-            NOTE,
+            WARNING if most else NOTE,
             "Inference follows the inputs (keras_bn.adapt): a prediction depends on "
-            "the other samples of its batch, and a batch of one class gets worse ones.",
-            "keras_bn.unadapt(model)",
+            f"the other samples of its batch, and is worse where {worse} of one class.",
+            f"{'mix the classes in each batch, or ' * most}keras_bn.unadapt(model)",
         )
 
 

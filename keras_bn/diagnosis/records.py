@@ -116,6 +116,7 @@ class ModelRecord:
         samples, batches: of the data; 0 without data.
         invalid: how many further samples were left out because they are not finite.
         first_invalid: the first of them, counted from 0; None if there is none.
+        of_one_class: in how many batches all labels are of one class.
         not_called: the paths of those that the data never reaches.
         gap: as of a layer, for the outputs of the model; None without data.
         loss, accuracy: pairs of the value in inference and in training; None if the
@@ -129,6 +130,7 @@ class ModelRecord:
     batches: int = 0
     invalid: int = 0
     first_invalid: int | None = None
+    of_one_class: int = 0
     not_called: tuple[str, ...] = ()
     gap: float | None = None
     loss: tuple[float, float] | None = None

@@ -39,6 +39,7 @@ class Pass:
         first_invalid: the first of them, counted from 0; None if there is none.
         partial: by path, in how many batches a layer had inputs that are not finite,
             though the data is.
+        labels: the `Labels` of the data.
     """
 
     # Whether a step needs the labels and weights of a batch.
@@ -80,6 +81,7 @@ class Pass:
         self.samples = self.batches = self.invalid = 0
         self.first_invalid: int | None = None
         self.partial: Counter = Counter()
+        self.labels = Labels(self.model)
 
     def step(self, batch, given):
         """What to do with a batch: calls `forward` and `note`.
@@ -212,6 +214,7 @@ class Pass:
             )
         self.samples += samples
         self.batches += 1
+        self.labels.add(batch[1])
         self.take(notes, batch, samples)
 
     def _takes_any_size(self):
@@ -336,6 +339,45 @@ class Pool:
                 pooled[path] = part if known is None else merged(known, part, np)
                 start = stop
         return pooled
+
+
+class Labels:
+    """How often each class comes in the labels of the data.
+
+    Args:
+        model: the model that tells the classes apart.
+
+    Attributes:
+        alone: in how many batches all labels are of one class.
+    """
+
+    def __init__(self, model):
+        shape: Any = getattr(model, "output_shape", None)
+        plain = isinstance(shape, tuple) and len(shape) == 2
+        self.classes = shape[-1] if plain else None
+        self._counts: Counter = Counter()
+        self.alone = 0
+
+    def add(self, y):
+        """Add the labels of a batch; None for none."""
+        if self.classes is None or y is None or isinstance(y, list | tuple | dict):
+            return
+        y = np.asarray(keras.ops.convert_to_numpy(y))
+        if y.ndim == 2 and y.shape[-1] == self.classes > 1:
+            y = y.argmax(-1)
+        if y.ndim > 2 or not np.issubdtype(y.dtype, np.integer):
+            self.classes = None
+            return
+        labels, counts = np.unique(y, return_counts=True)
+        self.alone += len(labels) == 1 < self.classes and y.size > 1
+        self._counts.update(dict(zip(labels.tolist(), counts.tolist(), strict=True)))
+
+    @property
+    def effective(self):
+        """The effective number of classes: that of a uniform one of this entropy."""
+        counts = np.array(list(self._counts.values()), "float64")
+        share = counts / counts.sum()
+        return float(np.exp(-(share * np.log(share)).sum())) if counts.size else None
 
 
 def moments_of(notes, kind="moments"):

@@ -2,7 +2,6 @@
 
 import contextlib
 import warnings
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -230,11 +229,7 @@ def present(model):
 
 
 class Collector(Pass):
-    """Runs a model with batch statistics in some of its layers, and collects them.
-
-    Attributes:
-        labels: how often each label of the data came, by label; None if unknown.
-    """
+    """Runs a model with batch statistics in some of its layers, and collects them."""
 
     def at_once(self, data, label="recalibrating", **options):
         """The statistics of all layers, in one pass."""
@@ -263,7 +258,7 @@ class Collector(Pass):
         return Statistics(statistics, self.samples)
 
     def _collected(self, data, label, states=(), **options):
-        self._pool, self.labels = Pool(), _Labels(self.model)
+        self._pool = Pool()
         # Only what `fit` would take for the input: a tuple is several inputs.
         self.over((data,), label, states, **options)
         return Statistics(self._pool.moments(), self.samples)
@@ -289,41 +284,6 @@ class Collector(Pass):
 
     def take(self, notes, batch, samples):
         self._pool.add(moments_of(notes))
-        self.labels.add(batch[1])
-
-
-class _Labels:
-    """How often each class comes in the labels of the data.
-
-    Args:
-        model: the model that tells the classes apart.
-    """
-
-    def __init__(self, model):
-        shape: Any = getattr(model, "output_shape", None)
-        plain = isinstance(shape, tuple) and len(shape) == 2
-        self.classes = shape[-1] if plain else None
-        self._counts: Counter = Counter()
-
-    def add(self, y):
-        """Add the labels of a batch; None for none."""
-        if self.classes is None or y is None or isinstance(y, list | tuple | dict):
-            return
-        y = np.asarray(keras.ops.convert_to_numpy(y))
-        if y.ndim == 2 and y.shape[-1] == self.classes > 1:
-            y = y.argmax(-1)
-        if y.ndim > 2 or not np.issubdtype(y.dtype, np.integer):
-            self.classes = None
-            return
-        labels, counts = np.unique(y, return_counts=True)
-        self._counts.update(dict(zip(labels.tolist(), counts.tolist(), strict=True)))
-
-    @property
-    def effective(self):
-        """The effective number of classes: that of a uniform one of this entropy."""
-        counts = np.array(list(self._counts.values()), "float64")
-        share = counts / counts.sum()
-        return float(np.exp(-(share * np.log(share)).sum())) if counts.size else None
 
 
 def _assignments(layer, moments):

@@ -183,6 +183,17 @@ def test_labels_and_weights_that_are_not_finite_are_of_the_data(part):
     assert np.isfinite(report.record.loss).all()
 
 
+@pytest.mark.parametrize("mixed", [True, False])
+def test_batches_of_one_class_where_inference_follows_inputs(mixed):
+    model = made()
+    keras_bn.adapt(model, prior=4)
+    y = np.arange(256) % 2
+    report = keras_bn.diagnose(model, (data(), y if mixed else np.sort(y)))
+    finding = the(report, "follows-inputs")
+    assert finding.severity == ("note" if mixed else "warning")
+    assert ("8 of 8 batches are of one class" in finding.message) != mixed
+
+
 @pytest.mark.parametrize("name", ["gamma", "beta"])
 @pytest.mark.parametrize("given", [True, False])
 def test_non_finite_parameters(name, given):
