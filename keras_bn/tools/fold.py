@@ -566,8 +566,8 @@ class FoldPlan:
 
     def _check_target(self, target, norm, where):
         name = f"'{target.name}'"
-        if not isinstance(target, keras.layers.Layer):
-            raise UnfoldableError(f"{name} {where} is an operation, and not a layer")
+        if self._fusing and self._named.path(target) is None:
+            raise UnfoldableError(f"{name} {where} is not a layer of the model")
         if adapts(target):
             raise UnfoldableError(
                 f"{name} {where} follows its inputs (`keras_bn.adapt`)"

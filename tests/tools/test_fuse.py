@@ -922,7 +922,7 @@ def a_part_of_relu(x):
 STAYING = {
     "a penalty": (penalized, "before it has a regularizer of its output"),
     "its own": (penalized_itself, "'conv' before it has a regularizer of its output"),
-    "an operation": (an_operation, "before it is an operation, and not a layer"),
+    "an operation": (an_operation, "before it is not a layer of the model"),
     "shared": (pooled_twice, "'pool' is shared: it is called in 2 places"),
     "two readers": (read_by_two, "'join' also uses the output of 'pool'"),
     "a part": (a_part_of_relu, "'relu' before it is not linear"),
@@ -1009,6 +1009,36 @@ def again(told):
     """The layers that compute again, given a plan: each branch, then the sums."""
     names = ["wide", "conv", "wide"]
     return names + ["wide"] * (("bn -> wide" in told) + ("identity" in told[-1]))
+
+
+class Block(layers.Layer):
+    """Branches in a layer, which adds them by a layer of its own or by another."""
+
+    def __init__(self, add=None):
+        super().__init__()
+        self.wide, self.narrow = conv(4, 3, "wide"), conv(4)
+        self.norms = [OURS(name=f"bn_{name}") for name in ("wide", "conv", "itself")]
+        self.add = add
+
+    def call(self, x):
+        parts = [self.wide(x), self.narrow(x), x]
+        parts = [norm(part) for norm, part in zip(self.norms, parts, strict=True)]
+        return (self.add or layers.Add())(parts)
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_branches_in_a_layer_of_a_class(own):
+    x = keras.Input((6, 6, 4))
+    y = Block(layers.Add(name="sum") if own else None)(layers.ReLU()(x))
+    model = randomized(keras.Model(x, y))
+    frozen, fused, told = pair_of(model)
+    assert len(told.sums) == own
+    data = inputs_of(model)
+    assert asked(fused, data) == fused_into("wide", "conv", *["wide"] * own)
+    outputs = [each.predict(data, verbose=0) for each in (fused, frozen)]
+    np.testing.assert_allclose(*outputs, 1e-4, 1e-5)
+    keras_bn.unfreeze(fused)
+    assert asked(fused, data) == []
 
 
 def repvgg():
