@@ -56,9 +56,8 @@ def export_int8(
     integer operations. Its activations are uint8, and its inputs and outputs floats.
 
     This folds the batch normalizations first. Then TensorFlow's converter quantizes the
-    model, with ranges that it measures on `data`. The file is checked before it is
-    written: no operation in it computes in floats but those that `keep_float` and
-    `lose` leave.
+    model, with ranges measured on `data`. The file is checked before it is written: no
+    operation in it computes in floats but those that `keep_float` and `lose` leave.
 
     Args:
         model: a built model, which does not change: Functional, Sequential, or one that
