@@ -58,7 +58,12 @@ def read(model):
         A `ModelRecord`.
     """
     layers = _held(model, check_any(model))
-    return ModelRecord(model=model.name, steps=_steps(model), layers=layers)
+    trains = _trains(model)
+    for layer in layers:
+        layer.inference_mode = not trains
+    return ModelRecord(
+        model=model.name, steps=_steps(model), layers=layers, trains=trains
+    )
 
 
 def check_any(model):
@@ -158,6 +163,7 @@ class Collector(Pass):
         return ModelRecord(
             model=self.model.name,
             steps=_steps(self.model),
+            trains=_trains(self.model),
             layers=[
                 self._with_data(records[path], moments[path])
                 for path in order
@@ -188,7 +194,8 @@ class Collector(Pass):
 
     def _probe_step(self, batch, given):
         self._mode = _PROBE
-        outputs = self.forward(batch[0], training=True)
+        # None is what a model gets that is called without.
+        outputs = self.forward(batch[0], training=_trains(self.model) or None)
         if batch[1] is not None:
             _loss(self.model, batch[0], batch[1], outputs, batch[2])
 
@@ -390,6 +397,19 @@ def _steps(model):
     if optimizer is None or not optimizer.built:
         return None
     return int(float64(optimizer.iterations)) or None
+
+
+def _trains(model):
+    """Whether the steps of training that a model took were with `training=True`.
+
+    The steps of `fit` are not where its `call` takes no such argument: Keras then calls
+    it without, and layers take that for inference. A `train_step` of the user's own may
+    give it all the same.
+    """
+    if not _steps(model) or "training" in inspect.signature(model.call).parameters:
+        return True
+    steps = (getattr(type(model), name) for name in ("train_step", "__call__"))
+    return not all(step.__module__.partition(".")[0] == "keras" for step in steps)
 
 
 def _wide(values):

@@ -46,6 +46,13 @@ OUTPUT_GAP = 0.5
 LOSS_RATIO = 1.5
 ACCURACY_LOSS = 0.05
 
+# Of a model that Keras calls without `training`.
+_WITHOUT_TRAINING = (
+    "the `call` of the model takes no `training`, so `fit` runs all of it as in "
+    "inference"
+)
+_TAKE_TRAINING = "def call(self, inputs, training=None), and train again"
+
 
 class Finding(NamedTuple):
     """One thing that a diagnosis found.
@@ -140,6 +147,15 @@ def _negative_variance(layer, record):
 
 
 def _never_updated(layer, record):
+    if layer.initial and layer.inference_mode and not record.trains:
+        return Finding(  # other statistics would be others than the training had
+            "never-updated",
+            layer.layer,
+            ERROR,
+            "The moving statistics are still the initial values, also in training: "
+            f"{_WITHOUT_TRAINING}.",
+            _TAKE_TRAINING,
+        )
     if layer.initial:
         return Finding(
             "never-updated",
@@ -308,6 +324,17 @@ def _frozen(layer, record):
             "The layer is frozen: training does not update its moving statistics.",
             thaw if layer.keras else f"{thaw}; layer.trainable = True",
             None if layer.keras else Fix("unfreeze"),
+        )
+    if layer.inference_mode and not record.trains:
+        if layer.initial:
+            return None  # a finding of the statistics says it
+        return Finding(
+            "frozen",
+            layer.layer,
+            WARNING,
+            "Training does not update the moving statistics, and normalizes with "
+            f"them: {_WITHOUT_TRAINING}.",
+            _TAKE_TRAINING,
         )
     if layer.inference_mode:
         return Finding(

@@ -42,7 +42,7 @@ class LayerRecord:
         gamma, beta: its scale and offset, or None.
         bias_of: the name of a layer before it whose bias has no effect, or None.
         inference_mode: whether the model always calls it with `training=False`, as far
-            as data has shown it.
+            as data has shown it, or was itself trained so.
         adapts: whether its inference follows the inputs: see `keras_bn.adapt`.
     """
 
@@ -121,6 +121,7 @@ class ModelRecord:
         gap: as of a layer, for the outputs of the model; None without data.
         loss, accuracy: pairs of the value in inference and in training; None if the
             data has no labels, or the model no single loss or no classes.
+        trains: whether `fit` called it with `training=True`, as far as it was called.
     """
 
     model: str
@@ -135,6 +136,7 @@ class ModelRecord:
     gap: float | None = None
     loss: tuple[float, float] | None = None
     accuracy: tuple[float, float] | None = None
+    trains: bool = True
 
     def __repr__(self) -> str:
         layers, name = len(self.layers), escaped(self.model)

@@ -508,3 +508,64 @@ def test_refused(model, error, message):
 def test_no_data():
     with pytest.raises(ValueError, match="no data"):
         keras_bn.diagnose(made(), data()[:0])
+
+
+class Subclassed(keras.Model):
+    def __init__(self):
+        super().__init__(name="net")
+        self.bn = OURS(name="bn")
+        self.dense = layers.Dense(2)
+
+
+class Without(Subclassed):
+    def call(self, inputs):
+        return self.dense(self.bn(inputs))
+
+
+class With(Subclassed):
+    def call(self, inputs, training=None):
+        return self.dense(self.bn(inputs, training=training))
+
+
+class OwnStep(Without):
+    def train_step(self, *args):
+        return super().train_step(*args)
+
+
+def fitted(kind):
+    model, x = kind(), data()
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile("sgd", loss, metrics=["accuracy"])
+    model.fit(x, labels(x), batch_size=64, epochs=3, verbose=0)
+    return model, (x, labels(x))
+
+
+@pytest.mark.parametrize("with_data", [True, False])
+def test_a_model_that_fit_calls_without_training(with_data):
+    # Keras calls a model with `training=True` only where its `call` takes it.
+    model, pair = fitted(Without)
+    assert not array(model.bn.moving_mean).any()
+    report = keras_bn.diagnose(model, pair if with_data else None)
+    (finding,) = report.findings  # the gap that other statistics would make is none
+    assert finding.kind == "never-updated"
+    assert finding.severity == "error"
+    assert "`call` of the model takes no `training`" in finding.message
+    assert "training=None" in finding.remedy
+    assert finding.tool is None
+
+
+def test_statistics_that_fit_keeps_are_said_to_be_kept():
+    model, _ = fitted(Without)
+    model.bn.moving_mean.assign(np.ones(4))
+    (finding,) = keras_bn.diagnose(model).findings
+    assert finding.kind == "frozen"
+    assert finding.severity == "warning"
+    assert "`call` of the model takes no `training`" in finding.message
+
+
+@pytest.mark.parametrize("kind", [With, OwnStep])
+def test_a_model_that_may_get_training_is_not_blamed(kind):
+    model, _ = fitted(kind)
+    found = keras_bn.diagnose(model).findings
+    assert all("takes no `training`" not in f.message for f in found)
+    assert [f.tool for f in found] == ["recalibrate"] * (kind is OwnStep)
