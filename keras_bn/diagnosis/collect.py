@@ -36,18 +36,6 @@ _INFERENCE, _TRAINING, _PROBE = "inference", "training", "probe"
 _ALONE = "training alone"  # there is nothing of inference to compare with
 
 
-def collect(model, data, **options):
-    """Run data through a model, and record the inputs of its normalizations.
-
-    Args:
-        model, data, **options: as `steps`, `batch_size` and `verbose` in `diagnose`.
-
-    Returns:
-        A `ModelRecord`.
-    """
-    return Collector(model).collect(data, **options)
-
-
 def read(model):
     """What a model holds, without data.
 
@@ -143,11 +131,15 @@ class Collector(Pass):
     def collect(
         self, data, *, steps=None, batch_size=None, verbose="auto", compared=math.inf
     ):
-        """Run data through the model; see `collect`.
+        """Run data through the model, and record the inputs of its normalizations.
 
         Args:
+            data, steps, batch_size, verbose: as in `diagnose`.
             compared: after how many samples the outputs in inference are enough, and
                 only the statistics go on.
+
+        Returns:
+            A `ModelRecord`.
         """
         self._compared = compared
         self._pool, self._elements = Pool(), {}

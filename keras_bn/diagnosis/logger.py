@@ -185,6 +185,8 @@ class StatisticsLogger(DataCallback):
                 "for the start.",
             )
             return
+        for reason, message in self._collector.left_out().items():
+            self._warn_once(reason, message)
         new = [_row(epoch, layer) for layer in record.layers]
         nan = math.nan
         new.append(DriftRow(epoch, record.model, nan, nan, nan, nan, record.gap))

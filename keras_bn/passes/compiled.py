@@ -186,6 +186,23 @@ class Pass:
         if not self.samples:
             raise NoDataError
 
+    def left_out(self):
+        """What to say of samples and batches that were left out, a dict by reason."""
+        messages = {}
+        if self.invalid:
+            messages["samples"] = (
+                f"{self.invalid} of {self.invalid + self.samples} samples in the data "
+                "are not finite and were left out; the first is sample "
+                f"{self.first_invalid}."
+            )
+        if self.partial:
+            path, count = self.partial.most_common(1)[0]
+            messages["batches"] = (
+                f"The input of '{path}' was not finite in {count} of {self.batches} "
+                "batches, though the data was. Those channels were left out there."
+            )
+        return messages
+
     def _use(self, batch, given):
         notes, samples = self.run(batch, given), _samples(batch)
         if not self._finite:

@@ -33,6 +33,11 @@ class Statistics(Mapping[str, Moments]):
     def __init__(
         self, moments: Mapping[str, Moments], samples: float | None = None
     ) -> None:
+        if not isinstance(moments, Mapping):
+            raise TypeError(
+                "Statistics must be a mapping of paths to `keras_bn.Moments`. "
+                f"Received: {moments!r} ({type(moments).__name__})"
+            )
         self._moments = {path: _arrays(path, part) for path, part in moments.items()}
         self.samples = samples
 
@@ -148,6 +153,7 @@ def pooled(parts: Iterable[Statistics]) -> Statistics:
         `Statistics`.
 
     Raises:
+        TypeError: for parts that are no mappings.
         ValueError: for no parts, for parts of different layers or shapes, and for a
             part that does not say how many samples it rests on.
 
@@ -162,7 +168,7 @@ def pooled(parts: Iterable[Statistics]) -> Statistics:
     >>> print(whole["bn"].mean, whole["bn"].variance, whole.samples)
     [1.] [4.] 4
     """
-    parts = list(parts)
+    parts = [p if isinstance(p, Statistics) else Statistics(p) for p in parts]
     if not parts:
         raise ValueError("`parts` must not be empty. Received: parts=[]")
     for part in parts[1:]:

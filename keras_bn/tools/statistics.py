@@ -106,6 +106,7 @@ def set_statistics(model: keras.Model, statistics: Mapping[str, Moments]) -> Non
             (`keras_bn.adapt`) begins again from the new ones.
 
     Raises:
+        TypeError: if `statistics` is no mapping.
         ValueError: if the layers or their shapes are not those of the model, or if a
             layer rests on no element. Nothing has changed then.
 
@@ -342,19 +343,8 @@ def _warn_of_few(statistics, prior):
 
 def _warn_of_invalid(run):
     """Warn of samples and batches that were left out."""
-    if run.invalid:
-        warnings.warn(
-            f"{run.invalid} of {run.invalid + run.samples} samples in the data are not "
-            f"finite and were left out; the first is sample {run.first_invalid}.",
-            stacklevel=5,
-        )
-    if run.partial:
-        path, count = run.partial.most_common(1)[0]
-        warnings.warn(
-            f"The input of '{path}' was not finite in {count} of {run.batches} "
-            "batches, though the data was. Those channels were left out there.",
-            stacklevel=5,
-        )
+    for message in run.left_out().values():
+        warnings.warn(message, stacklevel=5)
 
 
 def _warn_of_skew(labels):

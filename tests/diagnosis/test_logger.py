@@ -177,6 +177,17 @@ def test_it_starts_anew_or_goes_on(tmp_path):
     assert epochs(read(file)) == [5, 6]
 
 
+def test_samples_that_are_not_finite_are_told_once():
+    x = data()
+    x[[5, 50]] = np.nan
+    logger = keras_bn.StatisticsLogger(x)
+    message = r"StatisticsLogger: 2 of 96 samples .* left out; the first is sample 5\."
+    with pytest.warns(UserWarning, match=message) as caught:
+        fit(made(), logger)
+    assert len([w for w in caught if "left out" in str(w.message)]) == 1
+    assert np.isfinite(logger.rows[-1].output_gap)
+
+
 def test_without_a_file_rows_go_on_in_memory():
     model, logger = made(), keras_bn.StatisticsLogger(data(), append=True)
     fit(model, logger, epochs=1)

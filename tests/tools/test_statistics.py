@@ -176,6 +176,16 @@ def test_using_gives_all_back(make):
     np.testing.assert_array_equal(model.predict(x, verbose=0), expected)
 
 
+def test_what_is_no_mapping_is_refused():
+    model = keras.Sequential([keras.Input((1,)), keras_bn.BatchNormalization()])
+    statistics = keras_bn.statistics(model)
+    for wrong in (None, [statistics], 3.0):
+        with pytest.raises(TypeError, match=r"must be a mapping .* Received: "):
+            keras_bn.set_statistics(model, wrong)
+    with pytest.raises(TypeError, match="must be a mapping"):
+        keras_bn.pooled(statistics)  # its paths
+
+
 def test_what_does_not_fit_is_refused_with_both_lists():
     model = chain(OURS(name="a"), OURS(name="b"))
     before, ones = state(model), np.ones(4)
