@@ -247,7 +247,7 @@ def _export_int8(commands):
         "--correct-bias",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="correct biases for the mean error of rounding the weights (yes)",
+        help="round weights so that their errors make up for each other (yes)",
     )
     command.add_argument(
         "--activations",

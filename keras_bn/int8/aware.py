@@ -30,6 +30,7 @@ from keras_bn.surgery.insert import insert
 from keras_bn.surgery.norms import is_frozen, is_normalization
 from keras_bn.surgery.private import require
 from keras_bn.surgery.view import ModelView
+from keras_bn.tools.commute import PER_CHANNEL
 from keras_bn.tools.convert import convert as convert_layers
 from keras_bn.tools.fold import FoldPlan
 from keras_bn.tools.fuse import separate
@@ -47,15 +48,9 @@ _FIXED = {
 # begins so.
 _ACTIVATION, _ROUNDING = "_activation", "int8_"
 # What moves or picks values: the output has the range of the input.
-_SAME_RANGE = frozenset(
-    """
-    AlphaDropout AveragePooling1D AveragePooling2D Cropping1D Cropping2D Dropout
-    ExpandDims Flatten GaussianDropout GaussianNoise GlobalMaxPooling1D
-    GlobalMaxPooling2D Identity MaxPooling1D MaxPooling2D Permute RepeatVector Reshape
-    SpatialDropout1D SpatialDropout2D Squeeze Transpose UpSampling1D UpSampling2D
-    ZeroPadding1D ZeroPadding2D
-    """.split()  # noqa: SIM905 (a list would take thirty lines)
-)
+_MOVES = {"ExpandDims", "Flatten", "Permute", "RepeatVector", "Reshape", "Squeeze"}
+_OTHERS = {"ActivityRegularization", "GlobalAveragePooling1D", "GlobalAveragePooling2D"}
+_SAME_RANGE = {k.__name__ for k in PER_CHANNEL} - _OTHERS | _MOVES | {"Transpose"}
 
 
 def quantize_aware(
@@ -229,13 +224,14 @@ def _quantize_weights(view):
 
 def _places(view):
     """Where values are rounded: pairs of a tensor and the layers behind it."""
-    inputs = [t for t in view.graph.inputs if _is_float(t)]
+    is_float = keras.backend.is_float_dtype
+    inputs = [t for t in view.graph.inputs if is_float(t.dtype)]
     names = ["input"] if len(inputs) == 1 else [t.name for t in inputs]
     places = [(t, [_rounding(n)]) for t, n in zip(inputs, names, strict=True)]
     behind: dict[int, list] = {}
     for node in view.calls:
         operation = node.operation
-        if len(node.outputs) != 1 or not _is_float(node.outputs[0]):
+        if len(node.outputs) != 1 or not is_float(node.outputs[0].dtype):
             continue
         if id(operation) not in behind:
             behind[id(operation)] = _behind(node, view)
@@ -274,10 +270,6 @@ def _rounding(name, operation=None):
     function = getattr(operation, "activation", None)
     kind = getattr(function, "__name__", type(operation).__name__)
     return FakeQuantizer(fixed=_FIXED.get(kind.lower()), name=f"{_ROUNDING}{name}")
-
-
-def _is_float(tensor):
-    return keras.backend.is_float_dtype(tensor.dtype)
 
 
 def _quoted(paths, path):

@@ -19,6 +19,10 @@ _WEIGHTED = ("CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED", "TRANSPOSE_CONV"
 # Between integers of other scales, or between these and floats.
 _MOVES = ("QUANTIZE", "DEQUANTIZE")
 
+# With 16 bits, ranges are also measured on samples this many times as large: values
+# beyond a range are cut off, and there are bits to spare.
+_ROOM = np.float32(1.5)
+
 _MEASURES = (
     " `keras_bn.export_int8` of a model that is not from `keras_bn.quantize_aware` "
     "takes more activations, as hard_sigmoid and softplus, for it measures the ranges "
@@ -193,17 +197,12 @@ def convert(
     """A model as a `File`, with no operation of floats in it but those named.
 
     Args:
-        model: a Functional or Sequential model.
         example: a batch as the file takes it, a list of arrays.
         options: the `Options`.
-        samples: a list of batches to measure ranges with; None for a model that has
-            them.
-        keep_float: a set of paths of the calls that stay in floats; at 16 bits, of
-            those that may, where they have no integers.
+        samples: batches to measure ranges with; None for a model that has them.
+        keep_float: paths of the calls that stay in floats; at 16 bits, of those that
+            may, where they have no integers.
         quoted: gives what an error says for the path of a layer.
-
-    Raises:
-        ValueError: naming the layers that the converter cannot make integer.
     """
     given = _once(tensor.name for tensor in graph_of(model).inputs)
     made = _once(graph_of(model).output_names)
@@ -219,7 +218,11 @@ def convert(
         return dict(zip(made, traced.outputs, strict=True))
 
     def measured():
-        return (dict(zip(given, batch, strict=True)) for batch in samples)
+        for batch in samples:
+            yield dict(zip(given, batch, strict=True))
+            if options.activations == 16:
+                more = ((x * (_ROOM if x.dtype.kind == "f" else 1)) for x in batch)
+                yield dict(zip(given, more, strict=True))
 
     def in_floats(interpreter):
         file = File(interpreter, given, made, traced)
@@ -241,7 +244,6 @@ def convert(
             function,
             inputs,
             None if samples is None else measured,
-            options.per_channel,
             options.activations,
             in_floats if keep_float else None,
         )
@@ -299,10 +301,7 @@ def _once(names):
 
 
 def refusal(model, paths, why, advice=_MEASURES):
-    """The error that says which layers cannot be made integer.
-
-    Of the reason, `why`, it quotes the first line that tells of an error.
-    """
+    """The error that names layers, and the first line of `why` that tells of one."""
     names = ", ".join(paths) or "a layer"
     lines = [line.strip() for line in str(why).splitlines() if line.strip()]
     errors = [line for line in lines if "error: " in line] or lines

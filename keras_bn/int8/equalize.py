@@ -13,39 +13,25 @@ import keras
 import numpy as np
 from keras import layers
 
+from keras_bn.tools.commute import PER_CHANNEL
 from keras_bn.tools.linear import Affine, has_input_channels, is_activated, linear
 
 _SWEEPS = 50
 _CLOSE = 1e-3
 
-# Layers that do the same to each channel, and whose output scales with their input.
-_HOMOGENEOUS = (
-    *(layers.AveragePooling1D, layers.AveragePooling2D),
-    *(layers.Cropping1D, layers.Cropping2D),
-    *(layers.Dropout, layers.Identity, layers.LeakyReLU),
-    *(layers.GlobalAveragePooling1D, layers.GlobalAveragePooling2D),
-    *(layers.GlobalMaxPooling1D, layers.GlobalMaxPooling2D),
-    *(layers.MaxPooling1D, layers.MaxPooling2D),
-    *(layers.SpatialDropout1D, layers.SpatialDropout2D),
-    *(layers.UpSampling1D, layers.UpSampling2D),
-    *(layers.ZeroPadding1D, layers.ZeroPadding2D),
-)
-
 
 def relu_limit(operation):
     """The upper bound of a ReLU, infinity if it has none; None for anything else."""
-    function = operation
     if isinstance(operation, layers.ReLU):
         if operation.negative_slope or operation.threshold:
             return None
         return np.inf if operation.max_value is None else float(operation.max_value)
-    if isinstance(operation, layers.Activation):
-        function = operation.activation
+    alone = isinstance(operation, layers.Activation)
+    function = operation.activation if alone else operation
     if function is keras.activations.relu or type(function).__name__ == "Relu":
         return np.inf
-    if function is keras.activations.relu6 or type(function).__name__ == "Relu6":
-        return 6.0
-    return None
+    six = function is keras.activations.relu6 or type(function).__name__ == "Relu6"
+    return 6.0 if six else None
 
 
 def equalize(view):
@@ -78,11 +64,11 @@ def _step(edits, first, second):
     before, after = edits[id(first.operation)], edits[id(second.operation)]
     out, into = output_range(before), input_range(after)
     alive = (out > 0) & (into > 0)
-    ratio = np.divide(out, into, out=np.ones_like(out), where=alive)
-    scale = np.sqrt(ratio)
+    scale = np.sqrt(np.divide(out, into, out=np.ones_like(out), where=alive))
     none = np.zeros_like(scale)
-    before.fold_output(Affine(1 / scale, none), _channels(first.outputs[0], before))
-    after.fold_input(Affine(scale, none), _channels(second.input_tensors[0], after))
+    axes = [(edit.channel_axis(edit.rank),) for edit in (before, after)]
+    before.fold_output(Affine(1 / scale, none), axes[0])
+    after.fold_input(Affine(scale, none), axes[1])
     return float(np.abs(np.log(scale)).max())
 
 
@@ -102,16 +88,13 @@ def input_range(edit):
     return kernel.max((0, 3)).T.reshape(-1)
 
 
-def _channels(tensor, edit):
-    return (edit.channel_axis(len(tensor.shape)),)
-
-
 def _pairs(view):
     """Pairs of calls of linear layers between which the channels may be scaled."""
     return [
         (node, second)
         for node in view.calls
-        if _is_weighted(node.operation, view) and _homogeneous(node.operation)
+        if _is_weighted(layer := node.operation, view)
+        and (not is_activated(layer) or relu_limit(layer.activation) == np.inf)
         for second in [_next_weighted(node, view)]
         if second is not None and _takes(node, second)
     ]
@@ -121,18 +104,16 @@ def _is_weighted(operation, view):
     return has_input_channels(operation) and view.called_once(operation)
 
 
-def _homogeneous(layer):
-    """Whether what a linear layer computes after its sum is homogeneous."""
-    return not is_activated(layer) or relu_limit(layer.activation) == np.inf
-
-
 def _next_weighted(node, view):
     """The linear layer that alone takes the output of a call, with ReLUs between."""
     node = view.next(node)
     while node is not None and not _is_weighted(node.operation, view):
         operation = node.operation
         relu = relu_limit(operation) == np.inf
-        if not (relu or type(operation) in _HOMOGENEOUS) or len(node.input_tensors) > 1:
+        if (
+            not (relu or type(operation) in PER_CHANNEL | {layers.LeakyReLU})
+            or len(node.input_tensors) > 1
+        ):
             return None
         node = view.next(node)
     return node

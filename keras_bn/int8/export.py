@@ -10,7 +10,7 @@ import keras
 
 from keras_bn.int8 import onnx, tflite
 from keras_bn.int8.convert import check_layers, constant, convert
-from keras_bn.int8.correct import correct, shifts_of
+from keras_bn.int8.correct import correct
 from keras_bn.int8.equalize import equalize as equalize_channels
 from keras_bn.int8.layers import FakeQuantizer
 from keras_bn.int8.lose import CONVERSIONS, Scored, raised
@@ -74,9 +74,9 @@ def export_int8(
         equalize: whether to scale the channels between neighbouring layers so that
             their weights have equal ranges. It helps where the channels of a tensor
             have very different ranges, and may harm a little elsewhere.
-        correct_bias: whether to correct biases for the mean error that rounding the
-            weights causes on the samples. Those of a model from `quantize_aware` stay
-            as they are: they were trained beside rounded weights.
+        correct_bias: whether to round the weights so that on the samples their errors
+            make up for each other, and to correct biases for the mean error. Those of a
+            model from `quantize_aware` stay as they were trained.
         activations: bits of the activations, of inputs and outputs too: 8, or 16, which
             lose less and take more time. Kernels have 8.
         keep_float: paths of layers, operations and models in the model, or patterns as
@@ -110,8 +110,9 @@ def export_int8(
         ImportError: if what an `.onnx` file needs is not installed.
 
     Source: Jacob et al., "Quantization and Training of Neural Networks for Efficient
-    Integer-Arithmetic-Only Inference", 2018. Equalization and bias correction: Nagel et
-    al., "Data-Free Quantization Through Weight Equalization and Bias Correction", 2019.
+    Integer-Arithmetic-Only Inference", 2018. Rounding: Frantar et al., "GPTQ", 2023.
+    Equalization and bias correction: Nagel et al., "Data-Free Quantization Through
+    Weight Equalization and Bias Correction", 2019.
 
     Example:
 
@@ -150,13 +151,9 @@ def export_int8(
 
 
 def integer_file(model, data=None, *, steps=None, batch_size=None, **options):
-    """The content of the file that `export_int8` writes, and its report.
+    """The bytes of the file that `export_int8` writes, and its report.
 
-    Args:
-        **options: those of `Options`.
-
-    Returns:
-        `(bytes, Int8Report)`.
+    The options are those of `Options`.
     """
     tflite.check_backend("export_int8")
     chosen = Options(**options)
@@ -229,7 +226,6 @@ def _from_floats(view, samples, labels, options):
     named = _matching(folded, options.keep_float)
     score = None if lose is None else Scored(model, samples, labels, options.metric)
     equalized = equalize_channels(folded) if options.equalize else []
-    shifts = shifts_of(folded, samples) if options.correct_bias else {}
     kept = {fold.layer: fold.reason for fold in plan.folds if fold.into is None}
     conversions = 0
 
@@ -238,15 +234,14 @@ def _from_floats(view, samples, labels, options):
         nonlocal conversions
         conversions += 1
         exact = exact | keep_float if options.activations == 8 else exact
-        rounded = {path: s for path, s in shifts.items() if path not in exact}
         converted, of = copy_model(reference, compiled=False, view=folded)
-        correct(folded, rounded, of)
+        rounded = correct(folded, of, samples, exact) if options.correct_bias else []
         file = convert(converted, samples[0], options, samples, keep_float)
-        together = not rounded.keys().isdisjoint(file.floats)  # in one operation
+        together = not set(rounded).isdisjoint(file.floats)  # in one operation
         if together and conversions < CONVERSIONS:
             return written(keep_float, exact.union(file.floats))
         report = _report(file, model, reference, samples)
-        report.equalized, report.corrected = equalized, list(rounded)
+        report.equalized, report.corrected = equalized, rounded
         report.kept, report.conversions = kept, conversions
         return report, file
 

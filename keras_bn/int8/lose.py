@@ -51,11 +51,8 @@ class Scored:
 def raised(first, written, score, lose):
     """The file with the fewest layers in floats that is found to be good enough.
 
-    Args:
-        first: `(report, file)`, all in integers or as far as they are to be.
-        written: gives the same with layers in floats, from a set of their paths.
-        score: a `Scored`.
-        lose: how much lower than in floats the metric may be.
+    `first` is the report and the file without further layers in floats; `written` gives
+    the same with those of a set of paths, `score` is a `Scored`.
     """
     report, file = first
     scores, least = [score(file)], score.floats - lose

@@ -67,17 +67,10 @@ def not_finite(path):
 
 
 def compare(file, original, reference, samples):
-    """The errors of the outputs and of the layers of a file.
+    """The errors of the outputs of a `File`, by name, and a list of `Int8Layer`.
 
-    Args:
-        file: the `File`.
-        original: the model of floats that the outputs are compared with.
-        reference: the one that the layers are compared with, with the calls of the
-            model that was converted.
-        samples: those to compare on.
-
-    Returns:
-        `(outputs, layers)`: dict of errors by name, and list of `Int8Layer`.
+    Its outputs are compared with those of the model `original`, its layers with those
+    of `reference`, which has the calls of the model that was converted.
     """
     outputs_of = tflite.compiled(lambda inputs: through(original, inputs).outputs)
     values_of = tflite.compiled(lambda inputs: through(reference, inputs).values)
@@ -100,7 +93,7 @@ def compare(file, original, reference, samples):
             file.paths[number],
             place.operation,
             errors[number],
-            _added(errors[number], [errors.get(i, 0.0) for i in place.before]),
+            _added(errors[number], {errors.get(i, 0.0) for i in place.before}),
         )
         for number, place in places.items()
         if number in errors

@@ -29,12 +29,7 @@ def accuracy(labels, outputs):
 
 
 class Options(NamedTuple):
-    """The options of `export_int8`, and two of its own.
-
-    Args:
-        per_channel: whether each output channel of a kernel has a scale of its own.
-        suffix: of the path of the file.
-    """
+    """The options of `export_int8`, and the suffix of the path of its file."""
 
     equalize: bool = False
     correct_bias: bool = True
@@ -43,7 +38,6 @@ class Options(NamedTuple):
     lose: float | None = None
     metric: Callable[..., float] = accuracy
     symmetric: bool = False
-    per_channel: bool = True
     suffix: str = ".tflite"
 
     @property

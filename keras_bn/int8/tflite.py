@@ -88,24 +88,18 @@ def compiled(function):
     return compute
 
 
-def convert(function, inputs, samples=None, per_channel=True, bits=8, floats=None):
+def convert(function, inputs, samples=None, bits=8, floats=None):
     """A function of tensors as the content of a file of integers.
 
     Args:
         function: takes a tensor for each input, and gives a dict of tensors by name.
         inputs: dict of arrays as it takes them, by the name of the input.
-        samples: a function that gives an iterator of dicts of arrays, by the names of
-            the inputs, which the converter measures the ranges with; None if the
+        samples: gives an iterator of such dicts to measure ranges with; None if the
             function has fake quantization everywhere.
-        per_channel: whether each output channel of a kernel has a scale of its own.
         bits: of the activations with `samples`, 8 or 16.
         floats: None if nothing may stay in floats. Otherwise what has no counterpart of
             integers does; and at 8 bits, those operations whose output tensors this
             function names. It gets the `Interpreter` of a file all in floats.
-
-    Raises:
-        ConversionError: if the converter refuses it.
-        RuntimeError: if TensorFlow lacks what `floats` needs.
     """
     import tensorflow as tf
 
@@ -125,7 +119,6 @@ def convert(function, inputs, samples=None, per_channel=True, bits=8, floats=Non
     converter.optimizations = [tf.lite.Optimize.DEFAULT]
     dtype = {8: tf.int8, 16: tf.int16}[bits]
     converter.inference_input_type = converter.inference_output_type = dtype
-    private.set_per_channel(converter, per_channel)
     if samples is not None:
         first = functools.partial(itertools.islice, samples(), 1)
         converter.representative_dataset = first if halved else samples
@@ -141,7 +134,7 @@ def convert(function, inputs, samples=None, per_channel=True, bits=8, floats=Non
             return converter.convert()
         content = _measured(private.measured(converter), samples())
         names = [] if floats is None else floats(Interpreter(content))
-        return private.quantized(content, dtype, per_channel, names)
+        return private.quantized(content, dtype, names)
     except Exception as error:  # it raises whatever its parts raise
         message = f"{error}{_named(concrete, str(error))}"
         raise ConversionError(message) from error

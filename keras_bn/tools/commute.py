@@ -138,6 +138,8 @@ _BY_VALUES = {
     _if_positive: "takes the largest value, and a scale may become negative",
     _if_unshifted: "pads with zeros, which a shift would change",
 }
+# Layers that do the same to each channel, and whose output scales with their input.
+PER_CHANNEL = {k for k, rule in _TABLE.items() if rule not in (_if_linear, _rearranged)}
 _NONLINEAR = (layers.ELU, layers.LeakyReLU, layers.PReLU, layers.ReLU, layers.Softmax)
 
 

@@ -184,6 +184,29 @@ class Linear:
 
         return xp.reshape(xp.transpose(kernel, order), (-1, channels)), back
 
+    def unit_kernels(self, name):
+        """Kernels with which the layer gives what the weights of one are multiplied by.
+
+        Args:
+            name: of the kernel.
+
+        Returns:
+            `(kernels, groups)`: dict by name, of this kernel and those after it. The
+            output has `groups * weights` channels, where each output channel has so
+            many weights, and the channels of a group have the same inputs.
+        """
+        kernel = getattr(self.layer, name)
+        axes, shape = self.channel_axes(name), list(kernel.shape)
+        groups = shape[axes[0]] if len(axes) > 1 else getattr(self.layer, "groups", 1)
+        size = math.prod(n for axis, n in enumerate(shape) if axis not in axes)
+        shape[axes[-1]] = size if len(axes) > 1 else size * groups
+        _, back = self.as_matrix(name, np.empty(shape))
+        kernels = {name: back(np.tile(np.eye(size), groups))}
+        if name != self.last:
+            ones = [1] * (len(shape) - 2)
+            kernels[self.last] = np.eye(size * groups).reshape(*ones, size * groups, -1)
+        return kernels, groups
+
     def along_output(self, axes):
         """The shapes in which values per output channel broadcast to the weights.
 

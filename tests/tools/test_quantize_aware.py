@@ -9,16 +9,15 @@ from keras import layers, ops
 from support import backend
 from support.backend import array
 from support.marks import mostly_slow, takes_fake_quantization
+from support.rounding import rounded as rounded_kernel
 from support.zoo import randomized
 
 import keras_bn
 from keras_bn.int8 import tflite
 from keras_bn.int8.convert import constant
-from keras_bn.int8.correct import rounded as rounded_kernel
 from keras_bn.int8.export import integer_file
 from keras_bn.int8.layers import FakeQuantizedLinear, FakeQuantizer
 from keras_bn.surgery.view import ModelView
-from keras_bn.tools.linear import linear
 
 tf = backend.tensorflow("its ops round")
 
@@ -200,7 +199,7 @@ def test_training_is_the_whitepapers_formula(use_bias, affine):
     plain = conv(x).numpy()
     batch_sigma = np.sqrt(plain.var((0, 1, 2)) + norm.epsilon)
     folded = conv.kernel.numpy() * gamma / sigma
-    rounded = rounded_kernel(linear(conv), "kernel", folded)
+    rounded = rounded_kernel(folded)
     whole = ops.conv(x, rounded.astype("float32")).numpy()
     # Section 3.2.2: the correction c is the batch's deviation over the moving one.
     bias = conv.bias.numpy() if use_bias else 0.0
@@ -216,7 +215,7 @@ def test_inference_and_frozen_training_use_the_weights_of_the_file(frozen):
     layer, conv, norm = wrapped(use_bias=True)
     norm.freeze_statistics = frozen
     scale = norm.gamma / ops.sqrt(norm.moving_variance + norm.epsilon)
-    rounded = rounded_kernel(linear(conv), "kernel", (conv.kernel * scale).numpy())
+    rounded = rounded_kernel((conv.kernel * scale).numpy())
     offset = (conv.bias - norm.moving_mean) * scale + norm.beta
     expected = ops.conv(images(6), rounded.astype("float32")) + offset
     before = norm.moving_mean.numpy()

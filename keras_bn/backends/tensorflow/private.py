@@ -60,11 +60,6 @@ def copy_function(function: Any, python_function: Any) -> Any:
     )
 
 
-def set_per_channel(converter: tf.lite.TFLiteConverter, value: bool) -> None:
-    """Whether each output channel of a kernel gets a scale of its own in the file."""
-    converter._experimental_disable_per_channel = not value
-
-
 def converts_in_halves() -> bool:
     """Whether a conversion can be interrupted, by `measured` and `quantized`."""
     return hasattr(_lite, "mlir_quantize") and _schema is not None
@@ -108,20 +103,16 @@ def ranges(content: bytearray) -> dict[int, tuple[Any, Any]]:
     }
 
 
-def quantized(
-    content: bytes, dtype: tf.DType, per_channel: bool, names: list[str]
-) -> bytes:
+def quantized(content: bytes, dtype: tf.DType, names: list[str]) -> bytes:
     """The second half of a conversion.
 
     Args:
         content: what `measured` gives.
         dtype: of the inputs and outputs of the file.
-        per_channel: as in `set_per_channel`.
         names: of the output tensors of the operations that stay in floats.
     """
     return _lite.mlir_quantize(
         content,
-        disable_per_channel=not per_channel,
         input_data_type=dtype,
         output_data_type=dtype,
         denylisted_nodes=names,
