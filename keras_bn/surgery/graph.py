@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import itertools
 from typing import Any
 
 import keras
@@ -15,7 +16,9 @@ def walk(model, path=()):
 
     Returns:
         An iterator of `(path, layer)`, where `path` joins the names of the layers
-        around it with slashes. The model itself comes first, with an empty path.
+        around it with slashes. The model itself comes first, with an empty path. Of
+        two layers side by side with one name, as `clone_model` makes, the second is
+        called `name_1`.
     """
     seen = set()
 
@@ -24,10 +27,24 @@ def walk(model, path=()):
             return
         seen.add(id(layer))
         yield "/".join(path), layer
-        for child in children(layer):
-            yield from visit(child, (*path, child.name))
+        for child, name in _named(children(layer)):
+            yield from visit(child, (*path, name))
 
     return visit(model, tuple(path))
+
+
+def _named(layers):
+    """Pairs of each of some layers and a name that no other of them has."""
+    layers = {id(layer): layer for layer in layers}.values()
+    taken, names = {layer.name for layer in layers}, set()
+    for layer in layers:
+        name = layer.name
+        if name in names:
+            numbered = (f"{layer.name}_{i}" for i in itertools.count(1))
+            name = next(each for each in numbered if each not in taken)
+            taken.add(name)
+        names.add(name)
+        yield layer, name
 
 
 def variables_of(model):

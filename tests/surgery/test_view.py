@@ -165,3 +165,39 @@ def test_export_goes_through_a_model_three_times(mended, tmp_path):
         keras_bn.export_int8, model, tmp_path / "a.tflite", inputs_of(model), **options
     )
     assert count == 3
+
+
+class Averaged(keras.Model):
+    """A network and a copy of it for averaged weights, as in diffusion models."""
+
+    def __init__(self):
+        super().__init__(name="averaged")
+        inputs = keras.Input((3,))
+        y = keras_bn.BatchNormalization(name="bn")(inputs)
+        self.network = keras.Model(inputs, y, name="net")
+        self.average = keras.models.clone_model(self.network)
+        self.last = layers.Dense(3, name="net_1")
+
+    def call(self, x):
+        return self.last(self.average(self.network(x)))
+
+
+def test_layers_of_one_name_side_by_side_have_paths_of_their_own():
+    model = Averaged()
+    model(np.ones((2, 3), "float32"))
+    assert model.network.name == model.average.name
+    view = ModelView(model)
+    assert view.path(model.average) == "net_2"
+    assert view.path(model.last) == "net_1"
+    assert keras_bn.freeze(model) == ["net/bn", "net_2/bn"]
+    assert all(net.get_layer("bn").freeze_statistics for net in model.layers[:2])
+    keras_bn.unfreeze(model)
+    x = np.random.default_rng(0).normal(2, 3, size=(256, 3)).astype("float32")
+    keras_bn.recalibrate(model, x)
+    found = keras_bn.statistics(model, x)
+    assert list(found) == ["net/bn", "net_2/bn"]
+    norms = [net.get_layer("bn") for net in model.layers[:2]]
+    for path, norm in zip(found, norms, strict=True):
+        mean = keras.ops.convert_to_numpy(norm.moving_mean)
+        np.testing.assert_allclose(mean, found[path].mean, atol=1e-4)
+    assert [str(f).split()[0] for f in keras_bn.plan_fold(model)] == list(found)
