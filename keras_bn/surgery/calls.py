@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import keras
 
 from keras_bn.surgery.graph import functional_class, graph_of, nodes
+from keras_bn.surgery.private import NONE_HIDES_TRAINING
 
 
 class Call(NamedTuple):
@@ -97,6 +98,10 @@ def run(model, inputs, around):
                 # As Keras does for a model called in a graph.
                 single = isinstance(outputs, list | tuple) and len(outputs) == 1
                 return outputs[0] if single else outputs
+            # As Keras does for a graph: a random crop has `training=True` by default.
+            own = NONE_HIDES_TRAINING and kwargs.get("training") is not None
+            if isinstance(operation, keras.Layer) and not own:
+                kwargs["training"] = False
             this = Call(next(indices), "/".join(path), operation)
             return around(this, functools.partial(operation, *args, **kwargs))
 

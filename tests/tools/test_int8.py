@@ -578,6 +578,24 @@ def test_what_goes_into_an_operation_in_place_has_a_range_of_its_own(activation,
     assert errors["small"] < 0.03
 
 
+def test_augmentation_does_nothing_in_a_file(tmp_path):
+    # These layers train by default: their calls in a graph hold `training=True`.
+    model = keras.Sequential(
+        [
+            keras.Input((8, 8, 3)),
+            layers.RandomFlip("horizontal"),
+            layers.RandomRotation(0.2),
+            layers.Conv2D(4, 3),
+            layers.BatchNormalization(),
+        ]
+    )
+    before = [np.array(keras.ops.convert_to_numpy(v)) for v in model.variables]
+    x = np.random.default_rng(0).normal(size=(32, 8, 8, 3)).astype("float32")
+    assert keras_bn.export_int8(model, tmp_path / "m.tflite", x).error < 0.05
+    for variable, value in zip(model.variables, before, strict=True):
+        np.testing.assert_array_equal(keras.ops.convert_to_numpy(variable), value)
+
+
 @pytest.mark.parametrize("name", ["_conv", "-conv", "__", "9", ".conv"])
 def test_any_name_of_a_layer(name, tmp_path):
     stack = [layers.Conv2D(4, 3, name=name), layers.ReLU(name=f"{name}_relu")]
