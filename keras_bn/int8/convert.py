@@ -187,12 +187,7 @@ def _tagged(text, known):
 
 
 def convert(
-    model,
-    example,
-    options,
-    samples=None,
-    keep_float=frozenset(),
-    quoted="'{}'".format,
+    model, example, options, samples=None, keep_float=frozenset(), quoted="'{}'".format
 ):
     """A model as a `File`, with no operation of floats in it but those named.
 
@@ -240,13 +235,9 @@ def convert(
 
     advice = _MEASURES if samples is None else " Or name it in `keep_float`."
     try:
-        content = tflite.convert(
-            function,
-            inputs,
-            None if samples is None else measured,
-            options.activations,
-            in_floats if keep_float else None,
-        )
+        ranges, floats_of = samples and measured, in_floats if keep_float else None
+        bits = options.activations
+        content = tflite.convert(function, inputs, ranges, bits, floats_of)
     except tflite.ConversionError as error:
         paths = said(error)
         kept = bool(paths) and {quoted(path) for path in keep_float}.issuperset(paths)

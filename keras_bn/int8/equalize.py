@@ -108,22 +108,17 @@ def _next_weighted(node, view):
     """The linear layer that alone takes the output of a call, with ReLUs between."""
     node = view.next(node)
     while node is not None and not _is_weighted(node.operation, view):
-        operation = node.operation
-        relu = relu_limit(operation) == np.inf
-        if (
-            not (relu or type(operation) in PER_CHANNEL | {layers.LeakyReLU})
-            or len(node.input_tensors) > 1
-        ):
+        passes = type(node.operation) in PER_CHANNEL | {layers.LeakyReLU}
+        passes = passes or relu_limit(node.operation) == np.inf
+        if not passes or len(node.input_tensors) > 1:
             return None
         node = view.next(node)
     return node
 
 
-def _takes(first, second):
+def _takes(*pair):
     """Whether both layers have the same channels, as many and on the same axis."""
-    formats = {
-        getattr(node.operation, "data_format", "channels_last")
-        for node in (first, second)
-    }
-    out, into = output_range(_linear(first)), input_range(_linear(second))
+    formats = {getattr(n.operation, "data_format", "channels_last") for n in pair}
+    first, second = map(_linear, pair)
+    out, into = output_range(first), input_range(second)
     return len(formats) == 1 and out.shape == into.shape

@@ -131,19 +131,10 @@ def export_int8(
     """
     require("keras_bn.export_int8", "layers", "graph", "copy", "data")
     files.check_writable(path, force=True)
+    chosen = equalize, correct_bias, activations, keep_float, lose, metric, symmetric
+    options = Options(*chosen, suffix=pathlib.Path(path).suffix)._asdict()
     content, report = integer_file(
-        model,
-        data,
-        steps=steps,
-        batch_size=batch_size,
-        equalize=equalize,
-        correct_bias=correct_bias,
-        activations=activations,
-        keep_float=keep_float,
-        lose=lose,
-        metric=metric,
-        suffix=pathlib.Path(path).suffix,
-        symmetric=symmetric,
+        model, data, steps=steps, batch_size=batch_size, **options
     )
     files.write_whole(path, lambda part: part.write_bytes(content), force=True)
     report.origin = origin_of(data)

@@ -39,13 +39,8 @@ def check_installed():
 class Interpreter:
     """Makes the ONNX file of a `.tflite` file, and runs it as a `tflite.Interpreter`.
 
-    Args:
-        integers: the `tflite.Interpreter` of the file.
-        symmetric: whether activations are int8 with a zero point of 0.
-
-    Attributes:
-        content: bytes of the ONNX file. Its inputs and outputs are floats, by the names
-            of the signature.
+    `integers` is the interpreter of that file. `content` is the ONNX file: its inputs
+    and outputs are floats, by the names of the signature.
 
     Raises:
         ConversionError: if tf2onnx or onnxruntime refuses it.
@@ -109,9 +104,10 @@ def _translate(content, outputs):
     finally:
         logger.setLevel(level)
     for node in proto.graph.node:
-        if node.op_type.startswith("TFL_") and node.op_type != _GELU:
-            kind = node.op_type.removeprefix("TFL_")
-            raise ValueError(f"ONNX has no {kind} in {node.output[0].split(';')[0]}")
+        if (kind := node.op_type).startswith("TFL_") and kind != _GELU:
+            raise ValueError(
+                f"ONNX has no {kind[4:]} in {node.output[0].split(';')[0]}"
+            )
     return proto
 
 

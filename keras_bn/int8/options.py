@@ -52,17 +52,8 @@ class Options(NamedTuple):
         for right, name, rule in (
             (bits in (8, 16), "activations", "`activations` must be 8 or 16"),
             (lose is None or number, "lose", "`lose` must be a number, 0 or greater"),
-            (
-                lose is None or bits == 8,
-                "activations",
-                "`lose` keeps layers in floats, which TensorFlow's converter does only "
-                "beside 8 bits",
-            ),
-            (
-                callable(metric),
-                "metric",
-                "`metric` must be a function of labels and outputs",
-            ),
+            (lose is None or bits == 8, "activations", "`lose` is for 8 bits only"),
+            (callable(metric), "metric", "`metric` must be a function"),
             (lose is not None or metric is accuracy, "lose", "`metric` is for `lose`"),
             (
                 bits == 8 or not self.to_onnx,

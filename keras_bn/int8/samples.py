@@ -12,16 +12,11 @@ _CHUNK = 8
 
 
 def samples_of(model, data, steps=None, batch_size=None, labelled=False):
-    """The inputs in the data, as the file takes them, and the labels.
+    """The inputs in the data, as the file takes them, and the labels if `labelled`.
 
-    Args:
-        data, steps, batch_size: as in `export_int8`.
-        labelled: whether the labels are wanted.
-
-    Returns:
-        A list of batches of the size that the model fixes, or of one sample, each a
-        list of arrays in the order of the model's inputs; and the labels of all of
-        them, as the data has them, None without.
+    The inputs are a list of batches of the size that the model fixes, or of one sample,
+    each a list of arrays in the order of the model's inputs. The labels are those of
+    all of them, as the data has them; None without.
     """
     given = data if isinstance(data, tuple) else (data,)
     if not 1 <= len(given) <= 3:

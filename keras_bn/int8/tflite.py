@@ -117,17 +117,15 @@ def convert(function, inputs, samples=None, bits=8, floats=None):
     holder.captured = list(concrete.graph.variables)
     converter = tf.lite.TFLiteConverter.from_concrete_functions([concrete], holder)
     converter.optimizations = [tf.lite.Optimize.DEFAULT]
-    dtype = {8: tf.int8, 16: tf.int16}[bits]
+    dtype = tf.int8 if bits == 8 else tf.int16
     converter.inference_input_type = converter.inference_output_type = dtype
     if samples is not None:
         first = functools.partial(itertools.islice, samples(), 1)
         converter.representative_dataset = first if halved else samples
         sets = tf.lite.OpsSet
-        integer = {
-            8: sets.TFLITE_BUILTINS_INT8,
-            16: sets.EXPERIMENTAL_TFLITE_BUILTINS_ACTIVATIONS_INT16_WEIGHTS_INT8,
-        }[bits]
+        wide = sets.EXPERIMENTAL_TFLITE_BUILTINS_ACTIVATIONS_INT16_WEIGHTS_INT8
         builtin = [] if floats is None else [sets.TFLITE_BUILTINS]
+        integer = sets.TFLITE_BUILTINS_INT8 if bits == 8 else wide
         converter.target_spec.supported_ops = [integer, *builtin]
     try:
         if not halved:
@@ -177,11 +175,7 @@ def _check_loops(concrete):
 
 
 class Interpreter:
-    """Runs a file, and shows every tensor.
-
-    Args:
-        content: bytes of the file, an attribute too.
-    """
+    """Runs a file, the bytes in `content`, and shows every tensor."""
 
     def __init__(self, content):
         self.content = content
@@ -225,11 +219,7 @@ class Interpreter:
         return {name: int(detail["index"]) for name, detail in self._outputs.items()}
 
     def run(self, inputs):
-        """Run one batch.
-
-        Args:
-            inputs: dict of arrays by the name of the input. Floats are quantized.
-        """
+        """Run one batch, a dict of arrays by input; those of floats are quantized."""
         for name, index in self.inputs().items():
             value = _quantized(inputs[name], self.tensors[index])
             self._interpreter.set_tensor(index, value)

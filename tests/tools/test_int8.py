@@ -875,7 +875,7 @@ def test_refusals_of_lose():
             integer_file(model, (x, y), lose=lose)
     with pytest.raises(ValueError, match=r"`lose` needs labels.*`\(x, y\)`"):
         integer_file(model, x, lose=0.1)
-    with pytest.raises(ValueError, match=r"beside 8 bits.*activations=16"):
+    with pytest.raises(ValueError, match=r"`lose` is for 8 bits only.*activations=16"):
         integer_file(model, (x, y), lose=0.1, activations=16)
     two = keras.Model(model.inputs, [model.outputs[0], model.layers[0].output])
     with pytest.raises(ValueError, match=r"one output.*Give another `metric`"):
