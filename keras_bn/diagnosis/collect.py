@@ -45,8 +45,8 @@ def read(model):
     Returns:
         A `ModelRecord`.
     """
-    layers = _held(model, check_any(model))
-    trains = _trains(model)
+    found = check_any(model)
+    layers, trains = _held(model, found), _trains(model, found)
     for layer in layers:
         layer.inference_mode = not trains
     return ModelRecord(
@@ -155,7 +155,7 @@ class Collector(Pass):
         return ModelRecord(
             model=self.model.name,
             steps=_steps(self.model),
-            trains=_trains(self.model),
+            trains=_trains(self.model, self.layers),
             layers=[
                 self._with_data(records[path], moments[path])
                 for path in order
@@ -187,7 +187,8 @@ class Collector(Pass):
     def _probe_step(self, batch, given):
         self._mode = _PROBE
         # None is what a model gets that is called without.
-        outputs = self.forward(batch[0], training=_trains(self.model) or None)
+        training = _trains(self.model, self.layers) or None
+        outputs = self.forward(batch[0], training=training)
         if batch[1] is not None:
             _loss(self.model, batch[0], batch[1], outputs, batch[2])
 
@@ -391,17 +392,19 @@ def _steps(model):
     return int(float64(optimizer.iterations)) or None
 
 
-def _trains(model):
+def _trains(model, layers):
     """Whether the steps of training that a model took were with `training=True`.
 
     The steps of `fit` are not where its `call` takes no such argument: Keras then calls
-    it without, and layers take that for inference. A `train_step` of the user's own may
-    give it all the same.
+    it without, and layers take that for inference. A loop or a `train_step` of the
+    user's own may give it all the same, and then no statistics are the initial ones.
     """
     if not _steps(model) or "training" in inspect.signature(model.call).parameters:
         return True
     steps = (getattr(type(model), name) for name in ("train_step", "__call__"))
-    return not all(step.__module__.partition(".")[0] == "keras" for step in steps)
+    if any(step.__module__.partition(".")[0] != "keras" for step in steps):
+        return True
+    return not any(is_initial(la) and not is_frozen(la) for la in layers.values())
 
 
 def _wide(values):

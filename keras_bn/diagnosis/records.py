@@ -121,7 +121,7 @@ class ModelRecord:
         gap: as of a layer, for the outputs of the model; None without data.
         loss, accuracy: pairs of the value in inference and in training; None if the
             data has no labels, or the model no single loss or no classes.
-        trains: whether `fit` called it with `training=True`, as far as it was called.
+        trains: whether its steps of training, if any, were with `training=True`.
     """
 
     model: str

@@ -554,13 +554,33 @@ def test_a_model_that_fit_calls_without_training(with_data):
     assert finding.tool is None
 
 
-def test_statistics_that_fit_keeps_are_said_to_be_kept():
-    model, _ = fitted(Without)
-    model.bn.moving_mean.assign(np.ones(4))
-    (finding,) = keras_bn.diagnose(model).findings
-    assert finding.kind == "frozen"
-    assert finding.severity == "warning"
-    assert "`call` of the model takes no `training`" in finding.message
+class Pretrained(Without):
+    def __init__(self):
+        super().__init__()
+        self.first = OURS(name="first", trainable=False)
+
+    def call(self, inputs):
+        return super().call(self.first(inputs))
+
+
+@pytest.mark.parametrize("with_data", [True, False])
+def test_statistics_that_fit_keeps_are_said_to_be_kept(with_data):
+    model, pair = fitted(Pretrained)
+    model.first.trainable = True
+    model.first.moving_mean.assign(data().mean(0))
+    model.first.moving_variance.assign(data().var(0))
+    report = keras_bn.diagnose(model, pair if with_data else None)
+    found = {f.layer: (f.kind, f.severity) for f in report.findings}
+    assert found["bn"] == ("never-updated", "error")
+    assert found["first"] == ("frozen", "warning")
+
+
+def test_a_loop_of_ones_own_may_train_a_model_that_takes_no_training():
+    model, pair = fitted(Without)
+    model.bn.moving_mean.assign(np.ones(4))  # as such a loop does
+    found = keras_bn.diagnose(model, pair).findings
+    assert all("takes no `training`" not in f.message for f in found)
+    assert [f.kind for f in found] == ["momentum-too-slow"]
 
 
 @pytest.mark.parametrize("kind", [With, OwnStep])
