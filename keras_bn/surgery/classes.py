@@ -97,12 +97,15 @@ def warn_of_classes(view, stacklevel):
         stacklevel: as of `warnings.warn`, for the caller of this function.
     """
     if kinds := sorted(set(made_by_classes(view).values())):
+        makes = "makes its own layers, and its config names"
+        if len(kinds) > 1:
+            makes = "make their own layers, and their configs name"
         warnings.warn(
-            f"{' and '.join(kinds)} in '{view.model.name}' makes its own layers, and "
-            "its config names none of them. `keras_bn.load_model(path)` loads a .keras "
-            "file of this model with the layers of keras_bn and the options set in "
-            "them; `keras.saving.load_model` and pickle make what the class makes, "
-            "and so does `clone_model` where it makes such a class from its config.",
+            f"{' and '.join(kinds)} in '{view.model.name}' {makes} none of them. "
+            "`keras_bn.load_model(path)` loads a .keras file of this model with the "
+            "layers of keras_bn and the options set in them; `keras.saving.load_model` "
+            "and pickle make what the class makes, and so does `clone_model` where it "
+            "makes such a class from its config.",
             stacklevel=stacklevel + 1,
         )
 
@@ -118,10 +121,13 @@ def warn_of_folded(view, folded, stacklevel):
     makers = _makers(view, {view.path(norm): norm for norm in folded}).values()
     if names := {view.path(la): type(la) for la in makers if graph_of(la) is None}:
         listed = ", ".join(f"'{p}' ({kind.__name__})" for p, kind in names.items())
+        makes, them = "makes its own", "it"
+        if len(names) > 1:
+            makes, them = "make their own", "them"
         warnings.warn(
-            f"A file of the folded model does not load, for {listed} makes its own "
-            "layers and would make again what is folded in it. Save the model as it "
-            "was, and fold what is loaded.",
+            f"A file of the folded model does not load, for {listed} {makes} layers "
+            f"and would make again what is folded in {them}. Save the model as it was, "
+            "and fold what is loaded.",
             stacklevel=stacklevel + 1,
         )
 

@@ -339,3 +339,36 @@ def test_a_file_of_keras_s_own_layers_loads_with_ours(tmp_path):
     assert all(is_normalization(la) and is_ours(la) for la in norms(loaded))
     assert loaded.norms[0] is norms(loaded)[0]
     assert_same(loaded, model)
+
+
+class Half(layers.Layer):
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.bn = keras_bn.BatchNormalization()
+
+    def build(self, shape):
+        self.bn.build(shape)
+
+    def call(self, x):
+        return self.bn(x)
+
+
+class OtherHalf(Half):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("second", "says"),
+    [
+        (Half, "Half in 'net' makes its own layers, and its config names"),
+        (
+            OtherHalf,
+            "Half and OtherHalf in 'net' make their own layers, and their configs name",
+        ),
+    ],
+)
+def test_the_warning_counts_the_classes(second, says):
+    inputs = keras.Input((3,))
+    model = keras.Model(inputs, second()(Half()(inputs)), name="net")
+    with pytest.warns(UserWarning, match=f"^{says} none of them"):
+        keras_bn.freeze(model)
