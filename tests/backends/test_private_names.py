@@ -152,7 +152,7 @@ def test_the_ranges_in_a_measured_file_can_be_written():
         for least, most in private.ranges(content).values():
             least[:], most[:] = -size, size
         assert private.converts_in_halves()
-        file = private.quantized(bytes(content), tf.int8, True, [])
+        file = private.quantized(bytes(content), tf.int8, [])
         (given,) = tf.lite.Interpreter(model_content=file).get_input_details()
         scales.append(given["quantization"][0])
     np.testing.assert_allclose(scales, [2 / 255, 20 / 255], rtol=1e-5)
