@@ -1120,7 +1120,7 @@ def test_layers_between_and_of_branches_give_their_own_output():
         np.testing.assert_allclose(a, b, 1e-4, 1e-5)
 
 
-@pytest.mark.parametrize("name", ["bn_wide", "bn_itself"])
+@pytest.mark.parametrize("name", ["bn_wide", slow("bn_itself")])
 def test_one_branch_is_no_longer_frozen(name, float64):
     model, data = repvgg()
     frozen, fused, _ = pair_of(model)

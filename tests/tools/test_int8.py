@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from keras import layers
 from support import backend
+from support.marks import slow
 from support.rounding import rounded as rounded_kernel
 from support.zoo import randomized
 
@@ -566,7 +567,7 @@ IN_PLACE = {
 
 
 @pytest.mark.parametrize("name", IN_PLACE)
-@pytest.mark.parametrize("activation", [None, "relu", "gelu"])
+@pytest.mark.parametrize("activation", [slow(None), "relu", slow("gelu")])
 def test_what_goes_into_an_operation_in_place_has_a_range_of_its_own(activation, name):
     x = keras.Input((8, 8, 3))
     small = layers.Conv2D(4, 3, activation=activation, name="small")(x)
