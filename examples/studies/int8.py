@@ -1,10 +1,9 @@
 """Integers classify as well as floats: folded, equalized, or trained for it.
 
 A small depthwise network learns the digits. `keras_bn.export_int8` makes files of
-integers of it, which the interpreter runs: with one scale for each kernel and for each
-channel; with the channels scaled apart between the layers, which changes nothing in
-floats; and with these equalized. Then `keras_bn.quantize_aware` trains it for twenty
-more epochs.
+integers of it, which the interpreter runs: as it is; with the channels scaled apart
+between the layers, which changes nothing in floats; and with these equalized. Then
+`keras_bn.quantize_aware` trains it for twenty more epochs.
 
 Source: Jacob et al., "Quantization and Training of Neural Networks for Efficient
 Integer-Arithmetic-Only Inference", 2018; Krishnamoorthi, "Quantizing deep convolutional
@@ -28,15 +27,14 @@ from keras_bn.tools.linear import linear
 
 CLAIM = (
     "A file of integers classifies as well as the network of floats: within 1 % after "
-    "equalization, where channels were scaled apart and one scale for each kernel lost "
-    "more; and within 0.5 % after training for it."
+    "equalization, where channels that were scaled apart lost more; and within 0.5 % "
+    "after training for it."
 )
 FLOAT = "float"
 WAYS = {
     FLOAT: "float",
-    "per channel": "int8,\na scale per\nchannel",
-    "per tensor": "int8,\na scale per\nkernel",
-    "apart": "the same,\nchannels\nscaled apart",
+    "int8": "int8",
+    "apart": "int8,\nchannels\nscaled apart",
     "equalized": "scaled apart,\nthen\nequalized",
     "aware": "int8,\ntrained\nfor it",
 }
@@ -110,12 +108,11 @@ def measure(model, digits, seed, shown):
     def of_file(model, given=sample, **options):
         return accuracy_of(integer_file(model, given, **options)[0], x, y)
 
-    found = {FLOAT: of_floats(model, x, y), "per channel": of_file(model)}
-    found["per tensor"] = of_file(model, per_channel=False)
+    found = {FLOAT: of_floats(model, x, y), "int8": of_file(model)}
     apart = scaled_apart(keras_bn.fold(model), seed)
     found["apart in floats"] = of_floats(apart, x, y)
-    found["apart"] = of_file(apart, per_channel=False)
-    found["equalized"] = of_file(apart, per_channel=False, equalize=True)
+    found["apart"] = of_file(apart)
+    found["equalized"] = of_file(apart, equalize=True)
     aware = keras_bn.quantize_aware(model, sample)
     fit(aware, digits, tuning, 1e-3, [keras_bn.FreezeAfter(steps * tuning // 2)])
     found["aware"] = of_file(aware)
@@ -172,7 +169,7 @@ def parts_of(figures):
             "accuracy in floats", accuracies(figures, FLOAT), above=0.97, form="{:.4f}"
         ),
         lost(
-            "accuracy lost by one scale for each kernel, channels scaled apart",
+            "accuracy lost where channels are scaled apart",
             "apart",
             {"above": 0.01},
         ),
