@@ -49,7 +49,7 @@ _FIXED = {
 _ACTIVATION, _ROUNDING = "_activation", "int8_"
 # What moves or picks values: the output has the range of the input.
 _MOVES = {"ExpandDims", "Flatten", "Permute", "RepeatVector", "Reshape", "Squeeze"}
-_OTHERS = {"ActivityRegularization", "GlobalAveragePooling1D", "GlobalAveragePooling2D"}
+_OTHERS = {"ActivityRegularization", *(f"GlobalAveragePooling{n}D" for n in (1, 2, 3))}
 _SAME_RANGE = {k.__name__ for k in PER_CHANNEL} - _OTHERS | _MOVES | {"Transpose"}
 
 

@@ -26,6 +26,15 @@ from test_int8 import KINDS, error, images, small  # noqa: E402
 pytestmark = [pytest.mark.usefixtures("seeded"), takes_fake_quantization]
 
 
+@pytest.mark.parametrize("dimensions", [1, 2, 3])
+def test_means_have_a_range_of_their_own(dimensions):
+    pool = getattr(layers, f"GlobalAveragePooling{dimensions}D")(name="pool")
+    inputs = keras.Input((*[4] * dimensions, 3))
+    data = np.random.default_rng(0).normal(size=(8, *inputs.shape[1:]))
+    aware = keras_bn.quantize_aware(keras.Model(inputs, pool(inputs)), data)
+    assert [layer.name for layer in aware.layers][-2:] == ["pool", "int8_pool"]
+
+
 def test_an_old_tensorflow_is_refused(monkeypatch):
     monkeypatch.setattr(tf, "__version__", "2.16.2")
     with pytest.raises(
