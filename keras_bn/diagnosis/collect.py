@@ -165,6 +165,7 @@ class Collector(Pass):
             batches=self.batches,
             invalid=self.invalid,
             first_invalid=self.first_invalid,
+            of_one_class=self.labels.alone,
             not_called=tuple(path for path in self.layers if path not in moments),
             gap=self._gap.value,
             loss=self._loss.values,

@@ -89,9 +89,7 @@ def diagnose(
         record = read(model)
     else:
         options = {"steps": steps, "batch_size": batch_size, "verbose": verbose}
-        collector = Collector(model)
-        record = collector.collect(data, **options)
-        record.of_one_class = collector.labels.alone
+        record = Collector(model).collect(data, **options)
     warn_of_others(model)
     every = findings(record)
     return Report(
